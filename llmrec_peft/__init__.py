@@ -1,0 +1,57 @@
+"""Fine-tune large decoder models, parameter-efficiently, as classifiers of user behaviour."""
+
+import importlib
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .data.domain import Domain
+    from .data.log import BehaviorLog
+    from .data.streams import build_streams
+    from .errors import BundleError, ConfigError, DataError, DomainError, LLMRecError, ModelError, StreamError
+    from .models.classifier import load_classifier
+    from .training.trainer import BehaviorTrainer
+
+# bitsandbytes reports a missing optional kernel whenever PEFT imports it, in runs that hold nothing in 4 bits too.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+_PLACES = {
+    "BehaviorLog": "data.log",
+    "BehaviorTrainer": "training.trainer",
+    "BundleError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Domain": "data.domain",
+    "DomainError": "errors",
+    "LLMRecError": "errors",
+    "ModelError": "errors",
+    "StreamError": "errors",
+    "build_streams": "data.streams",
+    "load_classifier": "models.classifier",
+}
+
+__all__ = [
+    "BehaviorLog",
+    "BehaviorTrainer",
+    "BundleError",
+    "ConfigError",
+    "DataError",
+    "Domain",
+    "DomainError",
+    "LLMRecError",
+    "ModelError",
+    "StreamError",
+    "build_streams",
+    "load_classifier",
+]
+
+
+def __getattr__(name: str):
+    # Read on first use: reading a log does not need torch, and the command line answers at once.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,287 @@
+"""Reads a configuration class from YAML files and flags: the one place that parses either.
+
+Files come first, in the order given, then `--domain`, then dotted flags, wherever they stand on the command line:
+
+    recipes/lora.py --config FILE.yaml --domain DOMAIN.yaml --train.max_steps 200 --domain.stream.targets 10
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import yaml
+
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.errors import ConfigError, LLMRecError
+
+Config = TypeVar("Config")
+
+USAGE_ERROR = 2
+"""Exit code of a recipe that refuses its input."""
+
+# Keys whose values are mappings of the user's own names; in flags their entries are dotted too.
+_MAPPINGS = ("domain.outcomes", "domain.label.map")
+
+
+def parse_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
+    """Read a recipe's configuration from `args` (the command line if None), for the top of a recipe.
+
+    What cannot be used ends the program with one line on standard error and exit code 2; `--print_config` prints the
+    resolved configuration as YAML and ends it with 0, as `--help` does.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    printing = "--print_config" in arguments
+    with exit_on_error():
+        config = read_config(config_class, [argument for argument in arguments if argument != "--print_config"])
+    if printing:
+        print(config_to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn an error that this package raises on purpose into one line on standard error and exit code 2."""
+    try:
+        yield
+    except LLMRecError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+
+
+def read_config(config_class: type[Config], args: Sequence[str]) -> Config:
+    """Read a configuration from command-line arguments.
+
+    Raises:
+        ConfigError: an unknown key (with the closest known one), a value of the wrong type or out of range, a missing
+            key, or a file that is missing or not YAML.
+        DomainError: the domain cannot be used.
+    """
+    files, domain_file, flags = _take_files(list(args), has_domain=_has_domain(config_class))
+    known = {key for key, _ in _keys(config_class)}
+    sections = set(_sections(config_class))
+    content: dict[str, Any] = {}
+    for path in files:
+        _merge(content, _read_file(path, known, sections))
+    if domain_file is not None:
+        content["domain"] = Domain.from_yaml(domain_file).to_dict()
+    for flag in flags:
+        if flag.startswith("--") and flag != "--help":
+            _check_key(flag[2:].split("=", 1)[0].rstrip("+"), known, "the command line", prefix="--")
+    return _build(config_class, _parse(config_class, content, flags))
+
+
+def config_to_yaml(config: Any) -> str:
+    """Return a configuration as YAML, its domain in place, that `--config` reads back as the same configuration."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts with line breaks in quotes: folded over lines, nobody could tell " yes" from " yes\\n"."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _take_files(args: list[str], has_domain: bool) -> tuple[list[str], str | None, list[str]]:
+    """Split arguments into --config files, the last --domain file, and all others."""
+    files: list[str] = []
+    domains: list[str] = []
+    taken = {"--config": files} | ({"--domain": domains} if has_domain else {})
+    rest: list[str] = []
+    position = 0
+    while position < len(args):
+        name, equals, value = args[position].partition("=")
+        if name in taken:
+            if not equals:
+                position += 1
+                value = args[position] if position < len(args) else ""
+            if not value or value.startswith("--"):
+                raise ConfigError(f"{name} must be followed by a YAML file, not {value!r}; name one")
+            taken[name].append(value)
+        else:
+            rest.append(args[position])
+        position += 1
+    return files, (domains[-1] if domains else None), rest
+
+
+def _read_file(path: str, known: set[str], sections: set[str]) -> dict[str, Any]:
+    """Read one --config file, with its domain in place."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot read it ({error.strerror}); give an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: must be YAML in UTF-8; {reason}; correct it there") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: must be a mapping of keys, not {type(content).__name__}; see --help")
+    domain = content.pop("domain", None) if "domain" in sections else None
+    _check_mapping(content, known, sections, path)
+    if isinstance(domain, str):
+        content["domain"] = Domain.from_yaml(Path(path).parent / domain).to_dict()
+    elif domain is not None:
+        # Through Domain, so that a domain in place obeys the same rules as one in a file of its own.
+        content["domain"] = Domain.from_dict(domain, source=f"{path}: domain").to_dict()
+    return content
+
+
+def _check_mapping(
+    content: Mapping[str, Any], known: set[str], sections: set[str], where: str, prefix: str = ""
+) -> None:
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key in sections:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: {key} must be a mapping of its keys, not {value!r}; see --help")
+            _check_mapping(value, known, sections, where, f"{key}.")
+        else:
+            _check_key(key, known, where)
+
+
+def _check_key(key: str, known: set[str], where: str, prefix: str = "") -> None:
+    # An entry of a mapping (domain.outcomes.like) is known by the mapping's own key.
+    if any(key == name or (name in _MAPPINGS and key.startswith(f"{name}.")) for name in known):
+        return
+    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    if not close:
+        # Somebody who leaves out the section (`--max_steps`) still means its key.
+        last = key.rsplit(".", 1)[-1]
+        ends = {name.rsplit(".", 1)[-1]: name for name in sorted(known, reverse=True)}
+        close = [ends[name] for name in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)]
+    advice = f"did you mean {prefix}{close[0]}?" if close else "--help lists the keys"
+    raise ConfigError(f"{where}: unknown key {prefix}{key}; {advice}")
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        # A domain is one thing: its outcomes must not be mixed with another's.
+        if key != "domain" and isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _parse(config_class: type, content: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    """Check types and put flags over the files' content; the one use of jsonargparse."""
+    from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=config_class.__doc__)
+    files = parser.add_argument_group("files and printing")
+    files.add_argument("--config", metavar="FILE.yaml", help="Keys from a file; dotted flags go over it.")
+    if _has_domain(config_class):
+        files.add_argument("--domain", metavar="FILE.yaml", help="Domain file, over the configuration file's domain.")
+    files.add_argument("--print_config", action="store_true", help="Print the resolved configuration and exit.")
+    _add_arguments(parser, config_class)
+    try:
+        parsed = parser.parse_args(flags, namespace=Namespace(_flat(content)) if content else None)
+    except Exception as error:  # ArgumentError, and what a library raises for a value that it cannot read
+        _refuse(str(error), dict(_keys(config_class)))
+    return parsed.as_dict()
+
+
+def _add_arguments(parser: Any, config_class: type, prefix: str = "") -> None:
+    """Add the values of one dataclass as a group, then those of the dataclasses in it."""
+    hints = typing.get_type_hints(config_class)
+    nested = [item.name for item in dataclasses.fields(config_class) if dataclasses.is_dataclass(hints[item.name])]
+    group = parser.add_argument_group((config_class.__doc__ or "").split("\n")[0].strip(" ."))
+    group.add_class_arguments(config_class, prefix or None, as_group=False, skip=set(nested), fail_untyped=True)
+    for name in nested:
+        _add_arguments(parser, hints[name], f"{prefix}.{name}" if prefix else name)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in _MAPPINGS:
+            flat.update(_flat(value, f"{key}."))
+        else:
+            flat[key] = value
+    return flat
+
+
+def _refuse(message: str, types: Mapping[str, Any]) -> NoReturn:
+    """Say what jsonargparse found wrong in one line of our own."""
+    missing = re.search(r"following arguments are required: (.*)", message)
+    if missing:
+        key = missing[1].split(", ")[0]
+        given = "--domain FILE.yaml" if key.startswith("domain.") else f"--{key} VALUE"
+        name = "domain" if key.startswith("domain.") else key
+        raise ConfigError(f"{name} is required and missing; give {given} or set it in the --config file")
+    wrong = re.search(r'Parser key "([^"]+)":', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if wrong and value and wrong[1] in types:
+        requirement = _describe(types[wrong[1]])
+        raise ConfigError(f"{wrong[1]} must be {requirement}, not {value[1]!r}; change it in the configuration")
+    raise ConfigError(f"the command line: {' '.join(message.split())}; --help lists the keys")
+
+
+def _describe(hint: Any) -> str:
+    """Say a type in words, for messages."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint in words:
+        return words[hint]
+    if kind is Literal:
+        return f"{'one of ' if len(inner) > 1 else ''}{', '.join('null' if name is None else name for name in inner)}"
+    if kind is list:
+        return f"a list, each {_describe(inner[0])}"
+    if kind is dict:
+        return f"a mapping from {_describe(inner[0])} to {_describe(inner[1])}"
+    return " or ".join(_describe(part) for part in inner)
+
+
+def _keys(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, type) of all values of a configuration class."""
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _keys(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", hints[item.name]
+
+
+def _sections(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the dataclasses in a configuration class."""
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield f"{prefix}{item.name}"
+            yield from _sections(hints[item.name], f"{prefix}{item.name}.")
+
+
+def _has_domain(config_class: type) -> bool:
+    return any(item.name == "domain" for item in dataclasses.fields(config_class))
+
+
+def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Make the dataclasses from plain mappings; each checks its own values."""
+    if config_class is Domain:
+        return Domain.from_dict({key: value for key, value in values.items() if not key.startswith("__")})
+    hints = typing.get_type_hints(config_class)
+    made = {}
+    for item in dataclasses.fields(config_class):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            made[item.name] = _build(hint, values.get(item.name) or {})
+        else:
+            made[item.name] = values[item.name]
+    return config_class(**made)

@@ -1,0 +1,258 @@
+"""The recipes' configurations: what each recipe can be told, its types, defaults and limits.
+
+The string under a field is its help text and is written nowhere else. `parse_config` reads these classes from YAML
+files and flags (see arguments.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from llmrec_peft.arguments import config_to_yaml, exit_on_error, parse_config, read_config
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.errors import ConfigError
+from llmrec_peft.evaluation.metrics import find_metric, higher_is_better
+from llmrec_peft.models.options import (
+    AdapterOptions,
+    FullOptions,
+    HeadOptions,
+    LoraOptions,
+    ModelOptions,
+    QloraOptions,
+)
+
+__all__ = [
+    "CONFIGS",
+    "AdapterConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "FullConfig",
+    "HeadConfig",
+    "LoraConfig",
+    "QloraConfig",
+    "TrainConfig",
+    "TrainRecipeConfig",
+    "config_to_yaml",
+    "exit_on_error",
+    "parse_config",
+    "read_config",
+]
+
+
+def _require(rule: bool, key: str, requirement: str, value: object) -> None:
+    if not rule:
+        raise ConfigError(f"{key} must be {requirement}, not {value!r}; change {key} in the configuration")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the behaviour log lies."""
+
+    path: str
+    """Directory or file of the log, a Hub data set, or simulated:shop for a simulated one."""
+    format: str = "auto"
+    """Name of the reader; auto finds it from the files."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path.strip()), "data.path", "the place of a log", self.path)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How the adapter is trained."""
+
+    max_steps: int = -1
+    """Optimiser steps; -1 to go by epochs."""
+    epochs: float = 1.0
+    """Passes over the training targets, if max_steps is -1."""
+    batch_size: int = 8
+    """Streams in one global batch: over all ranks and all accumulation steps."""
+    micro_tokens: int = 1200
+    """Tokens that go through the model at once, at most; memory and speed depend on it, the gradient does not."""
+    learning_rate: float = 3e-4
+    """Highest learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
+    """Optimiser."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 for never."""
+    loss: Literal["cross_entropy", "focal", "listwise"] = "cross_entropy"
+    """Loss: per target, per target with weight on the hard ones, or softmax over the events of one list."""
+    class_weights: Literal["balanced"] | list[float] | None = None
+    """Weight of each class in the loss: balanced, one number a class, or null."""
+    focal_gamma: float = 2.0
+    """Exponent of the focal loss."""
+    label_smoothing: float = 0.0
+    """Share of the truth that is spread over all classes."""
+    eval_steps: int = 0
+    """Steps between two validations; 0 for one at the end."""
+    save_steps: int = 0
+    """Steps between two checkpoints; 0 for none beside those that selection needs."""
+    select_metric: str = "logloss"
+    """Validation metric that chooses the best checkpoint and stops early."""
+    early_stopping: int = 0
+    """Validations without improvement before training stops; 0 for never."""
+    seed: int = 0
+    """Seed of order, dropout and new weights."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers, by the names that Trainer knows; [] for none."""
+    logging_steps: int = 5
+    """Steps between two log lines."""
+    resume: bool = False
+    """Go on from the last checkpoint in output_dir."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "batch_size": 1, "micro_tokens": 1, "logging_steps": 1, "weight_decay": 0, "max_grad_norm": 0,
+            "focal_gamma": 0, "eval_steps": 0, "save_steps": 0, "early_stopping": 0, "seed": 0,
+        }  # fmt: skip
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            _require(low <= value < float("inf"), f"train.{name}", f"at least {low}", value)
+        _require(self.max_steps == -1 or self.max_steps >= 1, "train.max_steps", "at least 1, or -1", self.max_steps)
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), f"train.{name}", "a finite number above 0", value)
+        for name in ("warmup", "label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, f"train.{name}", "at least 0 and below 1", getattr(self, name))
+        if isinstance(self.class_weights, list):
+            usable = bool(self.class_weights) and all(0 <= weight < float("inf") for weight in self.class_weights)
+            _require(usable and any(self.class_weights), "train.class_weights", "finite and not negative",
+                     self.class_weights)  # fmt: skip
+        higher_is_better(self.select_metric)
+        _require(not (self.early_stopping and not self.eval_steps), "train.eval_steps",
+                 "at least 1 with early_stopping", self.eval_steps)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What is measured after (and before) training."""
+
+    valid_targets: int | None = 2000
+    """Validation targets, at most, in whole streams; null for all."""
+    test_targets: int | None = 2000
+    """Test targets, at most, in whole streams; null for all."""
+    before: bool = True
+    """Measure the untrained classifier too."""
+    calibrate: bool = True
+    """Fit temperature and prior on validation and keep them in the bundle."""
+    bootstrap: int = 1000
+    """Resamples of the users for confidence intervals; 0 for none."""
+    batch_tokens: int = 4000
+    """Tokens that are scored at once, at most."""
+    metrics: list[str] | None = None
+    """Metrics by name, such as auc or ndcg@10; null for the usual ones."""
+
+    def __post_init__(self) -> None:
+        for name in ("valid_targets", "test_targets"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"evaluation.{name}", "at least 1, or null", value)
+        for name in self.metrics or []:
+            find_metric(name)
+        _require(self.bootstrap >= 0, "evaluation.bootstrap", "at least 0", self.bootstrap)
+        _require(self.batch_tokens >= 1, "evaluation.batch_tokens", "at least 1", self.batch_tokens)
+
+
+@dataclass(kw_only=True)
+class TrainRecipeConfig:
+    """What every training recipe takes; each method's class adds its options."""
+
+    method_name: ClassVar[str]
+
+    data: DataConfig
+    domain: Domain
+    """The domain: a YAML file (relative to the file that names it), or its keys in place."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = "out"
+    """Directory of everything that the run leaves."""
+
+    def __post_init__(self) -> None:
+        weights, labels = self.train.class_weights, self.domain.labels
+        if isinstance(weights, list):
+            requirement = f"{len(labels)} numbers, for {', '.join(labels)}"
+            _require(len(weights) == len(labels), "train.class_weights", requirement, weights)
+
+
+@dataclass(kw_only=True)
+class LoraConfig(TrainRecipeConfig):
+    """Train a LoRA adapter."""
+
+    method_name: ClassVar[str] = "lora"
+    method: LoraOptions = field(default_factory=LoraOptions)
+
+
+@dataclass(kw_only=True)
+class QloraConfig(TrainRecipeConfig):
+    """Train a LoRA adapter on a base held in 4 bits."""
+
+    method_name: ClassVar[str] = "qlora"
+    method: QloraOptions = field(default_factory=QloraOptions)
+
+
+@dataclass(kw_only=True)
+class AdapterConfig(TrainRecipeConfig):
+    """Train bottleneck adapters."""
+
+    method_name: ClassVar[str] = "adapter"
+    method: AdapterOptions = field(default_factory=AdapterOptions)
+
+
+@dataclass(kw_only=True)
+class HeadConfig(TrainRecipeConfig):
+    """Train the classification head alone."""
+
+    method_name: ClassVar[str] = "head"
+    method: HeadOptions = field(default_factory=HeadOptions)
+
+
+@dataclass(kw_only=True)
+class FullConfig(TrainRecipeConfig):
+    """Train every weight."""
+
+    method_name: ClassVar[str] = "full"
+    method: FullOptions = field(default_factory=FullOptions)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Score a trained bundle again."""
+
+    bundle: str
+    """Directory of the adapter bundle."""
+    data: DataConfig
+    base: str | None = None
+    """Base model; null for the one that the bundle names."""
+    mode: Literal["stream", "independent"] = "stream"
+    """Score whole streams, or each target as a prompt of its own; the answers agree."""
+    split: Literal["train", "valid", "test"] = "test"
+    """Which targets to score."""
+    limit: int | None = None
+    """Targets, at most, in whole streams; null for all."""
+    batch_tokens: int = 4000
+    """Tokens that are scored at once, at most."""
+    metrics: list[str] | None = None
+    """Metrics by name, such as auc or ndcg@10; null for the usual ones."""
+    output_dir: str | None = None
+    """Directory for metrics and predictions; null to print only."""
+
+    def __post_init__(self) -> None:
+        for name in self.metrics or []:
+            find_metric(name)
+        _require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
+        _require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+
+
+CONFIGS: dict[str, type] = {
+    **{kind.method_name: kind for kind in (LoraConfig, QloraConfig, AdapterConfig, HeadConfig, FullConfig)},
+    "evaluate": EvaluateConfig,
+}
+"""From a recipe's name (`recipes/NAME.py`, `recipes/configs/*/NAME.yaml`) to its configuration."""

@@ -1,0 +1,1 @@
+"""Behaviour logs: reading, validation, splits, negatives and the streams made of them."""

@@ -1,0 +1,91 @@
+"""From streams to micro-batches of tensors, formed by length so that little of them is padding."""
+
+import numpy as np
+import torch
+
+from .streams import Stream
+
+PAD = -1  # branch of padding: no token sees it
+
+
+def plan_micro_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Group rows so that each group, padded to its longest, holds at most `max_tokens` tokens.
+
+    Rows of like length come together, longest first. A row longer than `max_tokens` is a group by itself.
+
+    Args:
+        lengths: int [rows], tokens of each.
+        max_tokens: tokens of a padded group.
+
+    Returns:
+        Row numbers of each group; every row is in exactly one.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    groups, start = [], 0
+    while start < len(order):
+        rows = max(1, max_tokens // max(1, int(lengths[order[start]])))
+        groups.append(order[start : start + rows])
+        start += rows
+    return groups
+
+
+def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "right", mask: bool = False) -> dict:
+    """One micro-batch of B streams, padded to the longest of L tokens, with T answers in all.
+
+    Args:
+        streams: at least one.
+        pad_token_id: id that fills up.
+        padding_side: right needs no mask under causal attention; left does.
+        mask: give the 2-D mask always, as bidirectional models need it.
+
+    Returns:
+        input_ids, position_ids int64 [B, L]; attention_mask int64 [B, L] or None; branch int64 [B, L], or None where no
+        stream has a probe, so that plain causal attention serves; markers (flat index b * L + l), labels, groups (list
+        numbers, from 0), targets int64 [T].
+    """
+    length = max(len(stream) for stream in streams)
+    shape = (len(streams), length)
+    ids, positions = np.full(shape, pad_token_id, np.int64), np.zeros(shape, np.int64)
+    branch, seen = np.full(shape, PAD, np.int64), np.zeros(shape, np.int64)
+    markers, lists = [], []
+    for row, stream in enumerate(streams):
+        begin = length - len(stream) if padding_side == "left" else 0
+        span = slice(begin, begin + len(stream))
+        ids[row, span], positions[row, span] = stream.input_ids, stream.position_ids
+        branch[row, span], seen[row, span] = stream.branch, 1
+        markers.append(stream.markers + row * length + begin)
+        # One list of a log may be cut over two windows; within a batch each window's part is its own.
+        lists.append(np.stack([np.full_like(stream.lists, row), stream.lists]))
+    keyed = np.concatenate(lists, axis=1)
+    groups = np.unique(keyed, axis=1, return_inverse=True)[1].reshape(-1) if keyed.size else np.empty(0, np.int64)
+    needs_mask = mask or (padding_side == "left" and not seen.all())
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "attention_mask": torch.from_numpy(seen) if needs_mask else None,
+        "branch": torch.from_numpy(branch) if (branch > 0).any() else None,
+        "markers": torch.from_numpy(np.concatenate(markers).astype(np.int64)),
+        "labels": torch.from_numpy(np.concatenate([stream.labels for stream in streams]).astype(np.int64)),
+        "groups": torch.from_numpy(groups.astype(np.int64)),
+        "targets": torch.from_numpy(np.concatenate([stream.targets for stream in streams]).astype(np.int64)),
+    }
+
+
+class StreamCollator:
+    """Turns a list of streams into micro-batches that each hold at most `max_tokens` tokens.
+
+    Called with streams, it returns {"micro_batches": [see :func:`collate`]}; the Trainer runs them one by one and steps
+    after the last, so memory is bounded by tokens while the batch stays as asked.
+    """
+
+    def __init__(self, pad_token_id: int, max_tokens: int, *, padding_side: str = "right", mask: bool = False):
+        self.pad_token_id, self.max_tokens = pad_token_id, max_tokens
+        self.padding_side, self.mask = padding_side, mask
+
+    def __call__(self, streams: list[Stream]) -> dict[str, list[dict]]:
+        groups = plan_micro_batches(np.array([len(stream) for stream in streams]), self.max_tokens)
+        return {"micro_batches": [self.one([streams[row] for row in group]) for group in groups]}
+
+    def one(self, streams: list[Stream]) -> dict:
+        """All streams as one micro-batch."""
+        return collate(streams, self.pad_token_id, padding_side=self.padding_side, mask=self.mask)

@@ -1,0 +1,381 @@
+"""A domain: how one kind of behaviour log is put into words, labelled, split and cut into windows."""
+
+import dataclasses
+import re
+import string
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from ..errors import DataError, DomainError
+
+Rule = TypeVar("Rule")
+
+# Everything that could end a line or hide in one; runs become one space.
+_BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200b\u2028\u2029\ufeff]+")
+
+
+@dataclass
+class LabelRule:
+    """Which column says what the user did, and how its values become labels."""
+
+    column: str = "label"
+    """Column of the interactions that holds the outcome."""
+    above: float | None = None
+    """With two outcomes: values above this are the second one, others the first."""
+    map: dict[str, str | None] | None = None
+    """From the column's values to labels; null leaves such rows out of the log."""
+
+
+@dataclass
+class SplitRule:
+    """How the log is divided into training, validation and test targets."""
+
+    by: Literal["time", "user"] = "time"
+    """One global time for all users, or whole users."""
+    valid: float = 0.1
+    """Share of the interactions (by time) or of the users (by user) for validation."""
+    test: float = 0.1
+    """Share for the test, taken last."""
+
+
+@dataclass
+class NegativeRule:
+    """Sampled negatives for logs that hold positives alone."""
+
+    per_positive: int = 0
+    """How many sampled items stand beside each positive; 0 for logs with both outcomes."""
+    sampling: Literal["popularity", "uniform"] = "popularity"
+    """Draw by popularity in the past of the positive, or uniformly among the items seen by then."""
+    label: str | None = None
+    """The label that sampled items get; the first outcome if not given."""
+
+
+@dataclass
+class StreamRule:
+    """How one user's log is cut into windows."""
+
+    context: int = 10
+    """History events before the targets, at most; their outcomes carry no loss."""
+    targets: int = 30
+    """Events in a window that are answered, at most."""
+    max_length: int = 1024
+    """Tokens in a window, at most; the oldest history events are left out first, whole."""
+    history_labels: list[str] | None = None
+    """Labels whose events later events may see; all if not given. Others are probes and leave no trace."""
+
+
+@dataclass
+class Domain:
+    """One domain's words and rules, as its YAML file says them.
+
+    Raises:
+        DomainError: a template, label or rule that cannot be used.
+    """
+
+    name: str
+    """Short name, used for adapters and files."""
+    event: str
+    """Text of an event; {columns} of the items and of the interactions."""
+    outcomes: dict[str, str]
+    """From label to the word that follows the marker, in class order."""
+    header: str = ""
+    """Text before the first event; {columns} of the interactions that describe the user."""
+    marker: str = " ->"
+    """Text that closes an event; the answer is read at its last token."""
+    label: LabelRule = field(default_factory=LabelRule)
+    """Where labels come from."""
+    simultaneous: Literal["order", "isolate"] = "order"
+    """Events of one moment see each other in row order, or not at all."""
+    split: SplitRule = field(default_factory=SplitRule)
+    """How targets are divided."""
+    negatives: NegativeRule = field(default_factory=NegativeRule)
+    """Sampled negatives."""
+    stream: StreamRule = field(default_factory=StreamRule)
+    """Windows."""
+
+    def __post_init__(self) -> None:
+        _check_texts(self)
+        _check_rules(self)
+
+    # -- reading and writing -------------------------------------------------------------------
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Domain":
+        """Read a domain file.
+
+        Raises:
+            DomainError: no such file, not YAML, an unknown key, or a rule broken.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DomainError(
+                f"{path}: cannot read the domain file ({error.strerror}); give an existing YAML"
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise DomainError(f"{path}: a domain file must be YAML in UTF-8; {reason}") from None
+        return cls.from_dict(content, source=str(path))
+
+    @classmethod
+    def from_dict(cls, content: Any, *, source: str = "domain") -> "Domain":
+        """Build a domain from plain mappings; the reverse of :meth:`to_dict`."""
+        return _from_mapping(cls, content, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The domain as plain mappings, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+    # -- labels --------------------------------------------------------------------------------
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names in class order."""
+        return list(self.outcomes)
+
+    @property
+    def negative_class(self) -> int:
+        """Class number that sampled negatives get."""
+        return self.labels.index(self.negatives.label) if self.negatives.label else 0
+
+    def classes(self, log) -> np.ndarray:
+        """Class number of each interaction, int8 [rows]; -1 where the map leaves the row out.
+
+        Raises:
+            DataError: no such column, a missing value, or a value outside the domain's labels.
+        """
+        column = log.column(self.label.column)
+        if self.label.above is not None:
+            try:
+                values = np.asarray(pc.cast(column, pa.float64()))
+            except pa.ArrowInvalid:
+                raise DataError(
+                    f"{log.name}: label column '{self.label.column}' must hold numbers for `above`; got {column.type}"
+                ) from None
+            _refuse_rows(log, np.isnan(values), f"label column '{self.label.column}' is missing", "remove these rows")
+            return (values > self.label.above).astype(np.int8)
+        # The few distinct values are mapped in Python, the rows by an Arrow take.
+        encoded = pc.dictionary_encode(column.combine_chunks(), null_encoding="encode")
+        names = encoded.dictionary.to_pylist()
+        codes = np.array([self._class_of(value) for value in names], dtype=np.int8)
+        classes = codes[np.asarray(encoded.indices)] if len(names) else np.empty(0, np.int8)
+        for number, value in enumerate(names):
+            if codes[number] == -2:
+                _refuse_rows(
+                    log,
+                    np.asarray(encoded.indices) == number,
+                    f"label column '{self.label.column}' has {value!r}, which is not one of the domain's labels",
+                    f"use {', '.join(map(repr, self._known_values()))} or add it to label.map (null leaves rows out)",
+                )
+        return classes
+
+    def _known_values(self) -> list[Any]:
+        return list(self.label.map) if self.label.map else self.labels + list(range(len(self.labels)))
+
+    def _class_of(self, value: Any) -> int:
+        if self.label.map is not None:
+            # YAML keys are read as text, so numbers of the log are compared as text too.
+            if str(value) not in self.label.map:
+                return -2
+            name = self.label.map[str(value)]
+            return -1 if name is None else self.labels.index(name)
+        if isinstance(value, str):
+            if value in self.outcomes:
+                return self.labels.index(value)
+            value = int(value) if value.isascii() and value.isdigit() else None
+        if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
+            return int(value) if 0 <= value < len(self.labels) else -2
+        return -2
+
+    # -- text ----------------------------------------------------------------------------------
+
+    @property
+    def event_columns(self) -> list[str]:
+        """Columns named by the event's template, in order."""
+        return template_columns(self.event)
+
+    @property
+    def header_columns(self) -> list[str]:
+        """Columns named by the header's template, in order."""
+        return template_columns(self.header)
+
+    def forbidden(self, special_tokens: list[str]) -> list[str]:
+        """Texts that no column's value may spell: the marker and the tokenizer's special tokens."""
+        return [text for text in [self.marker.strip(), *special_tokens] if text.strip()]
+
+
+def template_columns(template: str) -> list[str]:
+    """Names in braces of a template, each once, in order."""
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    return list(dict.fromkeys(names))
+
+
+def neutralise(text: str, forbidden: list[str]) -> str:
+    """A column's value as plain data: one line, without any text that the stream gives a meaning to.
+
+    Line breaks and control characters become one space. A forbidden text is broken up by a space (a single character
+    is replaced by one), again and again until none is left, since taking one out can spell another.
+    """
+    text = _BREAKS.sub(" ", text).strip()
+    for word in forbidden:
+        broken = word[0] + " " + word[1:] if len(word) > 1 else " "
+        while word in text and word not in broken:
+            text = text.replace(word, broken)
+    return text
+
+
+def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) -> pa.Array:
+    """Fill a template for many rows at once.
+
+    Args:
+        template: text with {column} or {column:format} fields.
+        columns: an Arrow array [rows] for each field; nulls become the empty text.
+        forbidden: see :func:`neutralise`.
+
+    Returns:
+        Arrow large_string array [rows].
+    """
+    parts: list[Any] = []
+    for literal, name, spec, _ in string.Formatter().parse(template):
+        if literal:
+            parts.append(pa.scalar(literal, pa.large_string()))
+        if name is not None:
+            parts.append(_as_text(columns[name], spec or "", forbidden))
+    if not any(isinstance(part, pa.Array) for part in parts):
+        raise DomainError(f"template {template!r} names no column; use at least one {{column}}")
+    texts = pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
+    # Two harmless values side by side can still spell a forbidden text: "-" and ">".
+    for word in forbidden:
+        spelled = pc.match_substring(texts, word)
+        if pc.any(spelled).as_py():
+            mended = [neutralise(text, forbidden) for text in texts.filter(spelled).to_pylist()]
+            texts = pc.replace_with_mask(texts, spelled, pa.array(mended, pa.large_string()))
+    return texts
+
+
+def _as_text(values: pa.Array, spec: str, forbidden: list[str]) -> pa.Array:
+    """Format and neutralise distinct values once, then spread them over the rows."""
+    encoded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
+    distinct = encoded.dictionary
+    # numpy scalars print float32 shortly: 2.55, not 2.549999952316284.
+    as_python = distinct.to_numpy(zero_copy_only=False) if pa.types.is_floating(distinct.type) else distinct.to_pylist()
+    texts = ["" if value is None else neutralise(format(value, spec) if spec else str(value), forbidden)
+             for value in as_python]  # fmt: skip
+    texts = pa.array(texts, pa.large_string())
+    return pc.fill_null(texts.take(encoded.indices), "")
+
+
+def _refuse_rows(log, bad: np.ndarray, what: str, advice: str) -> None:
+    if bad.any():
+        rows = np.flatnonzero(bad)
+        shown = ", ".join(map(str, rows[:3]))
+        raise DataError(f"{log.name}: {what} in {len(rows)} rows (first: {shown}); {advice}")
+
+
+def _from_mapping(cls: type[Rule], content: Any, where: str) -> Rule:
+    """Build a dataclass of dataclasses, refusing unknown keys by name."""
+    if not isinstance(content, dict):
+        raise DomainError(f"{where}: must be a mapping of keys; got {type(content).__name__}")
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for key in content:
+        if key not in fields:
+            raise DomainError(f"{where}: unknown key '{key}'; the keys are {', '.join(fields)}")
+    missing = [name for name, item in fields.items()
+               if name not in content
+               and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING]  # fmt: skip
+    if missing:
+        raise DomainError(f"{where}: key '{missing[0]}' is required and missing; add it")
+    rules = {"label": LabelRule, "split": SplitRule, "negatives": NegativeRule, "stream": StreamRule}
+    values = dict(content)
+    if cls is Domain:
+        for key, rule in rules.items():
+            if key in values and not dataclasses.is_dataclass(values[key]):
+                values[key] = _from_mapping(rule, values[key], f"{where}: {key}")
+        values["outcomes"] = _text_keys(values["outcomes"], f"{where}: outcomes")
+    elif cls is LabelRule and values.get("map") is not None:
+        values["map"] = _text_keys(values["map"], f"{where}: map", only_bool=True)
+    return cls(**values)
+
+
+def _text_keys(content: Any, where: str, only_bool: bool = False) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise DomainError(f"{where}: must be a mapping; got {content!r}")
+    for key in content:
+        if isinstance(key, bool) or (not only_bool and not isinstance(key, str)):
+            raise DomainError(f"{where}: labels must be text, and YAML reads {key!r} here; put quotes around the label")
+    return {str(key): value for key, value in content.items()}
+
+
+def _check_texts(domain: Domain) -> None:
+    where = f"domain '{domain.name}'"
+    for key in ("name", "event", "marker"):
+        value = getattr(domain, key)
+        if not isinstance(value, str) or not value.strip():
+            raise DomainError(f"{where}: {key} must be a text that is not blank; got {value!r}")
+    for key in ("event", "header"):
+        try:
+            columns = template_columns(getattr(domain, key))
+        except ValueError as error:
+            raise DomainError(f"{where}: {key} is not a template ({error}); write {{{{ for a brace") from None
+        literals = [literal for literal, _, _, _ in string.Formatter().parse(getattr(domain, key)) if literal]
+        if any(domain.marker.strip() in literal for literal in literals):
+            raise DomainError(f"{where}: {key} contains the marker {domain.marker!r}, which only closes events; reword")
+        bad = [name for name in columns if not name.isidentifier()]
+        if bad:
+            raise DomainError(f"{where}: {key} has the field {{{bad[0]}}}; fields are column names, such as {{title}}")
+        if domain.label.column in columns:
+            raise DomainError(
+                f"{where}: {key} shows the label's own column '{domain.label.column}', which is the answer; remove it"
+            )
+    if not domain.event_columns:
+        raise DomainError(f"{where}: event {domain.event!r} names no column; use at least one, such as {{title}}")
+    if len(domain.outcomes) < 2:
+        raise DomainError(f"{where}: outcomes must hold two labels or more; got {list(domain.outcomes)}")
+    for label, word in domain.outcomes.items():
+        if not isinstance(word, str) or not word.strip():
+            raise DomainError(
+                f"{where}: the outcome of '{label}' must be a word; got {word!r} (quote yes, no, on, off)"
+            )
+    if len(set(domain.outcomes.values())) < len(domain.outcomes):
+        raise DomainError(f"{where}: two labels have one outcome word in {domain.outcomes}; give each its own")
+
+
+def _check_rules(domain: Domain) -> None:
+    where = f"domain '{domain.name}'"
+    label, labels = domain.label, domain.labels
+    if label.above is not None and (label.map is not None or len(labels) != 2):
+        raise DomainError(f"{where}: label.above needs two outcomes and no map; got {len(labels)} and {label.map}")
+    for value, name in (label.map or {}).items():
+        if name is not None and name not in labels:
+            raise DomainError(f"{where}: label.map sends '{value}' to '{name}'; the labels are {', '.join(labels)}")
+    if domain.negatives.label is not None and domain.negatives.label not in labels:
+        raise DomainError(
+            f"{where}: negatives.label '{domain.negatives.label}' is none of the labels {', '.join(labels)}"
+        )
+    unknown = [name for name in domain.stream.history_labels or [] if name not in labels]
+    if unknown:
+        raise DomainError(f"{where}: stream.history_labels has '{unknown[0]}'; the labels are {', '.join(labels)}")
+    choices = {
+        "simultaneous": (domain.simultaneous, ("order", "isolate")),
+        "split.by": (domain.split.by, ("time", "user")),
+        "negatives.sampling": (domain.negatives.sampling, ("popularity", "uniform")),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise DomainError(f"{where}: {key} must be one of {', '.join(allowed)}; got {value!r}")
+    lows = {
+        "negatives.per_positive": (domain.negatives.per_positive, 0),
+        "stream.context": (domain.stream.context, 0),
+        "stream.targets": (domain.stream.targets, 1),
+        "stream.max_length": (domain.stream.max_length, 8),
+    }
+    for key, (value, low) in lows.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise DomainError(f"{where}: {key} must be a whole number of at least {low}; got {value!r}")

@@ -1,0 +1,206 @@
+"""BehaviorLog: what users did with items, checked, sorted by user and time, and kept in Arrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmrec_peft.data.spool import BATCH_ROWS, SPOOL_ROWS, spool
+from llmrec_peft.data.tables import (
+    bool_numpy,
+    check_columns,
+    listed,
+    numbered,
+    offenders,
+    prepare_interactions,
+    prepare_items,
+    shorten,
+)
+from llmrec_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from llmrec_peft.data.splits import Splits
+
+
+class BehaviorLog:
+    """Interactions of users with items, in the order that the streams need.
+
+    Rows are sorted by user, then by time, then as they came. Users are in the order of their sorted ids. Integer codes
+    stand for users and items, so that what follows is array work; text stays in the item table.
+
+    Attributes:
+        name: what messages call the log.
+        interactions: Arrow table [rows] with `user_id`, `item_id`, `timestamp` (seconds), at least one of `label`,
+            `rating` and `behaviour`, and the log's own columns. Logs above a million rows are memory-mapped.
+        items: Arrow table [items] with `item_id`, `title` and the log's own columns, in its given order.
+        user_ids: Arrow strings [users], sorted.
+        user_codes: int32 [rows], position in `user_ids`, non-decreasing.
+        user_offsets: int64 [users + 1]; the rows of user u are `user_offsets[u]:user_offsets[u + 1]`.
+        item_codes: int32 [rows], row in `items`.
+        timestamps: int64 or float64 [rows], seconds since 1970.
+    """
+
+    def __init__(self, interactions: pa.Table, items: pa.Table | None = None, *, name: str = "log") -> None:
+        """Check and sort a log.
+
+        Args:
+            interactions: `user_id`, `item_id`, `timestamp` (seconds or datetimes) and at least one of `label`, `rating`
+                and `behaviour`. A boolean column `context_only` marks rows that are history and never targets.
+            items: `item_id`, `title` and any other columns. Without it the interactions need a `title` column, and
+                each item takes the title of its first row.
+            name: what messages call the log.
+
+        Raises:
+            DataError: a rule is broken; the message names the rule, the rows or ids and what to do.
+        """
+        self.name = name
+        interactions, seconds = prepare_interactions(interactions, name)
+        self.items = prepare_items(_items_of(interactions, name) if items is None else items, name)
+        item_codes = self._code_items(interactions.column("item_id"))
+        users = interactions.column("user_id")
+        distinct = pc.unique(users)
+        self.user_ids: pa.Array = distinct.take(pc.sort_indices(distinct))
+        user_codes = _codes(users, self.user_ids)
+
+        order = _order(user_codes, seconds)
+        self.interactions = _arranged(interactions, order)
+        self.user_codes = user_codes if order is None else user_codes[order]
+        self.item_codes = item_codes if order is None else item_codes[order]
+        self.timestamps = seconds if order is None else seconds[order]
+        counts = np.bincount(self.user_codes, minlength=len(self.user_ids))
+        self.user_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        if len(self) > SPOOL_ROWS:
+            pa.default_memory_pool().release_unused()  # what sorting took; the table itself is in a mapped file
+        self._item_rows: dict[str, int] | None = None
+
+    @classmethod
+    def read(cls, path: str | Path, *, format: str = "auto") -> BehaviorLog:
+        """Read a log from a directory, a file or a Hub data set.
+
+        Args:
+            path: where the log is.
+            format: a name from `llmrec_peft.data.sources.READERS`, or "auto" to find it from what is there.
+
+        Raises:
+            DataError: nothing there can be read, or the log breaks a rule.
+        """
+        from llmrec_peft.data.sources import read_log
+
+        return read_log(path, format=format)
+
+    def __len__(self) -> int:
+        return len(self.user_codes)
+
+    def __repr__(self) -> str:
+        return (
+            f"BehaviorLog({self.name!r}: {len(self):,} interactions of {self.num_users:,} users "
+            f"with {self.num_items:,} items)"
+        )
+
+    @property
+    def num_users(self) -> int:
+        """Users that have at least one row."""
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        """Rows of the item table, whether or not a user met them."""
+        return self.items.num_rows
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of the interactions, [rows].
+
+        Raises:
+            DataError: there is no such column; the message names those that exist.
+        """
+        if name not in self.interactions.column_names:
+            raise DataError(
+                f"interactions of log {self.name!r} have no column {name!r}; "
+                f"it has {listed(self.interactions.column_names)}; name one of these"
+            )
+        return self.interactions.column(name)
+
+    def item_index(self, item_id: str) -> int:
+        """The row of an item in `items`.
+
+        Raises:
+            DataError: no item has this id.
+        """
+        if self._item_rows is None:
+            self._item_rows = {value: row for row, value in enumerate(self.items.column("item_id").to_pylist())}
+        try:
+            return self._item_rows[item_id]
+        except KeyError:
+            raise DataError(
+                f"log {self.name!r} has no item with id {shorten(item_id)} among {self.num_items} items; "
+                "use an id of the item table"
+            ) from None
+
+    def summary(self) -> dict[str, object]:
+        """Counts of the log: users, items, interactions, first and last time in seconds, rows of each behaviour."""
+        counts: dict[str, object] = {
+            "users": self.num_users,
+            "items": self.num_items,
+            "interactions": len(self),
+            "first_time": self.timestamps.min().item(),
+            "last_time": self.timestamps.max().item(),
+        }
+        if "behaviour" in self.interactions.column_names:
+            found = pc.value_counts(self.interactions.column("behaviour")).to_pylist()
+            counts["behaviours"] = {str(entry["values"]): entry["counts"] for entry in found}
+        return counts
+
+    def split(self, by: str = "time", valid: float = 0.1, test: float = 0.1, seed: int = 0) -> Splits:
+        """Train, valid and test rows, by one global time or by user; see `llmrec_peft.data.splits.split_log`."""
+        from llmrec_peft.data.splits import split_log
+
+        return split_log(self, by=by, valid=valid, test=test, seed=seed)
+
+    def _code_items(self, ids: pa.ChunkedArray) -> np.ndarray:
+        found = pc.index_in(ids, value_set=self.items.column("item_id"))
+        if found.null_count:
+            count, rows = offenders(bool_numpy(found.is_null()))
+            first = listed([shorten(value) for value in ids.take(rows).to_pylist()])
+            raise DataError(
+                f"interactions of log {self.name!r} name items that the item table lacks in {count} rows "
+                f"({numbered(rows, count)}: {first}); add these items or drop the rows"
+            )
+        return found.to_numpy().astype(np.int32, copy=False)
+
+
+def _items_of(interactions: pa.Table, name: str) -> pa.Table:
+    """An item table from a `title` column of the interactions: the title of each item's first row."""
+    where = f"interactions of log {name!r}, which come without an item table,"
+    check_columns(interactions, ("title",), where)
+    first = pc.index_in(pc.unique(interactions.column("item_id")), value_set=interactions.column("item_id"))
+    return interactions.select(["item_id", "title"]).take(first)
+
+
+def _codes(values: pa.ChunkedArray, names: pa.Array) -> np.ndarray:
+    return pc.index_in(values, value_set=names).to_numpy().astype(np.int32, copy=False)
+
+
+def _order(user_codes: np.ndarray, seconds: np.ndarray) -> np.ndarray | None:
+    """The stable permutation that sorts rows by user and time, or None where they are sorted already."""
+    step = np.diff(user_codes)
+    if not np.any((step < 0) | ((step == 0) & (np.diff(seconds) < 0))):
+        return None
+    return np.lexsort((seconds, user_codes))
+
+
+def _arranged(table: pa.Table, order: np.ndarray | None) -> pa.Table:
+    """The table in the given order; above `SPOOL_ROWS` rows it is written batch by batch and mapped from disk."""
+    if table.num_rows <= SPOOL_ROWS:
+        return (table if order is None else table.take(order)).combine_chunks()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, table.num_rows, BATCH_ROWS):
+            part = table.slice(start, BATCH_ROWS) if order is None else table.take(order[start : start + BATCH_ROWS])
+            yield from part.combine_chunks().to_batches()
+
+    return spool(batches(), table.schema)

@@ -1,0 +1,199 @@
+"""Sampled negatives for logs of positives: items that were there, that the user did not take, drawn from the past only.
+
+Every positive gets a list of its own. The draw is exact: each slot follows the popularity (or the uniform) distribution
+over the items known strictly before the positive's time, given that neither the user nor the list has the item.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmrec_peft.data.splits import LogSplit
+from llmrec_peft.errors import DataError
+
+SAMPLING = ("popularity", "uniform")
+"""The distributions that negatives can be drawn from."""
+
+ROUNDS = 16  # rejections of one slot before its list is finished by the exact, slower way
+CELLS = 4_000_000  # of the exact way's (positive, item) matrix at a time, 32 MB an array
+
+NONE = -1
+"""Stands where no item was available."""
+
+
+def sample_negatives(
+    split: LogSplit,
+    *,
+    per_positive: int,
+    sampling: str,
+    seed: int,
+    positives: np.ndarray | None = None,
+    source: np.ndarray | None = None,
+    past_only: bool = True,
+) -> np.ndarray:
+    """Draw items that the users did not take.
+
+    Args:
+        split: whose users' items are excluded: no list holds an item that its user took in `split.rows`.
+        per_positive: items in each list, at least 1.
+        sampling: `popularity` (by how many source rows an item has so far) or `uniform` (over items with any so far).
+        seed: same arguments and seed, same lists.
+        positives: row numbers to draw for; by default `split.rows`.
+        source: row numbers of which popularity and the known items are made; by default every row of the log. For a
+            split by user give the training rows.
+        past_only: count only source rows strictly earlier than the positive. Give False where time means nothing.
+
+    Returns:
+        int32 [len(positives), per_positive] item codes, no item twice in a row of it; -1 where fewer were available.
+
+    Raises:
+        DataError: an unknown `sampling`, `per_positive` below 1, or row numbers outside the log.
+    """
+    if sampling not in SAMPLING:
+        raise DataError(
+            f"negatives: sampling must be one of {', '.join(SAMPLING)}, not {sampling!r}; "
+            "set negatives.sampling in the domain file"
+        )
+    if per_positive < 1:
+        raise DataError(f"negatives: per_positive must be at least 1, not {per_positive}; leave the call out for none")
+    log = split.log
+    positives = _rows(split.rows if positives is None else positives, len(log), "positives")
+    source = _rows(np.arange(len(log)) if source is None else source, len(log), "source")
+    if not len(source):
+        raise DataError("negatives: source has no rows, so no item is known; give the training rows")
+
+    past = _Past.of(log.item_codes[source], log.timestamps[source])
+    users = log.user_codes[positives].astype(np.int64)
+    known = past.known(log.timestamps[positives]) if past_only else past.everything(len(positives))
+    took = np.concatenate([split.rows, positives])
+    taken = np.sort(log.user_codes[took].astype(np.int64) * log.num_items + log.item_codes[took])
+    rng = np.random.default_rng(seed)
+
+    out = np.full((len(positives), per_positive), NONE, dtype=np.int32)
+    unfinished = _fill_by_rejection(out, users, known, past, taken, log.num_items, sampling, rng)
+    _fill_exactly(out, unfinished, users, known, past, taken, log.num_items, sampling, rng)
+    return out
+
+
+def _rows(rows: np.ndarray, size: int, name: str) -> np.ndarray:
+    rows = np.asarray(rows, dtype=np.int64)
+    wrong = rows[(rows < 0) | (rows >= size)]
+    if len(wrong):
+        raise DataError(
+            f"negatives: {name} has row {wrong[0]}, but the log has {size} rows; give row numbers of the log"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was known at each positive's time: [n] counts of source rows, and of items, strictly before it."""
+
+    rows: np.ndarray
+    items: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Past:
+    """The source in time order, so that "before t" is a prefix of it.
+
+    items: [s] item codes of the source rows; times: [s]; first_items, first_times: [i] the items in order of their
+    first row, and its time; by_item: [s] sorted codes `rank * s + position`, where rank is an item's place in
+    first_items, to count an item's rows in any prefix by two binary searches.
+    """
+
+    items: np.ndarray
+    times: np.ndarray
+    first_items: np.ndarray
+    first_times: np.ndarray
+    by_item: np.ndarray
+
+    @classmethod
+    def of(cls, items: np.ndarray, times: np.ndarray) -> _Past:
+        order = np.argsort(times, kind="stable")
+        items, times = items[order], times[order]
+        codes, firsts, inverse = np.unique(items, return_index=True, return_inverse=True)
+        by_first = np.argsort(firsts)
+        rank = np.empty(len(codes), dtype=np.int64)
+        rank[by_first] = np.arange(len(codes))
+        by_item = np.sort(rank[inverse] * len(items) + np.arange(len(items)))
+        return cls(items, times, codes[by_first], times[firsts[by_first]], by_item)
+
+    def known(self, moments: np.ndarray) -> _Known:
+        # side="left": a row of the same moment is not the past.
+        return _Known(np.searchsorted(self.times, moments), np.searchsorted(self.first_times, moments))
+
+    def everything(self, size: int) -> _Known:
+        return _Known(np.full(size, len(self.items)), np.full(size, len(self.first_items)))
+
+    def counts(self, prefixes: np.ndarray, items: int) -> np.ndarray:
+        """Return int64 [len(prefixes), items]: rows of each of the first `items` items in each prefix of the source."""
+        starts = np.arange(items, dtype=np.int64) * len(self.items)
+        ends = np.searchsorted(self.by_item, starts[None, :] + prefixes[:, None])
+        return ends - np.searchsorted(self.by_item, starts)[None, :]
+
+
+def _member(sorted_codes: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    places = np.searchsorted(sorted_codes, codes)
+    places[places == len(sorted_codes)] = 0
+    return sorted_codes[places] == codes
+
+
+def _fill_by_rejection(out, users, known, past, taken, num_items, sampling, rng) -> np.ndarray:
+    """Fill `out` slot by slot by drawing until a draw is allowed; return the positives that ROUNDS did not finish.
+
+    How often a draw was refused says nothing about which item is drawn in the end, so that handing the unlucky over to
+    the exact way leaves the distribution as it is.
+    """
+    size = known.rows if sampling == "popularity" else known.items
+    pool = past.items if sampling == "popularity" else past.first_items
+    live = np.flatnonzero(known.items > 0)
+    unfinished = []
+    for slot in range(out.shape[1]):
+        waiting = live
+        for _ in range(ROUNDS):
+            if not len(waiting):
+                break
+            drawn = pool[rng.integers(size[waiting])]
+            refused = _member(taken, users[waiting] * num_items + drawn)
+            refused |= (out[waiting, :slot] == drawn[:, None]).any(axis=1)
+            out[waiting[~refused], slot] = drawn[~refused]
+            waiting = waiting[refused]
+        unfinished.append(waiting)
+        live = np.setdiff1d(live, waiting, assume_unique=True)
+    return np.concatenate(unfinished)
+
+
+def _fill_exactly(out, unfinished, users, known, past, taken, num_items, sampling, rng) -> None:
+    """Finish the lists of `unfinished` by weighing every known item.
+
+    Taking the largest of log(weight) + Gumbel noise draws without replacement in proportion to the weights
+    (Efraimidis & Spirakis 2006; Gumbel-top-k, Kool et al. 2019), which is what the slot-by-slot rejection does.
+    """
+    # In order of the items known, so that a chunk's matrix is only as wide as its own past.
+    unfinished = unfinished[np.argsort(known.items[unfinished], kind="stable")]
+    start = 0
+    while start < len(unfinished):
+        widest = int(known.items[unfinished[-1]])
+        chunk = unfinished[start : start + max(1, CELLS // widest)]
+        start += len(chunk)
+        width = int(known.items[chunk[-1]])
+        weights = past.counts(known.rows[chunk], width).astype(np.float64)
+        if sampling == "uniform":
+            weights = (weights > 0).astype(np.float64)
+        items = past.first_items[:width]
+        weights[_member(taken, users[chunk][:, None] * num_items + items[None, :])] = 0
+        for slot in range(out.shape[1]):
+            weights[out[chunk, slot][:, None] == items[None, :]] = 0
+        with np.errstate(divide="ignore"):
+            keys = np.log(weights) + rng.gumbel(size=weights.shape)
+        best = np.argsort(-keys, axis=1, kind="stable")[:, : out.shape[1]]
+        ranked = np.where(np.take_along_axis(weights, best, axis=1) > 0, items[best], NONE)
+        # A list's filled slots come first; its open ones take the ranked items in order.
+        filled = (out[chunk] != NONE).sum(axis=1)
+        slots = np.arange(out.shape[1])[None, :] - filled[:, None]
+        available = (slots >= 0) & (slots < ranked.shape[1])
+        values = np.take_along_axis(ranked, np.clip(slots, 0, ranked.shape[1] - 1), axis=1)
+        out[chunk] = np.where(slots < 0, out[chunk], np.where(available, values, NONE))

@@ -1,0 +1,103 @@
+"""The registry of readers and the function that picks one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.tables import listed
+from llmrec_peft.errors import DataError
+
+HUB_PREFIX = "hf://"
+
+
+@dataclass(frozen=True)
+class RawLog:
+    """What a reader returns: the two tables as found, before `BehaviorLog` checks them, and a name for messages."""
+
+    interactions: pa.Table
+    items: pa.Table | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One form of log: its name, its layout in words, how to recognise it and how to read it."""
+
+    name: str
+    layout: str
+    detect: Callable[[str], bool]
+    read: Callable[[str], RawLog]
+    local: bool = True
+
+
+READERS: dict[str, Reader] = {}
+"""Name -> reader, in the order in which detection asks them."""
+
+
+def register(
+    name: str, layout: str, detect: Callable[[str], bool], *, local: bool = True
+) -> Callable[[Callable[[str], RawLog]], Callable[[str], RawLog]]:
+    """Decorator that puts a reading function in the registry."""
+
+    def add(read: Callable[[str], RawLog]) -> Callable[[str], RawLog]:
+        READERS[name] = Reader(name, layout, detect, read, local)
+        return read
+
+    return add
+
+
+def describe_formats() -> str:
+    """The supported forms on one line: `directory (interactions...), movielens (...), ...`."""
+    return "; ".join(f"{reader.name} ({reader.layout})" for reader in READERS.values())
+
+
+def detect_format(path: str | Path) -> str:
+    """The name of the one reader that recognises the path.
+
+    Raises:
+        DataError: no reader does, or more than one; the message says what was found and what is supported.
+    """
+    text = str(path)
+    if not text.startswith(HUB_PREFIX) and not Path(text).exists():
+        raise DataError(
+            f"data path {text!r} does not exist; give a directory or file, "
+            f"or {HUB_PREFIX}owner/name (or format='hub') for a data set on the Hub"
+        )
+    names = [reader.name for reader in READERS.values() if reader.detect(text)]
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise DataError(f"data path {text!r} looks like {listed(names)}; say which with format=")
+    raise DataError(f"no reader knows {text!r}, which {_found(Path(text))}; supported are {describe_formats()}")
+
+
+def read_log(path: str | Path, *, format: str = "auto") -> BehaviorLog:
+    """Read and check a log; see `BehaviorLog.read`.
+
+    Raises:
+        DataError: the format is unknown or undetected, the files are damaged, or the log breaks a rule.
+    """
+    name = detect_format(path) if format == "auto" else format
+    if name not in READERS:
+        raise DataError(f"format {name!r} is not one of auto, {listed(list(READERS))}; name one of these")
+    reader = READERS[name]
+    if reader.local and not Path(path).exists():
+        raise DataError(f"data path {str(path)!r} does not exist; the {name} reader needs {reader.layout}")
+    raw = reader.read(str(path))
+    return BehaviorLog(raw.interactions, raw.items, name=raw.name)
+
+
+def log_name(path: str | Path) -> str:
+    """What messages call a log: the last part of its path."""
+    return Path(path).resolve().name or str(path)
+
+
+def _found(path: Path) -> str:
+    if path.is_file():
+        return f"is a file of {path.stat().st_size} bytes"
+    names = sorted(entry.name for entry in path.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"holds {listed(names[:8])}{more}" if names else "is an empty directory"

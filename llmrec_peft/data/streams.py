@@ -1,0 +1,455 @@
+"""From a log to token streams: windows, trunk, probes, and the independent prompts that they must equal."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ..errors import DataError, DomainError, StreamError
+from .domain import Domain
+from .negatives import sample_negatives
+from .splits import LogSplit
+from .tokens import CHUNK, TokenTable, Vocabulary
+
+TRUNK = 0  # branch of the header and of the events that later ones see
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One window as tokens; L tokens, T targets.
+
+    Attributes:
+        input_ids: int32 [L].
+        position_ids: int32 [L]; a probe's positions go on from the trunk point that it hangs off.
+        branch: int32 [L]; 0 for the trunk, a new number for each probe.
+        markers: int64 [T]; index of each answer's token.
+        labels: int64 [T]; class numbers.
+        lists: int64 [T]; targets with one number are alternatives at one moment.
+        targets: int64 [T]; row numbers of `StreamDataset.targets`.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    branch: np.ndarray
+    markers: np.ndarray
+    labels: np.ndarray
+    lists: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def independent(self, number: int, suffix: np.ndarray) -> "Stream":
+        """The prompt of one target by itself: what it sees of this stream, and nothing else."""
+        end, branch = self.markers[number], self.branch[self.markers[number]]
+        seen = np.flatnonzero((self.branch[: end + 1] == TRUNK) | (self.branch[: end + 1] == branch))
+        one = slice(number, number + 1)
+        ids = np.concatenate([self.input_ids[seen], suffix])
+        return Stream(ids, np.arange(len(ids), dtype=np.int32), np.zeros(len(ids), np.int32),
+                      np.array([len(seen) - 1]), self.labels[one], self.lists[one], self.targets[one])  # fmt: skip
+
+
+class _Builder:
+    """Lays tokens down in order; L grows."""
+
+    def __init__(self, trunk: list[np.ndarray]):
+        self.pieces: list[np.ndarray] = []
+        self.branches: list[int] = []
+        self.starts: list[int] = []
+        self.length = 0  # tokens laid down
+        self.point = 0  # trunk tokens laid down, the next trunk position
+        self.probes = 0
+        for ids in trunk:
+            self.trunk(ids)
+
+    def trunk(self, *parts: np.ndarray) -> int:
+        """Lay parts on the trunk; returns the index of the last token."""
+        for ids in parts:
+            self.pieces.append(ids)
+            self.branches.append(TRUNK)
+            self.starts.append(self.point)
+            self.point += len(ids)
+            self.length += len(ids)
+        return self.length - 1
+
+    def probe(self, event: np.ndarray, marker: np.ndarray) -> int:
+        """Hang an event with its marker off the trunk as it is now; returns the index of the last token."""
+        self.probes += 1
+        position = self.point
+        for ids in (event, marker):
+            self.pieces.append(ids)
+            self.branches.append(self.probes)
+            self.starts.append(position)
+            position += len(ids)
+            self.length += len(ids)
+        return self.length - 1
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sizes = np.array([len(ids) for ids in self.pieces])
+        ends = np.cumsum(sizes)
+        positions = np.arange(self.length) + np.repeat(np.array(self.starts) - (ends - sizes), sizes)
+        branch = np.repeat(np.array(self.branches, np.int32), sizes)
+        return np.concatenate(self.pieces).astype(np.int32), positions.astype(np.int32), branch
+
+
+class StreamDataset(torch.utils.data.Dataset):
+    """The windows of one split, made into tokens when they are asked for.
+
+    Attributes:
+        lengths: int64 [windows], tokens of each.
+        target_offsets: int64 [windows + 1]; window w answers targets target_offsets[w]:target_offsets[w + 1].
+        target_rows, target_items, target_labels, target_lists: arrays [targets] (row of the log, row of its item
+            table, class number, list number); sampled negatives have the row of their positive.
+        sampled: bool [targets], whether the target is a sampled negative.
+        dropped_context: history events that max_length left no room for.
+    """
+
+    def __init__(self, split: LogSplit, domain: Domain, tokenizer, *, seed: int = 0, source: np.ndarray | None = None):
+        self.name, self.log, self.domain = split.name, split.log, domain
+        self.vocabulary = Vocabulary(domain, tokenizer)
+        classes = domain.classes(self.log)
+        self._kept = np.flatnonzero(classes >= 0)
+        self._classes = classes[self._kept].astype(np.int64)
+        is_target = np.zeros(len(self.log), bool)
+        is_target[split.rows] = True
+        self._is_target = is_target[self._kept]
+        self._target_positions = np.flatnonzero(self._is_target)
+        if not len(self._target_positions):
+            raise DataError(f"split '{split.name}' of {self.log.name} has no labelled target; give more data or shares")
+        joining = domain.stream.history_labels
+        joins = np.array([joining is None or label in joining for label in domain.labels])
+        self._joins = joins[self._classes]
+        self._group = self._groups()
+        # An event that is alone at its moment is answered on the trunk; events that share one are answered as probes.
+        self._on_trunk = self._joins & (np.bincount(self._group, minlength=len(self._kept))[self._group] == 1)
+        self._negatives = self._sample(split, seed, source)
+        self._read_texts()
+        self._number_targets()
+        self._plan()
+
+    def _groups(self) -> np.ndarray:
+        """First kept position of each position's moment; with `order` each event is a moment of its own."""
+        count = len(self._kept)
+        if self.domain.simultaneous == "order":
+            return np.arange(count)
+        users, times = self.log.user_codes[self._kept], self.log.timestamps[self._kept]
+        new = np.ones(count, bool)
+        new[1:] = (users[1:] != users[:-1]) | (times[1:] != times[:-1])
+        return np.maximum.accumulate(np.where(new, np.arange(count), 0))
+
+    def _sample(self, split: LogSplit, seed: int, source: np.ndarray | None) -> np.ndarray:
+        """Item rows of the negatives, int32 [split's targets, per positive], -1 for none."""
+        rule, positions = self.domain.negatives, self._target_positions
+        negatives = np.full((len(positions), rule.per_positive), -1, np.int32)
+        positive = np.flatnonzero(self._classes[positions] != self.domain.negative_class)
+        if rule.per_positive and len(positive):
+            negatives[positive] = sample_negatives(
+                split,
+                per_positive=rule.per_positive,
+                sampling=rule.sampling,
+                seed=seed,
+                positives=self._kept[positions[positive]],
+                source=source,
+                past_only=self.domain.split.by == "time",
+            )
+        return negatives
+
+    # -- texts ---------------------------------------------------------------------------------
+
+    def _column(self, name: str, rows: np.ndarray, items: np.ndarray) -> pa.Array:
+        """A template's column for pairs of interaction and item; the item table's comes first."""
+        if name in self.log.items.column_names:
+            return _take(self.log.items.column(name), items)
+        if name in self.log.interactions.column_names:
+            return _take(self.log.interactions.column(name), rows)
+        raise DomainError(
+            f"domain '{self.domain.name}': event names the column '{name}', which neither the items "
+            f"({', '.join(self.log.items.column_names)}) nor the interactions "
+            f"({', '.join(self.log.interactions.column_names)}) have; correct the template"
+        )
+
+    def _read_texts(self) -> None:
+        """Tokenise headers and events; `_text` and `_negative_text` number the events' texts."""
+        vocabulary, columns = self.vocabulary, self.domain.event_columns
+        taken = self._negatives >= 0
+        rows = np.concatenate([self._kept, np.repeat(self._kept[self._target_positions], taken.sum(1))])
+        items = np.concatenate([self.log.item_codes[self._kept], self._negatives[taken]])
+        if set(columns) <= set(self.log.items.column_names):
+            # The text depends on the item alone, so each item is tokenised once.
+            items, numbers = np.unique(items, return_inverse=True)
+            rows = np.zeros(len(items), np.int64)
+        else:
+            numbers = np.arange(len(rows))
+        slices = [slice(start, start + CHUNK) for start in range(0, len(items), CHUNK)]
+        chunks = (vocabulary.events({name: self._column(name, rows[s], items[s]) for name in columns}) for s in slices)
+        self._events = TokenTable.build(vocabulary.tokenizer, chunks, len(items), f"{self.name} events")
+        self._text = numbers[: len(self._kept)]
+        self._negative_text = np.full(self._negatives.shape, -1, np.int64)
+        self._negative_text[taken] = numbers[len(self._kept) :]
+        self._headers = self._read_headers()
+
+    def _read_headers(self) -> TokenTable:
+        """One header for all, or one a user from the columns of the user's first interaction."""
+        columns, first = self.domain.header_columns, self.log.user_offsets[:-1]
+        known = self.log.interactions.column_names
+        for name in columns:
+            if name not in known:
+                raise DomainError(
+                    f"domain '{self.domain.name}': header names the column '{name}', which the interactions "
+                    f"({', '.join(known)}) do not have; correct the template"
+                )
+        count = len(first) if columns else 1
+        slices = [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+        chunks = (
+            self.vocabulary.headers(
+                {name: _take(self.log.interactions.column(name), first[s]) for name in columns}, s.stop - s.start
+            )
+            for s in slices
+        )
+        return TokenTable.build(self.vocabulary.tokenizer, chunks, count, f"{self.name} headers")
+
+    def _header(self, user: int) -> int:
+        return user if len(self._headers) > 1 else 0
+
+    # -- targets and windows -------------------------------------------------------------------
+
+    def _number_targets(self) -> None:
+        """Each positive is followed by its negatives, in the log's order."""
+        positions, taken = self._target_positions, self._negatives >= 0
+        counts = 1 + taken.sum(1)
+        self._first = np.concatenate([[0], np.cumsum(counts)])  # first target number of each target position
+        self.sampled = np.ones(self._first[-1], bool)
+        self.sampled[self._first[:-1]] = False
+        self.target_rows = np.repeat(self._kept[positions], counts)
+        self.target_items = self.log.item_codes[self.target_rows].copy()
+        self.target_items[self.sampled] = self._negatives[taken]
+        self.target_labels = np.repeat(self._classes[positions], counts)
+        self.target_labels[self.sampled] = self.domain.negative_class
+        _, lists = np.unique(self._group[positions], return_inverse=True)
+        self.target_lists = np.repeat(lists, counts)
+
+    def _costs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens that each kept position takes as history, and as a target with its negatives; int64 [kept]."""
+        sizes, marker = self._events.lengths, len(self.vocabulary.marker)
+        event = sizes[self._text] + marker
+        words = np.array([len(ids) for ids in self.vocabulary.outcomes])
+        history = np.where(self._joins, event + words[self._classes], 0)
+        target = np.where(self._on_trunk, history, event + history)
+        if self._negatives.size:
+            taken = self._negative_text >= 0
+            extra = np.where(taken, sizes[self._negative_text] + marker, 0).sum(1)
+            target[self._target_positions] += extra
+        return history, target
+
+    def _plan(self) -> None:
+        """Cut each user's targets into windows, and give each the newest history that fits."""
+        rule, positions = self.domain.stream, self._target_positions
+        history, target = self._costs()
+        # Sums up to each position: tokens of the window's part from its first target on, tokens of history, events.
+        until = np.concatenate([[0], np.cumsum(np.where(self._is_target, target, history))])
+        past = np.concatenate([[0], np.cumsum(history)])
+        events = np.concatenate([[0], np.cumsum(self._joins)])
+        users = self.log.user_codes[self._kept]
+        user_of = users[positions]
+        cuts = np.flatnonzero(np.diff(user_of)) + 1
+        bounds = np.concatenate([[0], cuts, [len(positions)]])
+        target_ends = until[positions + 1]
+        windows, self.dropped_context = [], 0
+        around = len(self.vocabulary.prefix) + len(self.vocabulary.suffix)
+        first_of_user = np.searchsorted(users, user_of[bounds[:-1]])
+        runs = zip(bounds[:-1].tolist(), bounds[1:].tolist(), first_of_user.tolist(), strict=True)
+        for start, stop, oldest in runs:
+            room = rule.max_length - around - int(self._headers.lengths[self._header(int(user_of[start]))])
+            while start < stop:
+                base = until[positions[start]]
+                end = int(np.searchsorted(target_ends[start : min(start + rule.targets, stop)], base + room, "right"))
+                end = self._whole_moments(start, start + end, stop)
+                if end == start:
+                    self._refuse(positions[start], target[positions[start]], room)
+                edge = self._group[positions[start]]
+                left = room - (target_ends[end - 1] - base)
+                wanted = max(oldest, int(np.searchsorted(events, events[edge] - rule.context, "left")))
+                begin = max(wanted, int(np.searchsorted(past, past[edge] - left, "left")))
+                self.dropped_context += int(events[min(begin, edge)] - events[min(wanted, edge)])
+                windows.append((min(begin, edge), edge, start, end))
+                start = end
+        self._windows = np.array(windows, np.int64)
+        self.target_offsets = np.append(self._first[self._windows[:, 2]], self._first[-1])
+        self.lengths = self._lengths(until, past, history, target)
+
+    def _whole_moments(self, start: int, end: int, stop: int) -> int:
+        """Do not cut a moment in two unless it alone is over the limits."""
+        group = self._group[self._target_positions[start : end + 1]]
+        if start < end < stop and group[end - start] == group[end - start - 1] and group[end - start] != group[0]:
+            return start + int(np.searchsorted(group, group[end - start], "left"))
+        return end
+
+    def _refuse(self, position: int, tokens: int, room: int) -> None:
+        row = self._kept[position]
+        item = self.log.items.column("item_id")[int(self.log.item_codes[row])].as_py()
+        raise StreamError(
+            f"event of item '{item}' (row {row} of {self.log.name}) needs {tokens} tokens with its marker, outcome and "
+            f"negatives, and stream.max_length {self.domain.stream.max_length} leaves {room}; shorten the item's text "
+            f"or raise max_length"
+        )
+
+    def _lengths(self, until: np.ndarray, past: np.ndarray, history: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Tokens of each window; what would follow the last answer is not laid down."""
+        begin, edge, start, end = self._windows.T
+        first, last = self._target_positions[start], self._target_positions[end - 1]
+        users = self.log.user_codes[self._kept[first]]
+        header = self._headers.lengths[users if len(self._headers) > 1 else np.zeros_like(users)]
+        total = len(self.vocabulary.prefix) + header + past[edge] - past[begin] + until[last + 1] - until[first]
+        # The last moment does not join the trunk: its history tokens go, but for an event answered on the trunk itself.
+        moment = np.maximum(self._group[last], first)
+        spare = past[last + 1] - past[moment]
+        words = np.array([len(ids) for ids in self.vocabulary.outcomes])
+        return total - np.where(self._on_trunk[last], words[self._classes[last]], spare)
+
+    # -- access --------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, number: int) -> Stream:
+        begin, edge, start, end = self._windows[number]
+        positions, vocabulary = self._target_positions, self.vocabulary
+        user = int(self.log.user_codes[self._kept[positions[start]]])
+        build = _Builder([vocabulary.prefix, self._headers[self._header(user)]])
+        for position in range(begin, edge):
+            self._join(build, position)
+        markers: dict[int, int] = {}
+        position, last = int(positions[start]), int(positions[end - 1])
+        while position <= last:
+            stop = position + 1
+            while stop <= last and self._group[stop] == self._group[position]:
+                stop += 1
+            self._moment(build, range(position, stop), markers, is_last=stop > last)
+            position = stop
+        targets = np.arange(self.target_offsets[number], self.target_offsets[number + 1])
+        order = np.array([markers[target] for target in targets])
+        ids, places, branch = build.arrays()
+        return Stream(ids, places, branch, order, self.target_labels[targets], self.target_lists[targets], targets)
+
+    def _join(self, build: _Builder, position: int) -> None:
+        """Lay a finished event on the trunk, if its label lets later events see it."""
+        if self._joins[position]:
+            word = self.vocabulary.outcomes[self._classes[position]]
+            build.trunk(self._events[self._text[position]], self.vocabulary.marker, word)
+
+    def _moment(self, build: _Builder, members: range, markers: dict[int, int], is_last: bool) -> None:
+        """Lay down the events of one moment: answers first, then what later moments see."""
+        marker = self.vocabulary.marker
+        on_trunk = bool(self._on_trunk[members[0]])
+        for position in members:
+            if not self._is_target[position]:
+                continue
+            index = int(np.searchsorted(self._target_positions, position))
+            target = int(self._first[index])
+            if not on_trunk:
+                markers[target] = build.probe(self._events[self._text[position]], marker)
+            for text in self._negative_text[index]:
+                if text >= 0:
+                    target += 1
+                    markers[target] = build.probe(self._events[text], marker)
+            if on_trunk:
+                markers[int(self._first[index])] = build.trunk(self._events[self._text[position]], marker)
+                if not is_last:
+                    build.trunk(self.vocabulary.outcomes[self._classes[position]])
+                return
+        if not is_last:
+            for position in members:
+                self._join(build, position)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of all windows, sampled negatives included."""
+        return int(self.target_offsets[-1])
+
+    def limited(self, targets: int | None, seed: int = 0) -> "torch.utils.data.Subset | StreamDataset":
+        """Whole windows drawn at random until they hold at least so many targets; all for None."""
+        if targets is None or targets >= self.num_targets:
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))
+        enough = int(np.searchsorted(np.cumsum(np.diff(self.target_offsets)[order]), targets)) + 1
+        return StreamSubset(self, np.sort(order[:enough]))
+
+    def describe(self, targets: np.ndarray) -> pa.Table:
+        """Columns split, user_id, item_id, timestamp, label (name) of target numbers [n]."""
+        rows, items = self.target_rows[targets], self.target_items[targets]
+        labels = pa.array(self.domain.labels).take(pa.array(self.target_labels[targets]))
+        return pa.table(
+            {
+                "split": pa.array([self.name] * len(rows)),
+                "user_id": _take(self.log.interactions.column("user_id"), rows).cast(pa.string()),
+                "item_id": _take(self.log.items.column("item_id"), items).cast(pa.string()),
+                "timestamp": _take(self.log.interactions.column("timestamp"), rows),
+                "label": labels,
+            }
+        )
+
+
+class StreamSubset(torch.utils.data.Dataset):
+    """Some windows of a stream data set; `parent` names the rest."""
+
+    def __init__(self, parent: StreamDataset, windows: np.ndarray):
+        self.parent, self.windows = parent, windows
+        self.lengths = parent.lengths[windows]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> Stream:
+        return self.parent[int(self.windows[number])]
+
+
+class IndependentPrompts(torch.utils.data.Dataset):
+    """Each target of a stream data set as a prompt of its own: the measure of the stream's answers."""
+
+    def __init__(self, streams: StreamDataset | StreamSubset):
+        self.streams = streams
+        self.parent: StreamDataset = getattr(streams, "parent", streams)
+        windows = getattr(streams, "windows", np.arange(len(streams)))
+        counts = np.diff(self.parent.target_offsets)[windows]
+        self._window = np.repeat(np.arange(len(streams)), counts)
+        self._number = np.arange(len(self._window)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.lengths = np.repeat(streams.lengths, counts) + len(self.parent.vocabulary.suffix)
+        # A window's only target sees all of it; where there are more, only building it tells what each one sees.
+        starts = np.cumsum(counts) - counts
+        for window in np.flatnonzero(counts > 1):
+            stream = streams[int(window)]
+            ends = stream.position_ids[stream.markers] + 1 + len(self.parent.vocabulary.suffix)
+            self.lengths[starts[window] : starts[window] + counts[window]] = ends
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    def __getitem__(self, number: int) -> Stream:
+        stream = self.streams[int(self._window[number])]
+        return stream.independent(int(self._number[number]), self.parent.vocabulary.suffix)
+
+
+def build_streams(
+    split: LogSplit, domain: Domain, tokenizer, *, seed: int = 0, source: np.ndarray | None = None
+) -> StreamDataset:
+    """Cut one split of a log into token streams.
+
+    Args:
+        split: targets, from :meth:`BehaviorLog.split`; all earlier rows of a user are history.
+        domain: words and rules.
+        tokenizer: the base model's.
+        seed: of the sampled negatives, fixed for good by it.
+        source: rows whose items and counts negatives are drawn from, for splits by user the training rows.
+
+    Raises:
+        StreamError: an event that does not fit a window, or a marker or an outcome without tokens.
+        DomainError: a template names a column that is not there.
+        DataError: no labelled target, or labels outside the domain's list.
+    """
+    return StreamDataset(split, domain, tokenizer, seed=seed, source=source)
+
+
+def _take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:
+    taken = column.take(pa.array(rows))
+    return taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken

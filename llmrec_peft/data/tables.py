@@ -1,0 +1,205 @@
+"""Checks and normal forms of the two tables of a log: interactions and items.
+
+Everything here is a vectorised Arrow or NumPy call; no function visits rows one by one.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmrec_peft.errors import DataError
+
+ID_TYPE = pa.large_string()
+OUTCOME_COLUMNS = ("label", "rating", "behaviour")
+SHOWN = 5
+"""How many offenders a message names."""
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """`repr` of a value, cut to fit a one-line message."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listed(values: list[str]) -> str:
+    """Names joined by commas, or "none"."""
+    return ", ".join(str(value) for value in values) or "none"
+
+
+def offenders(mask: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many entries of a boolean array are set, and the positions of the first `SHOWN`."""
+    rows = np.flatnonzero(mask)
+    return len(rows), rows[:SHOWN]
+
+
+def numbered(rows: np.ndarray, count: int, noun: str = "row") -> str:
+    """`row 7` or `rows 7, 9, 12, ...`; rows are counted from 0."""
+    shown = ", ".join(str(int(row)) for row in rows)
+    return f"{noun}{'s' if count > 1 else ''} {shown}{', ...' if count > len(rows) else ''}"
+
+
+def bool_numpy(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A boolean Arrow column without nulls as a NumPy array."""
+    return np.asarray(values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else values.to_numpy())
+
+
+def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """An id column as strings; whole numbers in a float column lose their ".0".
+
+    Raises:
+        DataError: the column is of a type that cannot name a user or an item.
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return as_ids(column.cast(kind.value_type), where)
+    if kind == ID_TYPE:
+        return column
+    try:
+        if pa.types.is_floating(kind):
+            column = column.cast(pa.int64())
+        elif not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_string_view(kind)):
+            raise pa.ArrowInvalid(f"type {kind}")
+        return column.cast(ID_TYPE)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{where} must be strings or whole numbers, got {kind}; write the ids as strings") from error
+
+
+def check_columns(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
+    """Raise DataError if a needed column is missing or a column name appears twice."""
+    repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{where} has column {listed(repeated)} more than once; rename or drop the repeats")
+    missing = [name for name in needed if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"{where} lacks the column {listed(missing)}; it has {listed(table.column_names)}; rename or add columns"
+        )
+
+
+def is_blank(texts: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """Which texts are null, empty or nothing but white space."""
+    return pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+
+
+def check_ids(ids: pa.ChunkedArray, where: str) -> None:
+    """Raise DataError if an id is null, empty or blank."""
+    if ids.null_count:
+        count, rows = offenders(bool_numpy(ids.is_null()))
+        raise DataError(f"{where} is null in {count} rows ({numbered(rows, count)}); drop or fill these rows")
+    # Asked of the distinct ids first: a log has far fewer of them than rows.
+    if pc.any(is_blank(pc.unique(ids))).as_py():
+        blank = is_blank(ids)
+        count, rows = offenders(bool_numpy(blank))
+        raise DataError(
+            f"{where} is an empty string in {count} rows ({numbered(rows, count)}); drop or fill these rows"
+        )
+
+
+def prepare_items(items: pa.Table, name: str) -> pa.Table:
+    """The item table with `item_id` and `title` as strings, each item once and with a text.
+
+    Raises:
+        DataError: a missing column, an empty table, a null, empty or repeated id, an item without a title.
+    """
+    where = f"items of log {name!r}"
+    check_columns(items, ("item_id", "title"), where)
+    if not items.num_rows:
+        raise DataError(f"{where} has no rows; give at least one item with item_id and title")
+    ids = as_ids(items.column("item_id"), f"item_id in {where}")
+    check_ids(ids, f"item_id in {where}")
+    counts = pc.value_counts(ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(repeated):
+        first = listed([shorten(value) for value in repeated.slice(0, SHOWN).to_pylist()])
+        raise DataError(f"{where} has {len(repeated)} ids in more than one row (first: {first}); keep one row an item")
+    title = items.column("title")
+    if pa.types.is_dictionary(title.type):
+        title = title.cast(title.type.value_type)
+    if not pa.types.is_null(title.type) and not _is_text(title.type):
+        raise DataError(f"title in {where} must be text, got {title.type}; write the titles as strings")
+    title = title.cast(ID_TYPE)
+    blank = is_blank(title)
+    if pc.any(blank).as_py():
+        count, rows = offenders(bool_numpy(blank))
+        first = listed([shorten(value) for value in ids.take(rows).to_pylist()])
+        raise DataError(f"{where} has {count} items without a title (first: {first}); give each a text or drop them")
+    items = items.set_column(items.column_names.index("item_id"), "item_id", ids)
+    return items.set_column(items.column_names.index("title"), "title", title).combine_chunks()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def prepare_interactions(table: pa.Table, name: str) -> tuple[pa.Table, np.ndarray]:
+    """The interactions with string ids, and their timestamps as seconds.
+
+    Returns:
+        The table in its given order, its `timestamp` column in seconds, and the same seconds as an array [rows], int64
+        or float64.
+
+    Raises:
+        DataError: a missing column, an empty log, a null or empty id, a bad timestamp, `context_only` of a wrong type.
+    """
+    where = f"interactions of log {name!r}"
+    check_columns(table, ("user_id", "item_id", "timestamp"), where)
+    if not any(column in table.column_names for column in OUTCOME_COLUMNS):
+        raise DataError(
+            f"{where} needs one of {listed(list(OUTCOME_COLUMNS))}; it has {listed(table.column_names)}; "
+            "add the column that says what the user did"
+        )
+    if not table.num_rows:
+        raise DataError(f"{where} has no rows; a log needs at least one interaction")
+    for column in ("user_id", "item_id"):
+        ids = as_ids(table.column(column), f"{column} in {where}")
+        check_ids(ids, f"{column} in {where}")
+        table = table.set_column(table.column_names.index(column), column, ids)
+    seconds = to_seconds(table.column("timestamp"), where)
+    table = table.set_column(table.column_names.index("timestamp"), "timestamp", pa.chunked_array([seconds]))
+    if "context_only" in table.column_names:
+        table = _fix_context_only(table, where)
+    return table, seconds
+
+
+def _fix_context_only(table: pa.Table, where: str) -> pa.Table:
+    column = table.column("context_only")
+    try:
+        flags = pc.fill_null(column.cast(pa.bool_()), False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"context_only in {where} must be true or false, got {column.type}; use a boolean") from error
+    return table.set_column(table.column_names.index("context_only"), "context_only", flags)
+
+
+def to_seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Timestamps as seconds since 1970, int64 or float64, array [rows].
+
+    Dates and datetimes become seconds (UTC where a zone is given), whole where every one is whole.
+
+    Raises:
+        DataError: not a number or a datetime, null, NaN, infinite or negative.
+    """
+    kind = column.type
+    if column.null_count or pa.types.is_null(kind):
+        count, rows = offenders(bool_numpy(column.is_null()))
+        raise DataError(f"timestamp is null in {count} {where} ({numbered(rows, count)}); drop or fill these rows")
+    if pa.types.is_date(kind):
+        column = column.cast(pa.timestamp("s"))
+    if pa.types.is_timestamp(column.type):
+        ticks = column.cast(pa.int64()).to_numpy()
+        per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+        seconds = ticks // per_second if not np.any(ticks % per_second) else ticks / per_second
+    elif pa.types.is_integer(kind):
+        seconds = column.cast(pa.int64()).to_numpy()
+    elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        seconds = column.cast(pa.float64()).to_numpy()
+    else:
+        raise DataError(f"timestamp of {where} must be numbers (seconds) or datetimes, got {kind}; convert the column")
+    bad = ~(np.isfinite(seconds) & (seconds >= 0))
+    if bad.any():
+        count, rows = offenders(bad)
+        values = listed([str(seconds[row]) for row in rows])
+        raise DataError(
+            f"timestamp is NaN, infinite or negative in {count} {where} ({numbered(rows, count)}: {values}); "
+            "timestamps are seconds since 1970; fix or drop these rows"
+        )
+    return np.ascontiguousarray(seconds)

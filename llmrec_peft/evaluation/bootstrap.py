@@ -1,0 +1,121 @@
+"""Confidence intervals by a bootstrap that draws whole users.
+
+Targets of one user are alike, so intervals that draw targets one by one are too narrow. Here a sample draws as many
+users as there are, with replacement, and takes all targets of each (cluster bootstrap; Davison & Hinkley, *Bootstrap
+Methods and their Application*, 1997, section 3.8). The interval is the percentile interval. A difference of two models
+is paired: both are scored on the same users of each sample.
+
+A drawn user is a weight in the metric's own plan (`metrics.Metric.plan`), so nothing is copied or sorted again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmrec_peft.errors import ConfigError, DataError
+from llmrec_peft.evaluation.metrics import check_needs, find_metric
+from llmrec_peft.evaluation.targets import Targets, read_targets
+
+# Weights of one chunk of samples, gathered to targets, stay under this many numbers (8 bytes each, a few copies).
+CHUNK_NUMBERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value on all targets and its percentile interval. `undefined` samples had no value and are left out."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    samples: int
+    undefined: int = 0
+
+    def to_dict(self) -> dict:
+        """Plain mapping for JSON."""
+        return dict(vars(self))
+
+
+def intervals(
+    names: Sequence[str], labels, probabilities, users, lists=None, *, samples: int = 1000, seed: int = 0, level=0.95
+) -> dict[str, Interval]:
+    """Intervals of several metrics over the same samples; arrays as in `metrics.compute_metrics`.
+
+    Raises ConfigError for a bad name, samples or level, DataError for bad arrays.
+    """
+    _check(names, users, lists)
+    targets = read_targets(labels, probabilities, users, lists)
+    drawn = _draws(names, [targets], samples, seed, level)
+    return {name: _interval(values[0], level) for name, values in drawn.items()}
+
+
+def interval(
+    metric: str, labels, probabilities, users, lists=None, *, samples: int = 1000, seed: int = 0, level=0.95
+) -> Interval:
+    """The interval of one metric, see `intervals`."""
+    return intervals([metric], labels, probabilities, users, lists, samples=samples, seed=seed, level=level)[metric]
+
+
+def differences(
+    names: Sequence[str], labels, before, after, users, lists=None, *, samples: int = 1000, seed: int = 0, level=0.95
+) -> dict[str, Interval]:
+    """Paired intervals of `metric(after) - metric(before)` over the same samples of users.
+
+    before, after: probabilities [n, C] of two models on the same targets.
+    """
+    _check(names, users, lists)
+    pair = [read_targets(labels, probabilities, users, lists) for probabilities in (before, after)]
+    drawn = _draws(names, pair, samples, seed, level)
+    return {name: _interval(values[1] - values[0], level) for name, values in drawn.items()}
+
+
+def difference(
+    metric: str, labels, before, after, users, lists=None, *, samples: int = 1000, seed: int = 0, level=0.95
+) -> Interval:
+    """The paired interval of one metric, see `differences`."""
+    return differences([metric], labels, before, after, users, lists, samples=samples, seed=seed, level=level)[metric]
+
+
+def _check(names: Sequence[str], users, lists) -> None:
+    if users is None:
+        raise DataError("the bootstrap draws users, got none: pass users=ids, one a target")
+    check_needs(names, users, lists)
+
+
+def _draws(
+    names: Sequence[str], several: list[Targets], samples: int, seed: int, level: float
+) -> dict[str, np.ndarray]:
+    """Values [models, 1 + samples] by metric; the first column is the value on all targets."""
+    if samples < 1 or not 0 < level < 1:
+        raise ConfigError(f"bootstrap needs samples >= 1 and 0 < level < 1, got {samples} and {level}: change them")
+    plans = {
+        name: [metric.plan(targets, at) for targets in several] for name in names for metric, at in [find_metric(name)]
+    }
+    users = several[0].num_users
+    rng = np.random.default_rng(seed)
+    values = {name: np.empty((len(several), 1 + samples)) for name in names}
+    for name in names:
+        values[name][:, 0] = [plan(np.ones((1, users)))[0] for plan in plans[name]]
+    chunk = max(1, CHUNK_NUMBERS // max(users, len(several[0].labels)))
+    for start in range(0, samples, chunk):
+        size = min(chunk, samples - start)
+        weights = _weights(rng, users, size)
+        for name in names:
+            for row, plan in enumerate(plans[name]):
+                values[name][row, 1 + start : 1 + start + size] = plan(weights)
+    return values
+
+
+def _weights(rng: np.random.Generator, users: int, samples: int) -> np.ndarray:
+    """How often each user is drawn, [samples, users]; each row sums to `users`."""
+    drawn = rng.integers(0, users, (samples, users)) + users * np.arange(samples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=samples * users).reshape(samples, users).astype(np.float64)
+
+
+def _interval(values: np.ndarray, level: float) -> Interval:
+    drawn = values[1:][~np.isnan(values[1:])]
+    tail = (1 - level) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (np.nan, np.nan)
+    undefined = len(values) - 1 - len(drawn)
+    return Interval(float(values[0]), float(low), float(high), level, len(values) - 1, undefined)

@@ -1,0 +1,166 @@
+"""The report's two pictures: reliability of the probabilities, and the learning curve.
+
+Figures are made with matplotlib's objects and the Agg canvas, so no global state, display or window is touched.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llmrec_peft.evaluation.metrics import ECE_BINS, bin_numbers, calibration_view, compute_metrics
+from llmrec_peft.evaluation.targets import Targets
+
+BLUE, ORANGE, GREY = "#1f5fa8", "#d1661c", "#8a8a8a"
+INK = "#2b2b2b"
+
+
+def plot_reliability(path: str | Path, answers: Mapping[str, Targets], what: str) -> Path:
+    """One panel for each named set of answers: stated against observed share by bin, and how many answers a bin has.
+
+    answers: name to checked targets (`targets.read_targets`). what: the event whose probability is meant.
+    The bins are those of `ece`. Bars are 95 % Wilson intervals of a bin's share, as if its targets were independent.
+    """
+    figure = _figure(width=0.6 + 3.7 * len(answers), height=4.9)
+    grid = figure.add_gridspec(2, len(answers), height_ratios=[3.2, 1], hspace=0.08, wspace=0.16)
+    top = bottom = None
+    for column, (name, targets) in enumerate(answers.items()):
+        top = figure.add_subplot(grid[0, column], sharey=top)
+        bottom = figure.add_subplot(grid[1, column], sharex=top, sharey=bottom)
+        _draw_reliability(top, bottom, targets)
+        found = compute_metrics(targets.labels, targets.probabilities, names=["ece", "logloss"])
+        top.set_title(f"{name}\nece {found['ece']:.3f}, logloss {found['logloss']:.3f}", fontsize=10)
+        bottom.set_xlabel(f"stated chance of {_plain_text(what)}")
+        for axes in (top, bottom):
+            axes.tick_params(labelleft=column == 0)
+        top.tick_params(labelbottom=False)
+        if column == 0:
+            top.set_ylabel("observed share")
+            bottom.set_ylabel("targets")
+    return _save(figure, path)
+
+
+def plot_learning_curve(path: str | Path, log_history: Sequence[Mapping]) -> Path | None:
+    """Training loss and validation metrics by step, from `Trainer.state.log_history`; None if it has neither.
+
+    Left: loss of the training batches and `eval_logloss` (or `eval_loss`). Right, where there is any: `eval_auc`,
+    `eval_gauc`.
+    """
+    train = _series(log_history, "loss")
+    loss_key = "eval_logloss" if len(_series(log_history, "eval_logloss")) else "eval_loss"
+    losses = _series(log_history, loss_key)
+    ranks = {key: _series(log_history, f"eval_{key}") for key in ("auc", "gauc")}
+    ranks = {key: series for key, series in ranks.items() if len(series)}
+    has_losses = len(train) > 0 or len(losses) > 0
+    panels = has_losses + bool(ranks)
+    if panels == 0:
+        return None
+    figure = _figure(width=0.4 + 4.3 * panels, height=3.6)
+    left = None
+    if has_losses:
+        left = figure.add_subplot(1, panels, 1)
+        _draw_losses(left, train, losses)
+    if ranks:
+        right = figure.add_subplot(1, panels, panels, sharex=left)
+        for (key, series), (color, style) in zip(ranks.items(), ((ORANGE, "o-"), (GREY, "s--")), strict=False):
+            right.plot(*series.T, style, color=color, linewidth=2, markersize=5, label=f"validation {key}")
+        _finish_curve(right, "area under the ROC curve")
+    figure.tight_layout(w_pad=2)
+    return _save(figure, path)
+
+
+def _draw_losses(axes, train: np.ndarray, losses: np.ndarray) -> None:
+    if len(train):
+        axes.plot(*train.T, color=BLUE, alpha=0.3, linewidth=1)
+        axes.plot(*_smoothed(train).T, color=BLUE, linewidth=2, label="training batches, smoothed")
+    if len(losses):
+        axes.plot(*losses.T, "o-", color=ORANGE, linewidth=2, markersize=5, label="validation")
+    _finish_curve(axes, "loss")
+
+
+def _draw_reliability(top, bottom, targets: Targets) -> None:
+    chance, came_true = calibration_view(targets)
+    bins = bin_numbers(chance, ECE_BINS)
+    size = np.bincount(bins, minlength=ECE_BINS)
+    used = np.flatnonzero(size)
+    stated = np.bincount(bins, chance, ECE_BINS)[used] / size[used]
+    observed = np.bincount(bins, came_true, ECE_BINS)[used] / size[used]
+    low, high = _wilson(observed, size[used])
+    top.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", zorder=1)
+    top.vlines(stated, low, high, color=BLUE, alpha=0.45, linewidth=2, zorder=2)
+    top.plot(stated, observed, "o-", color=BLUE, linewidth=1.2, markersize=5, zorder=3)
+    top.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    edges = np.linspace(0, 1, ECE_BINS + 1)
+    bottom.bar(edges[:-1], size, width=1 / ECE_BINS, align="edge", color=BLUE, alpha=0.55, edgecolor="white")
+    _plain(top)
+    _plain(bottom)
+
+
+def _wilson(share: np.ndarray, n: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson (1927) score interval of a share; unlike share +- z s, it has a width at shares 0 and 1."""
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return middle - half, middle + half
+
+
+def _series(log_history: Sequence[Mapping], key: str) -> np.ndarray:
+    """[points, 2] of step and value, in step order; of several values of a step the last stands."""
+    points = {entry["step"]: entry[key] for entry in log_history if "step" in entry and _is_number(entry.get(key))}
+    return np.array(sorted(points.items()), dtype=np.float64).reshape(-1, 2)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and np.isfinite(value)
+
+
+def _smoothed(series: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of about a tenth of the points, shorter at the ends."""
+    half = len(series) // 20
+    total = np.r_[0.0, np.cumsum(series[:, 1])]
+    start = np.maximum(np.arange(len(series)) - half, 0)
+    stop = np.minimum(np.arange(len(series)) + half + 1, len(series))
+    return np.column_stack([series[:, 0], (total[stop] - total[start]) / (stop - start)])
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish_curve(axes, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="step", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=9)
+    axes.margins(y=0.15)
+    _plain(axes)
+
+
+def _plain_text(text: str, longest: int = 30) -> str:
+    """One short line, in which matplotlib finds no formula (between two "$")."""
+    text = " ".join(text.split())
+    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
+
+
+def _plain(axes) -> None:
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def _save(figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Without the version in the file's metadata, the same numbers give the same bytes.
+    figure.savefig(unfinished, format="png", bbox_inches="tight", metadata={"Software": None})
+    os.replace(unfinished, path)
+    return path

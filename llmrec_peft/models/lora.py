@@ -1,0 +1,163 @@
+"""LoRA and QLoRA through PEFT, so that a bundle of theirs is an adapter that PEFT loads by itself."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from llmrec_peft.errors import ModelError
+from llmrec_peft.models.base import HEAD_NAMES, backbone_entries, backbone_of
+from llmrec_peft.models.options import LoraOptions, QloraOptions
+from llmrec_peft.models.tensors import read_tensor
+
+_SAME = re.compile(r"\.lora_([AB])\.default\.weight$")
+
+
+def add_lora(
+    model: nn.Module, options: LoraOptions, base: str, *, trained: bool = False
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """PeftModel around a stock classifier, and the factors that the initialisation took out of its base weights.
+
+    The factors are empty unless `options.init` changes the base (PiSSA, OLoRA); `plain_factors` needs them to write an
+    adapter that fits the base as it was. With `trained` the base stays as it is. Raises ModelError for options that
+    the model cannot take.
+    """
+    # On import, which PEFT does for any method, bitsandbytes warns that it found no optional CPU kernel on the Hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from peft import get_peft_model
+
+    fresh = list(model.fresh_modules)
+    config = lora_config(model, options, trained=trained)
+    try:
+        with warnings.catch_warnings():  # PEFT asks for an attribute that Transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"LoRA cannot be added: {reason}; correct target_modules or layers") from error
+    wrapped.get_base_model().fresh_modules = fresh
+    _check_bias(wrapped, options)
+    if options.init == "loftq" and not trained:
+        _start_loftq(wrapped, base)
+    initial: dict[str, torch.Tensor] = {}
+    if changes_base(options) and not trained:
+        initial = {name: value.detach().clone() for name, value in wrapped.named_parameters() if _SAME.search(name)}
+    return wrapped.eval(), initial
+
+
+def changes_base(options: LoraOptions) -> bool:
+    """True for the initialisations that move part of the base weights into the adapter."""
+    return options.init == "olora" or options.init.startswith("pissa")
+
+
+def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False) -> Any:
+    """PEFT's configuration for a stock classifier. SEQ_CLS makes PEFT train and save the head with the adapter."""
+    from peft import LoraConfig, TaskType
+
+    targets = options.target_modules
+    if targets == "all-linear":
+        targets = linear_names(model)
+    elif isinstance(targets, str) and options.layers is not None:
+        raise ModelError("layers cannot be set when target_modules is a pattern; list the names, or use all-linear")
+    depth = model.config.get_text_config().num_hidden_layers
+    if options.layers is not None and max(options.layers) >= depth:
+        raise ModelError(f"layers names layer {max(options.layers)}, but the base has {depth}; use 0 to {depth - 1}")
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    if transposed and options.init == "olora":
+        raise ModelError("init olora does not fit the transposed weights of this base; use pissa or default")
+    if options.init == "loftq" and isinstance(options, QloraOptions) and model.config.model_type == "gpt2":
+        raise ModelError("init loftq does not fit the transposed weights of this base; use default")
+    if options.init == "loftq" and not isinstance(options, QloraOptions):
+        raise ModelError("init loftq corrects the error of a 4-bit base, and this base is whole; use method qlora")
+    special = {"default": True, "loftq": True}
+    start = True if trained else special.get(options.init, options.init)
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        layers_to_transform=options.layers,
+        bias=options.bias,
+        use_dora=options.dora,
+        use_rslora=options.rslora,
+        init_lora_weights=start,
+        fan_in_fan_out=transposed,
+        modules_to_save=[name for name in model.fresh_modules if name not in HEAD_NAMES] or None,
+    )
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers inside the transformer's layers, as paths below the layer's number.
+
+    Whole paths, since a bare `dense` of BERT would also match its pooler.
+    """
+    backbone, names = backbone_of(model), set()
+    for path, module in backbone.named_modules():
+        inside = re.search(r"\.\d+\.(.+)$", "." + path)
+        if inside and isinstance(module, nn.Linear | Conv1D):
+            names.add(inside.group(1))
+    if not names:
+        raise ModelError(f"{type(backbone).__name__} has no linear layers to adapt; name target_modules")
+    return sorted(names)
+
+
+def _check_bias(wrapped: nn.Module, options: LoraOptions) -> None:
+    if options.bias == "none":
+        return
+    if not any(p.requires_grad for n, p in wrapped.named_parameters() if n.endswith("bias") and "lora_" not in n):
+        raise ModelError(f"bias is {options.bias!r}, but the adapted layers of this base have no bias; set it to none")
+
+
+def _start_loftq(wrapped: nn.Module, base: str) -> None:
+    """LoftQ (Li et al. 2023), one step: s B A is the best approximation of rank r to what 4 bits lose of a weight.
+
+    Written here since PEFT's own version for bitsandbytes runs on accelerators only.
+    """
+    import bitsandbytes.functional as functional
+
+    stock = wrapped.get_base_model()
+    entries = backbone_entries(base)
+    layers = [(name, module) for name, module in stock.named_modules() if "default" in getattr(module, "lora_A", {})]
+    for name, layer in tqdm(layers, desc="LoftQ", unit="layer", disable=len(layers) < 50):
+        packed = layer.get_base_layer().weight
+        weight = read_tensor(entries[name.removeprefix(f"{stock.base_model_prefix}.") + ".weight"])
+        weight = weight.to(packed.device, torch.float32)
+        kept = functional.dequantize_4bit(packed.data, packed.quant_state).float()
+        u, s, v = torch.linalg.svd((weight - kept) / layer.scaling["default"], full_matrices=False)
+        rank = layer.r["default"]
+        with torch.no_grad():
+            layer.lora_A["default"].weight[: len(s)].copy_(s[:rank, None].sqrt() * v[:rank])
+            layer.lora_B["default"].weight[:, : len(s)].copy_(u[:, :rank] * s[:rank].sqrt())
+
+
+def plain_factors(state: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LoRA tensors that fit the untouched base, of rank 2r: s (B A - B0 A0) = s [B, -B0] [A; A0].
+
+    The base holds W - s B0 A0 after PiSSA or OLoRA, so this is what training added to W. The configuration that goes
+    with it has rank 2r and a scale that is still s = alpha / r (`plain_config`).
+    """
+    result = dict(state)
+    for name, value in initial.items():
+        key = name.replace(".default.weight", ".weight")
+        first = ".lora_A." in name
+        result[key] = torch.cat([state[key], value if first else -value], dim=0 if first else 1)
+    return result
+
+
+def plain_config(config: Any) -> Any:
+    """Copy of a LoRA configuration for the tensors of `plain_factors`: double rank, same scale, ordinary start."""
+    import copy
+
+    plain = copy.deepcopy(config)
+    plain.r = 2 * config.r
+    plain.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    plain.init_lora_weights = True
+    return plain

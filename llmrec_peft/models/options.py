@@ -1,0 +1,198 @@
+"""Options of the base model and of each tuning method.
+
+The string under a field is its help text on the command line and in the configuration reference; it is written nowhere
+else. Values are checked when an object is made, so that a bad one fails before any weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmrec_peft.errors import ConfigError
+
+# What LoRA's `init` may be, and the advice for PEFT's schemes that need activations of real batches first.
+LORA_INITS = ("default", "gaussian", "olora", "pissa", "loftq", "orthogonal")
+_PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
+_DATA_INITS = ("eva", "corda")
+
+
+def _check(rule: bool, field: str, requirement: str, value: object) -> None:
+    if not rule:
+        raise ConfigError(f"{field} must be {requirement}, not {value!r}; change {field} in the configuration")
+
+
+def _check_layers(layers: list[int] | None) -> None:
+    _check(
+        layers is None or (len(layers) > 0 and min(layers) >= 0 and len(set(layers)) == len(layers)),
+        "layers",
+        "null or a list of different layer numbers from 0",
+        layers,
+    )
+
+
+@dataclass
+class ModelOptions:
+    """The base model and its classification head."""
+
+    base: str = "smollm2-135m"
+    """Base model: an embedded name (smollm2-135m), a Hub id, a local directory, or a .gguf file."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside the directory that `base` names."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the frozen base weights; the head is always float32."""
+    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel; flash_attention_2 serves streams without probes only."""
+    head_init: Literal["words", "zero", "random"] = "words"
+    """Start of the head: the outcome words' rows of the language-model head, zero, or random."""
+    head_scale: float = 1.0
+    """Factor on the rows that `head_init: words` starts from."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    trust_remote_code: bool = False
+    """Allow model code that comes with the base to run."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.base and self.base.strip()), "base", "a model name or path", self.base)
+        _check_choice(self, "dtype", ("float32", "bfloat16", "float16"))
+        _check_choice(self, "attn", ("sdpa", "eager", "flash_attention_2"))
+        _check_choice(self, "head_init", ("words", "zero", "random"))
+        _check(0 < self.head_scale < float("inf"), "head_scale", "a finite number above 0", self.head_scale)
+
+
+@dataclass
+class LoraOptions:
+    """Low-rank adapters in the linear layers (Hu et al. 2021), with DoRA, rsLoRA and PEFT's initialisations."""
+
+    r: int = 16
+    """Rank of each update."""
+    alpha: float = 32
+    """Scale of each update: alpha / r, or alpha / sqrt(r) with rslora."""
+    dropout: float = 0.0
+    """Dropout in front of each low-rank update."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers to adapt: all-linear, a list of module names, or a regular expression."""
+    dora: bool = False
+    """Weight-decomposed updates (DoRA, Liu et al. 2024)."""
+    rslora: bool = False
+    """Rank-stabilised scale alpha / sqrt(r) (Kalajdzievski 2023)."""
+    init: str = "default"
+    """Start of the updates: default, gaussian, olora, pissa, pissa_niter_N, loftq or orthogonal."""
+    layers: list[int] | None = None
+    """Numbers of the layers to adapt, from 0; null for all."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train too."""
+
+    def __post_init__(self) -> None:
+        _check(self.r >= 1, "r", "a whole number of at least 1", self.r)
+        _check(0 < self.alpha < float("inf"), "alpha", "a finite number above 0", self.alpha)
+        _check(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
+        _check(bool(self.target_modules), "target_modules", "all-linear or a list of names", self.target_modules)
+        _check_layers(self.layers)
+        _check_choice(self, "bias", ("none", "all", "lora_only"))
+        if self.init in _DATA_INITS:
+            raise ConfigError(
+                f"init must be one of {', '.join(LORA_INITS)} or pissa_niter_N, not {self.init!r}, which needs "
+                "activations of real batches before training; use pissa or olora, which start from the weights alone"
+            )
+        known = self.init in LORA_INITS or _PISSA_NITER.fullmatch(self.init) is not None
+        _check(known, "init", f"one of {', '.join(LORA_INITS)} or pissa_niter_N", self.init)
+        _check(
+            not (self.init == "orthogonal" and self.r % 2), "r", "an even number with init orthogonal", self.r
+        )  # fmt: skip
+
+
+@dataclass
+class QloraOptions(LoraOptions):
+    """LoRA on a base held in 4 bits (QLoRA, Dettmers et al. 2023)."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit number format of the base weights."""
+    double_quant: bool = True
+    """Quantise the quantisation constants too."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the matrix products; null for the model's dtype."""
+    quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] | None = None
+    """Number format that holds the packed weights; with FSDP or ZeRO-3 it must equal compute_dtype; null for uint8."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice(self, "quant_type", ("nf4", "fp4"))
+        _check_choice(self, "compute_dtype", (None, "float32", "bfloat16", "float16"))
+        _check_choice(self, "quant_storage", (None, "uint8", "float32", "bfloat16", "float16"))
+        changes_base = self.init == "olora" or self.init.startswith("pissa")
+        _check(not changes_base, "init", "default, gaussian or loftq on a 4-bit base", self.init)
+
+
+@dataclass
+class AdapterOptions:
+    """Bottleneck adapters: small feed-forward blocks beside or after a layer's sublayers."""
+
+    placement: Literal["pfeiffer", "houlsby", "parallel"] = "pfeiffer"
+    """Place of the blocks: after the MLP (pfeiffer), after attention and MLP (houlsby), beside the MLP (parallel)."""
+    size: int = 64
+    """Width of the bottleneck."""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    """Non-linearity of the bottleneck."""
+    dropout: float = 0.0
+    """Dropout between the non-linearity and the up-projection."""
+    scale: float = 1.0
+    """Factor on what a block adds."""
+    layers: list[int] | None = None
+    """Numbers of the layers to adapt, from 0; null for all."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "placement", ("pfeiffer", "houlsby", "parallel"))
+        _check(self.size >= 1, "size", "a whole number of at least 1", self.size)
+        _check_choice(self, "activation", ("gelu", "relu", "silu"))
+        _check(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
+        _check(0 < abs(self.scale) < float("inf"), "scale", "a finite number other than 0", self.scale)
+        _check_layers(self.layers)
+
+
+@dataclass
+class HeadOptions:
+    """Train the classification head alone; the base stays as it is."""
+
+
+@dataclass
+class FullOptions:
+    """Train every weight of the base and the head."""
+
+
+MethodOptions = LoraOptions | QloraOptions | AdapterOptions | HeadOptions | FullOptions
+
+# The one registry of tuning methods: lookup, error texts and docs read it.
+METHODS: dict[str, type] = {
+    "lora": LoraOptions,
+    "qlora": QloraOptions,
+    "adapter": AdapterOptions,
+    "head": HeadOptions,
+    "full": FullOptions,
+}
+
+
+def _check_choice(options: Any, field: str, choices: tuple) -> None:
+    value = getattr(options, field)
+    names = ", ".join("null" if choice is None else choice for choice in choices)
+    _check(value in choices, field, f"one of {names}", value)
+
+
+def method_options(method: str, values: Mapping[str, Any]) -> MethodOptions:
+    """Options object of `method` from a plain mapping. Raises ConfigError for an unknown method, key or value."""
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, not {method!r}; choose one of them")
+    return from_mapping(METHODS[method], values, f"method {method}")
+
+
+def from_mapping(kind: type, values: Mapping[str, Any], what: str) -> Any:
+    """Dataclass `kind` from a mapping. Raises ConfigError for keys that it lacks, naming those it has."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        listed = ", ".join(known) or "none"
+        raise ConfigError(f"{what} has no option {unknown[0]!r}; its options are: {listed}")
+    return kind(**values)

@@ -1,0 +1,149 @@
+"""Safetensors files: headers checked against the bytes, rows read by name, and the fingerprint of a checkpoint.
+
+The header is parsed here, not by the safetensors library, since a fingerprint reads a few kilobytes of each tensor and
+a refusal should name what is wrong with a file. Format: an 8-byte little-endian length, then JSON that gives each
+tensor's dtype, shape and byte range, then the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+WHOLE_BELOW = 64 * 1024
+"""Tensors of fewer bytes than this are hashed whole."""
+SAMPLES = 128
+SAMPLE_BYTES = 256
+"""A larger tensor is hashed in SAMPLES evenly spaced pieces of SAMPLE_BYTES, first and last bytes among them."""
+
+_HEADER_LIMIT = 100 * 1024 * 1024
+_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: file, name and bytes in it, its dtype (as safetensors spells it) and its shape."""
+
+    file: Path
+    name: str
+    begin: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Entries of one safetensors file. Raises ValueError saying what is wrong if it is not a whole, sound one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+            raise ValueError(f"is not a safetensors file or is cut short ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise ValueError("has a safetensors header that is not JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError("has a safetensors header that is not a mapping")
+    start, entries = 8 + length, {}
+    for name, value in header.items():
+        if name != "__metadata__":
+            entries[name] = _entry(path, name, value, start)
+    expected = max((entry.end for entry in entries.values()), default=start)
+    if expected != size:
+        raise ValueError(f"holds {size} bytes where its header says {expected}")
+    return entries
+
+
+def _entry(path: Path, name: str, value: object, start: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(map(int, value["shape"])), value["data_offsets"]
+        sound = 0 <= begin <= end and end - begin == math.prod(shape) * _BYTES[dtype]
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"describes tensor {name!r} wrongly in its header")
+    return TensorEntry(path, name, start + begin, start + end, dtype, shape)
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:
+    """Entries of all files of one checkpoint. Raises ValueError, naming the file, if one is unsound."""
+    entries: dict[str, TensorEntry] = {}
+    for path in files:
+        try:
+            entries |= read_header(path)
+        except ValueError as error:
+            raise ValueError(f"{path.name} {error}") from None
+    return entries
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """One tensor of a file."""
+    from safetensors import safe_open
+
+    with safe_open(str(entry.file), framework="pt") as file:
+        return file.get_tensor(entry.name)
+
+
+def read_rows(entry: TensorEntry, rows: list[int]) -> torch.Tensor:
+    """Rows of a matrix in a file, float32 [len(rows), width], without reading the rest of it."""
+    from safetensors import safe_open
+
+    with safe_open(str(entry.file), framework="pt") as file:
+        matrix = file.get_slice(entry.name)
+        return torch.cat([matrix[row : row + 1] for row in rows]).float()
+
+
+def fingerprint(entries: dict[str, TensorEntry]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes (see WHOLE_BELOW, SAMPLES) in the order of the names.
+
+    The same for any sharding. A fine-tune moves nearly every weight, so the sampled bytes show it.
+    """
+    digest = hashlib.sha256()
+    maps: dict[Path, mmap.mmap] = {}
+    try:
+        for name in sorted(entries):
+            entry = entries[name]
+            digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
+            if entry.end > entry.begin:
+                if entry.file not in maps:
+                    with entry.file.open("rb") as file:
+                        maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                for begin, end in _pieces(entry.begin, entry.end):
+                    digest.update(maps[entry.file][begin:end])
+    finally:
+        for opened in maps.values():
+            opened.close()
+    return digest.hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 over a file's size and evenly spaced pieces of it: names a converted copy in the cache."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for begin, end in _pieces(0, size):
+            file.seek(begin)
+            digest.update(file.read(end - begin))
+    return digest.hexdigest()
+
+
+def _pieces(begin: int, end: int) -> list[tuple[int, int]]:
+    if end - begin < WHOLE_BELOW:
+        return [(begin, end)]
+    room = end - begin - SAMPLE_BYTES
+    starts = [begin + room * piece // (SAMPLES - 1) for piece in range(SAMPLES)]
+    return [(start, start + SAMPLE_BYTES) for start in starts]

@@ -1,0 +1,97 @@
+"""From a configuration to a trainer, its arguments and its callbacks."""
+
+import torch
+from accelerate import PartialState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+from ..evaluation.metrics import higher_is_better
+from ..models.classifier import BehaviorClassifier
+from ..training.losses import BehaviorLoss, balanced_weights
+from ..training.trainer import BehaviorTrainer
+from .answers import measure, metric_names
+from .run import Run, check_same_streams
+from .streams import SplitStreams, limited
+
+OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adamw_8bit": "adamw_bnb_8bit"}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class EvaluateLastStep(TrainerCallback):
+    """Validates after the last step too, so that it can be the best."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for an evaluation at the end."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+def training_arguments(run: Run) -> TrainingArguments:
+    """Transformers' arguments of a run."""
+    train, selects = run.config.train, run.config.train.eval_steps > 0
+    if selects and train.save_steps not in (0, train.eval_steps):
+        raise ConfigError(
+            f"train.save_steps {train.save_steps} must be 0 or equal train.eval_steps {train.eval_steps}: the best "
+            f"checkpoint must have been saved when it was measured"
+        )
+    save_steps = train.eval_steps or train.save_steps
+    return TrainingArguments(
+        output_dir=str(run.path("checkpoints")),
+        max_steps=train.max_steps,
+        num_train_epochs=train.epochs,
+        per_device_train_batch_size=train.batch_size // PartialState().num_processes,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        optim=OPTIMIZERS[train.optimizer],
+        lr_scheduler_type=SCHEDULES[train.schedule],
+        warmup_steps=train.warmup,
+        max_grad_norm=train.max_grad_norm,
+        eval_strategy="steps" if selects else "no",
+        eval_steps=train.eval_steps or None,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        load_best_model_at_end=selects,
+        metric_for_best_model=train.select_metric if selects else None,
+        greater_is_better=higher_is_better(train.select_metric) if selects else None,
+        logging_steps=train.logging_steps,
+        report_to=train.report_to,
+        seed=train.seed,
+        data_seed=train.seed,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def build_trainer(run: Run, classifier: BehaviorClassifier, streams: SplitStreams) -> BehaviorTrainer:
+    """A trainer on the training streams that selects on a part of the validation streams."""
+    check_same_streams(run, streams.fingerprint())
+    config = run.config
+    names = metric_names(streams.valid, config.evaluation.metrics)
+    if config.train.select_metric not in names:
+        names.append(config.train.select_metric)
+    valid = limited(streams.valid, config.evaluation.valid_targets, classifier)
+    callbacks = [EvaluateLastStep()] if config.train.eval_steps else []
+    if config.train.early_stopping:
+        callbacks.append(EarlyStoppingCallback(config.train.early_stopping))
+    return BehaviorTrainer(
+        classifier,
+        training_arguments(run),
+        limited(streams.train, None, classifier),
+        valid,
+        tokenizer=classifier.tokenizer,
+        micro_tokens=config.train.micro_tokens,
+        eval_tokens=config.evaluation.batch_tokens,
+        loss=build_loss(config.train, streams, len(classifier.labels)),
+        compute_metrics=lambda predictions: measure(predictions, streams.valid, names=names),
+        callbacks=callbacks,
+    )
+
+
+def build_loss(train: TrainConfig, streams: SplitStreams, num_labels: int) -> BehaviorLoss:
+    """The loss that a configuration names; `balanced` counts the training targets alone."""
+    weights = train.class_weights
+    if weights == "balanced":
+        weights = balanced_weights(torch.from_numpy(streams.train.target_labels), num_labels)
+    return BehaviorLoss(train.loss, weights, train.focal_gamma, train.label_smoothing)

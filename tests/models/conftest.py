@@ -1,0 +1,75 @@
+"""What the model tests share: a domain's mapping, rows with probes, and weights that training might have left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llmrec_peft.models import BehaviorClassifier, load_classifier
+
+DOMAIN: dict[str, Any] = {
+    "name": "movies",
+    "header": "Movies one viewer rated:\n",
+    "event": "{title}",
+    "marker": " ->",
+    "outcomes": {"dislike": " no\n", "like": " yes\n"},
+    "stream": {"context": 2, "targets": 3, "max_length": 128},
+}
+PROMPT = "Movies one viewer rated:\nToy Story (Animation, Children) -> yes\nHeat (Action, Crime) ->"
+
+
+@pytest.fixture
+def domain() -> dict[str, Any]:
+    """A domain as a plain mapping, with two outcomes."""
+    return {**DOMAIN, "outcomes": dict(DOMAIN["outcomes"]), "stream": dict(DOMAIN["stream"])}
+
+
+@pytest.fixture
+def shake() -> Callable[..., BehaviorClassifier]:
+    """`shake(classifier, scale=0.3)`: add seeded noise to all that trains, as training would move it."""
+
+    def apply(classifier: BehaviorClassifier, scale: float = 0.3, seed: int = 5) -> BehaviorClassifier:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for value in classifier.parameters():
+                if value.requires_grad:
+                    value.add_(scale * torch.randn(value.shape, generator=generator))
+        return classifier
+
+    return apply
+
+
+@pytest.fixture
+def make(tiny_base, domain) -> Callable[..., BehaviorClassifier]:
+    """`make(kind="llama", method="lora", **options)`: a classifier on a tiny base, always from the same seed."""
+
+    def factory(kind: str = "llama", method: str = "lora", **options: Any) -> BehaviorClassifier:
+        torch.manual_seed(0)
+        return load_classifier(str(tiny_base(kind)), domain, method, **options)
+
+    return factory
+
+
+@pytest.fixture
+def prompt(tiny_tokenizer) -> dict[str, torch.Tensor]:
+    """Batch of one row with one marker, at its last token."""
+    ids = torch.tensor([tiny_tokenizer(PROMPT, add_special_tokens=False)["input_ids"]])
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(ids.shape[1])[None],
+        "markers": torch.tensor([ids.shape[1] - 1]),
+    }
+
+
+@pytest.fixture
+def answer() -> Callable[..., torch.Tensor]:
+    """`answer(classifier, batch)`: logits in eval mode without gradients; encoders get the mask that they need."""
+
+    def run(classifier: BehaviorClassifier, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return classifier.eval()(**batch)
+
+    return run

@@ -1,0 +1,133 @@
+"""Bottleneck adapters on the layouts of Llama, GPT-2 and BERT, and on a 4-bit base."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llmrec_peft.errors import ConfigError, ModelError
+from llmrec_peft.models.bottleneck import (
+    BottleneckAdapter,
+    adapters_of,
+    add_adapters,
+    find_layout,
+    transformer_layers,
+)
+from llmrec_peft.models.options import AdapterOptions
+
+PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
+
+
+def masked(prompt):
+    return {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2", "bert"])
+def test_starts_at_the_base_and_moves_away(kind, placement, make, shake, answer, prompt):
+    base = make(kind, "head")
+    adapted = make(kind, "adapter", placement=placement, size=8)
+    with torch.no_grad():  # BERT's pooler and head start at random, adapters are made after them
+        for name, value in base.model.named_parameters():
+            if value.requires_grad:
+                adapted.model.get_parameter(name).copy_(value)
+    before = answer(adapted, masked(prompt))
+    assert torch.allclose(before, answer(base, masked(prompt)), atol=1e-6)
+    for _, adapter in adapters_of(adapted.model):
+        nn.init.normal_(adapter.up.weight, generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(answer(adapted, masked(prompt)), before, atol=1e-3)
+    count = sum(1 for _ in adapters_of(adapted.model))
+    assert count == (4 if placement == "houlsby" else 2)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_formula(placement, make, shake):
+    classifier = shake(make("llama", "adapter", placement=placement, size=8, scale=0.5, activation="relu"))
+    mlp = transformer_layers(classifier.stock)[0].mlp
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = mlp.sublayer(x)
+        source = x if placement == "parallel" else y
+        adapter = mlp.adapter
+        inner = torch.relu(source @ adapter.down.weight.T + adapter.down.bias)
+        expected = y + 0.5 * (inner @ adapter.up.weight.T + adapter.up.bias)
+        assert torch.allclose(mlp(x), expected, atol=1e-6)
+
+
+def test_bert_parallel_adds_before_the_norm(make, shake):
+    classifier = shake(make("bert", "adapter", placement="parallel", size=8))
+    block = transformer_layers(classifier.stock)[0].output
+    generator = torch.Generator().manual_seed(0)
+    hidden, residual = torch.randn(1, 3, 64, generator=generator), torch.randn(1, 3, 32, generator=generator)
+    inner = block.sublayer
+    with torch.no_grad():
+        expected = inner.LayerNorm(inner.dense(hidden) + residual + block.adapter(residual))
+        assert torch.allclose(block(hidden, residual), expected, atol=1e-6)
+
+
+def test_only_adapters_and_head_train(make):
+    classifier = make("llama", "adapter", size=8)
+    names = [name for name, value in classifier.model.named_parameters() if value.requires_grad]
+    assert all(".adapter." in name or name == "score.weight" for name in names)
+    assert classifier.trainable_parameters()[0] == 2 * (32 * 8 + 8 + 8 * 32 + 32) + 2 * 32
+
+
+def test_layers_choose_which_layers_adapt(make):
+    classifier = make("llama", "adapter", layers=[1])
+    assert [path for path, _ in adapters_of(classifier.model)] == ["model.layers.1.mlp.adapter"]
+    with pytest.raises(ModelError, match="layer 5, but the base has 2"):
+        make("llama", "adapter", layers=[0, 5])
+
+
+def test_dropout_only_when_asked(make):
+    plain = [adapter.dropout for _, adapter in adapters_of(make("llama", "adapter").model)]
+    assert all(isinstance(module, nn.Identity) for module in plain)
+    dropping = [adapter.dropout for _, adapter in adapters_of(make("llama", "adapter", dropout=0.2).model)]
+    assert all(module.p == 0.2 for module in dropping)
+
+
+def test_low_precision_base_keeps_float32_adapters(make, prompt):
+    classifier = make("llama", "adapter", dtype="bfloat16")
+    assert {value.dtype for _, a in adapters_of(classifier.model) for value in a.parameters()} == {torch.float32}
+    assert classifier(**prompt).isfinite().all()
+
+
+def test_on_a_four_bit_base(tiny_base, shake, prompt):
+    import bitsandbytes
+
+    from llmrec_peft.models import BehaviorClassifier
+    from llmrec_peft.models.base import Quantization, load_model
+
+    names = {0: "dislike", 1: "like"}
+    model = load_model(str(tiny_base("llama")), 2, id2label=names, quantization=Quantization())
+    model.requires_grad_(False)
+    add_adapters(model, AdapterOptions(placement="houlsby", size=8))
+    classifier = shake(BehaviorClassifier(model, "adapter", list(names.values()))).train()
+    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in classifier.modules())
+    classifier(**prompt).square().sum().backward()
+    grads = [value.grad for _, adapter in adapters_of(model) for value in adapter.parameters()]
+    assert len(grads) == 16 and all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+def test_unknown_layout_names_what_it_found():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer, self.channel = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    with pytest.raises(ModelError, match="no place in a Odd, whose modules are mixer, channel; use method lora"):
+        find_layout(Odd())
+
+
+def test_options_are_checked():
+    for field, value in {"placement": "before", "size": 0, "activation": "tanh", "dropout": 1.0, "scale": 0}.items():
+        with pytest.raises(ConfigError, match=f"^{field} must be "):
+            AdapterOptions(**{field: value})
+    with pytest.raises(ConfigError, match="layers must be"):
+        AdapterOptions(layers=[1, 1])
+
+
+def test_adapter_module_is_zero_at_first():
+    adapter = BottleneckAdapter(4, AdapterOptions(size=2))
+    assert not adapter(torch.randn(3, 4)).any()
