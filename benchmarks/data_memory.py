@@ -1,11 +1,12 @@
-"""Ten million interactions through read and sort, with the memory that it takes.
+"""Ten million interactions from parquet to streams, with the time and the memory that it takes.
 
     python benchmarks/data_memory.py [--rows 10000000]
 
-A parquet log with shuffled users and times is written batch by batch into a temporary directory and read in a fresh
-process. Two peaks of memory are printed: of the resident set, which counts pages of mapped files that the system may
-drop at any time, and of anonymous memory, which it may not. So is the peak of blocks that Python's own allocator held,
-which tells that no row became a Python object.
+A parquet log with shuffled users and times is written batch by batch into a temporary directory. A fresh process reads
+and sorts it, splits it by time, cuts the training part into streams (context 10, targets 30, with a price in each event,
+so that each event is a text of its own) and makes 1,000 of them into tokens. Two peaks of memory are printed: of the
+resident set, which counts pages of mapped files that the system may drop at any time, and of anonymous memory, which it
+may not. So is the peak of blocks that Python's own allocator held, which tells how many rows were Python objects at once.
 """
 
 import argparse
@@ -23,6 +24,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 BATCH = 500_000
+DOMAIN = {
+    "name": "shop",
+    "event": "{title} at {price:.2f}",
+    "outcomes": {"skip": " no\n", "click": " yes\n"},
+    "stream": {"context": 10, "targets": 30, "max_length": 2048},
+}
 
 
 def write_log(directory: Path, rows: int, seed: int = 0) -> None:
@@ -62,12 +69,17 @@ def status(key: str) -> float:
 
 def measure(directory: str) -> dict[str, float]:
     """Read the log, sampling anonymous memory and Python's blocks twenty times a second."""
+    from llmrec_peft.data.domain import Domain
     from llmrec_peft.data.log import BehaviorLog
     from llmrec_peft.data.simulate import write_simulated_shop
+    from llmrec_peft.data.streams import build_streams
+    from llmrec_peft.models.base import load_tokenizer
 
+    domain, tokenizer = Domain.from_dict(DOMAIN), load_tokenizer("smollm2-135m")
     # A small log first, so that what the libraries load on first use does not count as this log's.
     with tempfile.TemporaryDirectory() as small:
-        BehaviorLog.read(write_simulated_shop(small, users=5))
+        small_log = BehaviorLog.read(write_simulated_shop(small, users=5))
+        build_streams(small_log.split().train, domain, tokenizer)[0]
     base, blocks = status("RssAnon"), sys.getallocatedblocks()
     peak, peak_blocks, stop = [base], [blocks], threading.Event()
 
@@ -80,7 +92,13 @@ def measure(directory: str) -> dict[str, float]:
     watcher.start()
     start = time.perf_counter()
     log = BehaviorLog.read(directory)
-    seconds = time.perf_counter() - start
+    read = time.perf_counter()
+    streams = build_streams(log.split().train, domain, tokenizer)
+    cut = time.perf_counter()
+    for number in np.linspace(0, len(streams) - 1, 1000).astype(int):
+        if len(streams[number]) != streams.lengths[number]:
+            raise SystemExit(f"stream {number} is not as long as planned")
+    made = time.perf_counter()
     stop.set()
     watcher.join()
     step = np.diff(log.user_codes)
@@ -88,7 +106,11 @@ def measure(directory: str) -> dict[str, float]:
         raise SystemExit("the log is not sorted")
     return {
         "rows": len(log),
-        "seconds": seconds,
+        "seconds_to_read": read - start,
+        "seconds_to_streams": cut - read,
+        "seconds_for_1000_streams": made - cut,
+        "targets": streams.num_targets,
+        "streams": len(streams),
         "peak_rss_mib": status("VmHWM"),
         "peak_anonymous_mib": peak[0],
         "anonymous_before_mib": base,

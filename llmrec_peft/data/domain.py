@@ -208,7 +208,7 @@ class Domain:
 
     def forbidden(self, special_tokens: list[str]) -> list[str]:
         """Texts that no column's value may spell: the marker and the tokenizer's special tokens."""
-        return [text for text in [self.marker.strip(), *special_tokens] if text.strip()]
+        return [text.strip() for text in [self.marker, *special_tokens] if text.strip()]
 
 
 def template_columns(template: str) -> list[str]:
@@ -223,11 +223,15 @@ def neutralise(text: str, forbidden: list[str]) -> str:
     Line breaks and control characters become one space. A forbidden text is broken up by a space (a single character
     is replaced by one), again and again until none is left, since taking one out can spell another.
     """
-    text = _BREAKS.sub(" ", text).strip()
-    for word in forbidden:
-        broken = word[0] + " " + word[1:] if len(word) > 1 else " "
-        while word in text and word not in broken:
-            text = text.replace(word, broken)
+    return _broken_up(_BREAKS.sub(" ", text).strip(), forbidden)
+
+
+def _broken_up(text: str, forbidden: list[str]) -> str:
+    # With a space at its edge a text could never be broken up.
+    forbidden = [word.strip() for word in forbidden if word.strip()]
+    while any(word in text for word in forbidden):
+        for word in forbidden:
+            text = text.replace(word, word[0] + " " + word[1:] if len(word) > 1 else " ")
     return text
 
 
@@ -241,33 +245,44 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
 
     Returns:
         Arrow large_string array [rows].
+
+    Raises:
+        DomainError: no field, or a format that does not fit its column's values.
     """
     parts: list[Any] = []
+    literals = [literal for literal, _, _, _ in string.Formatter().parse(template)]
     for literal, name, spec, _ in string.Formatter().parse(template):
         if literal:
             parts.append(pa.scalar(literal, pa.large_string()))
         if name is not None:
-            parts.append(_as_text(columns[name], spec or "", forbidden))
+            parts.append(_as_text(name, columns[name], spec or "", forbidden))
     if not any(isinstance(part, pa.Array) for part in parts):
         raise DomainError(f"template {template!r} names no column; use at least one {{column}}")
     texts = pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
-    # Two harmless values side by side can still spell a forbidden text: "-" and ">".
+    # Two harmless values side by side can still spell a forbidden text: "-" and ">". What the template itself spells,
+    # such as a chat's special tokens, is the domain's own wish.
     for word in forbidden:
-        spelled = pc.match_substring(texts, word)
+        spelled = pc.greater(pc.count_substring(texts, word), sum(literal.count(word) for literal in literals))
         if pc.any(spelled).as_py():
-            mended = [neutralise(text, forbidden) for text in texts.filter(spelled).to_pylist()]
+            mended = [_broken_up(text, forbidden) for text in texts.filter(spelled).to_pylist()]
             texts = pc.replace_with_mask(texts, spelled, pa.array(mended, pa.large_string()))
     return texts
 
 
-def _as_text(values: pa.Array, spec: str, forbidden: list[str]) -> pa.Array:
+def _as_text(name: str, values: pa.Array, spec: str, forbidden: list[str]) -> pa.Array:
     """Format and neutralise distinct values once, then spread them over the rows."""
     encoded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
     distinct = encoded.dictionary
     # numpy scalars print float32 shortly: 2.55, not 2.549999952316284.
     as_python = distinct.to_numpy(zero_copy_only=False) if pa.types.is_floating(distinct.type) else distinct.to_pylist()
-    texts = ["" if value is None else neutralise(format(value, spec) if spec else str(value), forbidden)
-             for value in as_python]  # fmt: skip
+    try:
+        texts = ["" if value is None else neutralise(format(value, spec) if spec else str(value), forbidden)
+                 for value in as_python]  # fmt: skip
+    except ValueError as error:
+        raise DomainError(
+            f"field {{{name}:{spec}}} does not fit the column's values of type {distinct.type} ({error}); correct the "
+            "format"
+        ) from None
     texts = pa.array(texts, pa.large_string())
     return pc.fill_null(texts.take(encoded.indices), "")
 
@@ -319,15 +334,18 @@ def _check_texts(domain: Domain) -> None:
         value = getattr(domain, key)
         if not isinstance(value, str) or not value.strip():
             raise DomainError(f"{where}: {key} must be a text that is not blank; got {value!r}")
+    if not isinstance(domain.header, str):
+        raise DomainError(f"{where}: header must be a text, or left out; got {domain.header!r}")
     for key in ("event", "header"):
         try:
             columns = template_columns(getattr(domain, key))
         except ValueError as error:
             raise DomainError(f"{where}: {key} is not a template ({error}); write {{{{ for a brace") from None
-        literals = [literal for literal, _, _, _ in string.Formatter().parse(getattr(domain, key)) if literal]
-        if any(domain.marker.strip() in literal for literal in literals):
+        parsed = list(string.Formatter().parse(getattr(domain, key)))
+        if any(domain.marker.strip() in literal for literal, _, _, _ in parsed):
             raise DomainError(f"{where}: {key} contains the marker {domain.marker!r}, which only closes events; reword")
         bad = [name for name in columns if not name.isidentifier()]
+        bad += [f"{name}!{turned}" for _, name, _, turned in parsed if turned]
         if bad:
             raise DomainError(f"{where}: {key} has the field {{{bad[0]}}}; fields are column names, such as {{title}}")
         if domain.label.column in columns:
@@ -343,6 +361,10 @@ def _check_texts(domain: Domain) -> None:
             raise DomainError(
                 f"{where}: the outcome of '{label}' must be a word; got {word!r} (quote yes, no, on, off)"
             )
+        if domain.marker.strip() in word:
+            raise DomainError(
+                f"{where}: the outcome {word!r} of '{label}' contains the marker {domain.marker!r}; reword"
+            )
     if len(set(domain.outcomes.values())) < len(domain.outcomes):
         raise DomainError(f"{where}: two labels have one outcome word in {domain.outcomes}; give each its own")
 
@@ -350,6 +372,12 @@ def _check_texts(domain: Domain) -> None:
 def _check_rules(domain: Domain) -> None:
     where = f"domain '{domain.name}'"
     label, labels = domain.label, domain.labels
+    if not isinstance(label.column, str) or not label.column:
+        raise DomainError(f"{where}: label.column must be a column's name; got {label.column!r}")
+    numbers = {"label.above": label.above, "split.valid": domain.split.valid, "split.test": domain.split.test}
+    for key, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise DomainError(f"{where}: {key} must be a number; got {value!r}")
     if label.above is not None and (label.map is not None or len(labels) != 2):
         raise DomainError(f"{where}: label.above needs two outcomes and no map; got {len(labels)} and {label.map}")
     for value, name in (label.map or {}).items():
@@ -359,7 +387,10 @@ def _check_rules(domain: Domain) -> None:
         raise DomainError(
             f"{where}: negatives.label '{domain.negatives.label}' is none of the labels {', '.join(labels)}"
         )
-    unknown = [name for name in domain.stream.history_labels or [] if name not in labels]
+    seen = domain.stream.history_labels
+    if not isinstance(seen, list | None):
+        raise DomainError(f"{where}: stream.history_labels must be a list of labels, or left out; got {seen!r}")
+    unknown = [name for name in seen or [] if name not in labels]
     if unknown:
         raise DomainError(f"{where}: stream.history_labels has '{unknown[0]}'; the labels are {', '.join(labels)}")
     choices = {

@@ -230,31 +230,31 @@ class StreamDataset(torch.utils.data.Dataset):
         self.target_lists = np.repeat(lists, counts)
 
     def _costs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens that each kept position takes as history, and as a target with its negatives; int64 [kept]."""
+        """Tokens that each kept position takes as history, and to be answered with its negatives; int64 [kept]."""
         sizes, marker = self._events.lengths, len(self.vocabulary.marker)
         event = sizes[self._text] + marker
-        words = np.array([len(ids) for ids in self.vocabulary.outcomes])
-        history = np.where(self._joins, event + words[self._classes], 0)
-        target = np.where(self._on_trunk, history, event + history)
+        history = np.where(self._joins, event + self._word_lengths(), 0)
+        answer = np.where(self._is_target, event, 0)
         if self._negatives.size:
             taken = self._negative_text >= 0
-            extra = np.where(taken, sizes[self._negative_text] + marker, 0).sum(1)
-            target[self._target_positions] += extra
-        return history, target
+            answer[self._target_positions] += np.where(taken, sizes[self._negative_text] + marker, 0).sum(1)
+        return history, answer
+
+    def _word_lengths(self) -> np.ndarray:
+        """Tokens of each kept position's outcome."""
+        return np.array([len(ids) for ids in self.vocabulary.outcomes])[self._classes]
 
     def _plan(self) -> None:
         """Cut each user's targets into windows, and give each the newest history that fits."""
         rule, positions = self.domain.stream, self._target_positions
-        history, target = self._costs()
-        # Sums up to each position: tokens of the window's part from its first target on, tokens of history, events.
-        until = np.concatenate([[0], np.cumsum(np.where(self._is_target, target, history))])
-        past = np.concatenate([[0], np.cumsum(history)])
-        events = np.concatenate([[0], np.cumsum(self._joins)])
+        history, answer = self._costs()
+        # Sums up to each position: tokens of history, events of history.
+        past, events = _sums(history), _sums(self._joins)
+        begins, ends = self._spans(history, answer)
         users = self.log.user_codes[self._kept]
         user_of = users[positions]
         cuts = np.flatnonzero(np.diff(user_of)) + 1
         bounds = np.concatenate([[0], cuts, [len(positions)]])
-        target_ends = until[positions + 1]
         windows, self.dropped_context = [], 0
         around = len(self.vocabulary.prefix) + len(self.vocabulary.suffix)
         first_of_user = np.searchsorted(users, user_of[bounds[:-1]])
@@ -262,13 +262,13 @@ class StreamDataset(torch.utils.data.Dataset):
         for start, stop, oldest in runs:
             room = rule.max_length - around - int(self._headers.lengths[self._header(int(user_of[start]))])
             while start < stop:
-                base = until[positions[start]]
-                end = int(np.searchsorted(target_ends[start : min(start + rule.targets, stop)], base + room, "right"))
-                end = self._whole_moments(start, start + end, stop)
+                most = min(start + rule.targets, stop)
+                end = start + int(np.searchsorted(ends[start:most], begins[start] + room, "right"))
                 if end == start:
-                    self._refuse(positions[start], target[positions[start]], room)
+                    self._refuse(positions[start], answer[positions[start]], room)
+                end = self._whole_moments(start, end, stop)
                 edge = self._group[positions[start]]
-                left = room - (target_ends[end - 1] - base)
+                left = room - (ends[end - 1] - begins[start])
                 wanted = max(oldest, int(np.searchsorted(events, events[edge] - rule.context, "left")))
                 begin = max(wanted, int(np.searchsorted(past, past[edge] - left, "left")))
                 self.dropped_context += int(events[min(begin, edge)] - events[min(wanted, edge)])
@@ -276,12 +276,32 @@ class StreamDataset(torch.utils.data.Dataset):
                 start = end
         self._windows = np.array(windows, np.int64)
         self.target_offsets = np.append(self._first[self._windows[:, 2]], self._first[-1])
-        self.lengths = self._lengths(until, past, history, target)
+        begin, edge, start, end = self._windows.T
+        header = self._headers.lengths[user_of[start] if len(self._headers) > 1 else np.zeros_like(start)]
+        self.lengths = len(self.vocabulary.prefix) + header + past[edge] - past[begin] + ends[end - 1] - begins[start]
+
+    def _spans(self, history: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each target begins and ends if all is laid down in order; int64 [target positions] each.
+
+        A window from target i to target j takes ends[j] - begins[i] tokens besides its header and its history: what
+        would follow the last answer is not laid down.
+        """
+        positions, first = self._target_positions, self._group[self._target_positions]
+        # An event that is answered on the trunk only adds its outcome there; one that was a probe is laid down again.
+        joining = np.where(self._on_trunk & self._is_target, self._word_lengths(), history)
+        until, answers = _sums(answer + joining), _sums(answer)
+        ends = until[first] + answers[positions + 1] - answers[first]
+        return ends - answer[positions], ends
 
     def _whole_moments(self, start: int, end: int, stop: int) -> int:
-        """Do not cut a moment in two unless it alone is over the limits."""
+        """Do not cut a moment in two unless it alone is over the limits.
+
+        A window that begins inside a moment ends with it: later events must see all of that moment or none of it.
+        """
         group = self._group[self._target_positions[start : end + 1]]
-        if start < end < stop and group[end - start] == group[end - start - 1] and group[end - start] != group[0]:
+        if self._target_positions[start] != group[0]:
+            return min(end, start + int(np.searchsorted(group, group[0], "right")))
+        if end < stop and group[end - start] == group[end - start - 1] != group[0]:
             return start + int(np.searchsorted(group, group[end - start], "left"))
         return end
 
@@ -289,23 +309,10 @@ class StreamDataset(torch.utils.data.Dataset):
         row = self._kept[position]
         item = self.log.items.column("item_id")[int(self.log.item_codes[row])].as_py()
         raise StreamError(
-            f"event of item '{item}' (row {row} of {self.log.name}) needs {tokens} tokens with its marker, outcome and "
+            f"event of item '{item}' (row {row} of {self.log.name}) needs {tokens} tokens with its marker and "
             f"negatives, and stream.max_length {self.domain.stream.max_length} leaves {room}; shorten the item's text "
             f"or raise max_length"
         )
-
-    def _lengths(self, until: np.ndarray, past: np.ndarray, history: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Tokens of each window; what would follow the last answer is not laid down."""
-        begin, edge, start, end = self._windows.T
-        first, last = self._target_positions[start], self._target_positions[end - 1]
-        users = self.log.user_codes[self._kept[first]]
-        header = self._headers.lengths[users if len(self._headers) > 1 else np.zeros_like(users)]
-        total = len(self.vocabulary.prefix) + header + past[edge] - past[begin] + until[last + 1] - until[first]
-        # The last moment does not join the trunk: its history tokens go, but for an event answered on the trunk itself.
-        moment = np.maximum(self._group[last], first)
-        spare = past[last + 1] - past[moment]
-        words = np.array([len(ids) for ids in self.vocabulary.outcomes])
-        return total - np.where(self._on_trunk[last], words[self._classes[last]], spare)
 
     # -- access --------------------------------------------------------------------------------
 
@@ -448,6 +455,11 @@ def build_streams(
         DataError: no labelled target, or labels outside the domain's list.
     """
     return StreamDataset(split, domain, tokenizer, seed=seed, source=source)
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    """Sum of all values before each place; int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
 
 
 def _take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:

@@ -145,10 +145,10 @@ def load_bundle(
         tuning = method_options(manifest["method"], manifest["method_options"])
     except (ConfigError, TypeError) as error:
         raise BundleError(f"{directory / MANIFEST}: {error}") from None
-    _check_base(directory, manifest, options)
+    tokenizer = _check_base(directory, manifest, options)
     if isinstance(tuning, LoraOptions):
         tuning = _plain_options(tuning)
-    classifier = build_classifier(options, tuning, outcomes_of(manifest["domain"]), trained=True)
+    classifier = build_classifier(options, tuning, outcomes_of(manifest["domain"]), trained=True, tokenizer=tokenizer)
     _check_config(directory, classifier)
     _load_tensors(directory, classifier, entries)
     return Bundle(classifier.eval(), classifier.tokenizer, manifest["domain"], manifest, manifest["calibration"])
@@ -325,12 +325,13 @@ def _check_adapter(directory: Path, manifest: dict[str, Any]) -> dict[str, Tenso
     return entries
 
 
-def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions) -> None:
+def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions) -> Any:
+    """Compare the fingerprints of the base and of its tokenizer with the manifest's; returns the tokenizer."""
     trust = options.trust_remote_code
     try:
         source = resolve_base(options.base, options.gguf_file)
         found = base_fingerprint(source, trust_remote_code=trust)
-        tokenizer = tokenizer_fingerprint(load_tokenizer(source, trust_remote_code=trust))
+        tokenizer = load_tokenizer(source, trust_remote_code=trust)
     except ModelError as error:
         raise BundleError(f"bundle {directory} cannot reach its base: {error}; or pass base=") from error
     said = manifest["base"].get("fingerprint")
@@ -339,12 +340,13 @@ def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions
             f"bundle {directory} was trained on {manifest['base'].get('name')} with fingerprint {str(said)[:16]}..., "
             f"but base {options.base} has {found[:16]}...; load it on the base that it was trained on"
         )
-    said = manifest["tokenizer"].get("fingerprint")
-    if tokenizer != said:
+    found, said = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
+    if found != said:
         raise BundleError(
             f"bundle {directory} was trained with a tokenizer of fingerprint {str(said)[:16]}..., but that of base "
-            f"{options.base} has {tokenizer[:16]}...; use the base's own tokenizer files"
+            f"{options.base} has {found[:16]}...; use the base's own tokenizer files"
         )
+    return tokenizer
 
 
 def _plain_options(tuning: LoraOptions) -> LoraOptions:

@@ -290,15 +290,21 @@ def name_of(options: MethodOptions) -> str:
 
 
 def build_classifier(
-    model_options: ModelOptions, tuning: MethodOptions, outcomes: Mapping[str, str], *, trained: bool = False
+    model_options: ModelOptions,
+    tuning: MethodOptions,
+    outcomes: Mapping[str, str],
+    *,
+    trained: bool = False,
+    tokenizer: Any = None,
 ) -> BehaviorClassifier:
     """Classifier on a base, by options objects and outcomes (label -> word).
 
     `trained` leaves out work whose result a bundle's tensors will replace: the head's start, and the initialisations
-    of LoRA that read the base's weights.
+    of LoRA that read the base's weights. `tokenizer` is the base's, where it has been loaded already.
     """
     base = resolve_base(model_options.base, model_options.gguf_file)
-    tokenizer = load_tokenizer(base, trust_remote_code=model_options.trust_remote_code)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(base, trust_remote_code=model_options.trust_remote_code)
     labels = list(outcomes)
     model = load_model(
         base,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from typing import Any
@@ -29,8 +28,6 @@ def add_lora(
     adapter that fits the base as it was. With `trained` the base stays as it is. Raises ModelError for options that
     the model cannot take.
     """
-    # On import, which PEFT does for any method, bitsandbytes warns that it found no optional CPU kernel on the Hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import get_peft_model
 
     fresh = list(model.fresh_modules)
@@ -153,11 +150,10 @@ def plain_factors(state: dict[str, torch.Tensor], initial: dict[str, torch.Tenso
 
 
 def plain_config(config: Any) -> Any:
-    """Copy of a LoRA configuration for the tensors of `plain_factors`: double rank, same scale, ordinary start."""
+    """Copy of a LoRA configuration for the tensors of `plain_factors`: double rank, same scale."""
     import copy
 
     plain = copy.deepcopy(config)
     plain.r = 2 * config.r
     plain.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
-    plain.init_lora_weights = True
     return plain

@@ -10,6 +10,7 @@ from ..data.collator import StreamCollator
 from ..data.domain import Domain
 from ..data.streams import IndependentPrompts
 from ..evaluation.calibration import Calibration
+from ..models.base import check_positions
 from ..models.bundle import load_bundle
 from ..models.predict import predict
 from .answers import measure, prediction_table
@@ -31,6 +32,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     log = read_log(config.data)
     bundle = load_bundle(config.bundle, base=config.base)
     domain = Domain.from_dict(bundle.domain, source=f"{config.bundle}/behavior.json")
+    check_positions(bundle.classifier.config, domain.stream.max_length)
     streams = build_splits(log, domain, bundle.tokenizer)[config.split]
     part = streams.limited(config.limit)
     if config.mode == "independent" or bundle.classifier.encoder:

@@ -217,7 +217,8 @@ def print_results(run: Run, metrics: Mapping[str, Any]) -> None:
     for name in rows:
         print(f"{name:<{width}}" + "".join(f"{values[name]:>18.4f}" for values in shown.values()))
     for name, values in metrics["baselines_test"].items():
-        print(f"{name} on the same test targets: " + ", ".join(f"{key} {values[key]:.4f}" for key in values)[:100])
+        shown = ", ".join(f"{key} {values[key]:.4f}" for key in ("auc", "gauc", "logloss", "ece") if key in values)
+        print(f"{name} on the same test targets: {shown}")
     print(f"\nwritten to {run.directory}:")
     for name in ("bundle", "metrics.json", "predictions.parquet", "report.md", "config.yaml", "logs"):
         print(f"  {run.path(name)}")

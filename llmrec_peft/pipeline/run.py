@@ -33,37 +33,56 @@ class Run:
         return self.directory / name
 
 
-def start_run(config: TrainRecipeConfig) -> Run:
-    """Make the output directory ready, write config.yaml there and seed everything.
-
-    A new run takes the place of an old one in the same directory; one that resumes keeps its checkpoints.
+def prepare_run(config: TrainRecipeConfig) -> Run:
+    """Check that a run can start or go on, and seed everything; nothing is written yet.
 
     Raises:
-        ConfigError: the batch does not divide over the ranks, the directory cannot be written, or a run to resume is
-            not there or was started with other settings.
+        ConfigError: the batch does not divide over the ranks, or a run to resume is not there or was started with other
+            settings.
     """
-    state = PartialState()
-    if config.train.batch_size % state.num_processes:
+    ranks = PartialState().num_processes
+    if config.train.batch_size % ranks:
         raise ConfigError(
-            f"train.batch_size {config.train.batch_size} must be a multiple of the {state.num_processes} processes; "
-            f"use {-(-config.train.batch_size // state.num_processes) * state.num_processes}"
+            f"train.batch_size {config.train.batch_size} must be a multiple of the {ranks} processes; "
+            f"use {-(-config.train.batch_size // ranks) * ranks}"
         )
-    directory, checkpoint = Path(config.output_dir), None
-    if config.train.resume:
-        checkpoint = _checkpoint_of(directory, config)
-    if state.is_main_process:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if not config.train.resume:
-                _clear(directory)
-            write_text(directory / "config.yaml", config_to_yaml(_settings(config)))
-        except OSError as error:
-            raise ConfigError(f"output_dir {directory} cannot be written ({error.strerror}); choose another") from None
-    state.wait_for_everyone()
+    directory = Path(config.output_dir)
+    checkpoint = _checkpoint_of(directory, config) if config.train.resume else None
     # The callback of TensorBoard reads its place from here alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory / "logs")
     set_seed(config.train.seed)
     return Run(config, directory, checkpoint)
+
+
+def begin_run(run: Run, fingerprint: str) -> None:
+    """Make the output directory ready and write down the settings and what the run trains on.
+
+    A new run takes the place of an old one in the same directory; one that resumes keeps its checkpoints.
+
+    Raises:
+        ConfigError: the directory cannot be written, or a resumed run would train on other streams than before.
+    """
+    state, path = PartialState(), run.path("checkpoints") / "streams.json"
+    if run.checkpoint is not None:
+        old = json.loads(path.read_text("utf-8"))["streams"] if path.is_file() else "nothing"
+        if old != fingerprint:
+            raise ConfigError(
+                f"train.resume: the checkpoints in {path.parent} were trained on streams {old[:12]}, and the data now "
+                f"gives {fingerprint[:12]}; use the same data, or start a new run"
+            )
+    if state.is_main_process:
+        try:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            if not run.config.train.resume:
+                _clear(run.directory)
+            write_text(run.path("config.yaml"), config_to_yaml(_settings(run.config)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({"streams": fingerprint}) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir {run.directory} cannot be written ({error.strerror}); choose another"
+            ) from None
+    state.wait_for_everyone()
 
 
 def _settings(config: TrainRecipeConfig) -> TrainRecipeConfig:
@@ -97,25 +116,6 @@ def _clear(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for name in DIRECTORIES:
         shutil.rmtree(directory / name, ignore_errors=True)
-
-
-def check_same_streams(run: Run, fingerprint: str) -> None:
-    """Write down what the run trains on, or check that a resumed run trains on the same.
-
-    Raises:
-        ConfigError: the streams are others than those the checkpoints were trained on.
-    """
-    path = run.path("checkpoints") / "streams.json"
-    if run.checkpoint is not None:
-        old = json.loads(path.read_text("utf-8"))["streams"] if path.is_file() else "nothing"
-        if old != fingerprint:
-            raise ConfigError(
-                f"train.resume: the checkpoints in {path.parent} were trained on streams {old[:12]}, and the data now "
-                f"gives {fingerprint[:12]}; use the same data, or start a new run"
-            )
-    elif PartialState().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"streams": fingerprint}) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from ..config import TrainRecipeConfig
 from ..models.base import load_tokenizer, resolve_base
 from ..models.classifier import load_classifier
 from .outputs import Costs, answer, print_results, save_run
-from .run import start_run
+from .run import begin_run, prepare_run
 from .streams import build_splits, read_log
 from .training import build_trainer
 
@@ -20,8 +20,7 @@ def train(config: TrainRecipeConfig) -> dict[str, Any]:
         What metrics.json holds.
 
     Raises:
-        LLMRecError: with one line on what cannot be used, before anything of the old run is touched where it can be
-            known by then.
+        LLMRecError: with one line on what cannot be used, before an old run in the same place is touched.
     """
     show = print if PartialState().is_main_process else (lambda *_: None)
     costs = Costs()
@@ -37,10 +36,11 @@ def train(config: TrainRecipeConfig) -> dict[str, Any]:
     for name, counts in streams.counts().items():
         show(f"{name}: {counts['targets']:,} targets of {counts['users']:,} users in {counts['streams']:,} streams")
 
-    run = start_run(config)
+    run = prepare_run(config)
     classifier = load_classifier(config.model, config.domain, config.method)
     show(classifier.summary())
     trainer = build_trainer(run, classifier, streams)
+    begin_run(run, streams.fingerprint())
 
     before = None
     if config.evaluation.before:

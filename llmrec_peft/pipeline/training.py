@@ -3,15 +3,17 @@
 import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..evaluation.metrics import higher_is_better
+from ..models.base import check_positions
 from ..models.classifier import BehaviorClassifier
 from ..training.losses import BehaviorLoss, balanced_weights
 from ..training.trainer import BehaviorTrainer
 from .answers import measure, metric_names
-from .run import Run, check_same_streams
+from .run import Run
 from .streams import SplitStreams, limited
 
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adamw_8bit": "adamw_bnb_8bit"}
@@ -36,6 +38,10 @@ def training_arguments(run: Run) -> TrainingArguments:
             f"checkpoint must have been saved when it was measured"
         )
     save_steps = train.eval_steps or train.save_steps
+    try:
+        get_reporting_integration_callbacks(train.report_to)
+    except ValueError as error:
+        raise ConfigError(f"train.report_to {train.report_to}: {' '.join(str(error).split())}") from None
     return TrainingArguments(
         output_dir=str(run.path("checkpoints")),
         max_steps=train.max_steps,
@@ -66,8 +72,8 @@ def training_arguments(run: Run) -> TrainingArguments:
 
 def build_trainer(run: Run, classifier: BehaviorClassifier, streams: SplitStreams) -> BehaviorTrainer:
     """A trainer on the training streams that selects on a part of the validation streams."""
-    check_same_streams(run, streams.fingerprint())
     config = run.config
+    check_positions(classifier.config, config.domain.stream.max_length)
     names = metric_names(streams.valid, config.evaluation.metrics)
     if config.train.select_metric not in names:
         names.append(config.train.select_metric)

@@ -24,7 +24,9 @@ def cross_entropy(loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch
 def focal(loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch.Tensor, _: torch.Tensor):
     """Sum of w_y * (1 - p_y)^gamma * (-log p_y) (Lin et al. 2017, arXiv 1708.02002, eq. 4 and 5)."""
     log_p_T = F.log_softmax(logits_TC, dim=-1).gather(1, labels_T[:, None])[:, 0]
-    terms_T = -((1 - log_p_T.exp()) ** loss.focal_gamma) * log_p_T
+    # Away from zero, where a power below one has no finite slope.
+    miss_T = (-torch.expm1(log_p_T)).clamp(min=torch.finfo(log_p_T.dtype).tiny)
+    terms_T = -(miss_T**loss.focal_gamma) * log_p_T
     weights_C = loss.weights(logits_TC)
     return (terms_T if weights_C is None else terms_T * weights_C[labels_T]).sum()
 
@@ -78,6 +80,10 @@ class BehaviorLoss:
             raise ConfigError("train.class_weights has no meaning for the listwise loss; leave it out")
         if self.label_smoothing and self.name != "cross_entropy":
             raise ConfigError(f"train.label_smoothing goes with cross_entropy alone; got loss {self.name!r}")
+        if not 0 <= self.focal_gamma < float("inf"):
+            raise ConfigError(f"train.focal_gamma must be a finite number of at least 0; got {self.focal_gamma}")
+        if self.class_weights is not None and not all(0 <= weight < float("inf") for weight in self.class_weights):
+            raise ConfigError(f"train.class_weights must be finite numbers of at least 0; got {self.class_weights}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"train.label_smoothing must be in [0, 1); got {self.label_smoothing}")
 

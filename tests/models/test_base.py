@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig, T5Config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    T5Config,
+)
 
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models import base as base_module
@@ -284,6 +291,8 @@ class TestFingerprint:
             classifier = load_model(str(tiny_base(kind)), 2, id2label={0: "a", 1: "b"})
             classifier.save_pretrained(tmp_path / f"{kind}-classifier")
             assert base_fingerprint(tmp_path / f"{kind}-classifier") == expected
+            AutoModel.from_pretrained(tiny_base(kind), dtype=torch.float32).save_pretrained(tmp_path / f"{kind}-bare")
+            assert base_fingerprint(tmp_path / f"{kind}-bare") == expected
 
     def test_shows_any_change(self, copy_of, tiny_base):
         directory = copy_of()

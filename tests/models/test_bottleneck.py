@@ -55,6 +55,22 @@ def test_formula(placement, make, shake):
         assert torch.allclose(mlp(x), expected, atol=1e-6)
 
 
+def test_houlsby_adapts_attention_output(make, shake):
+    classifier = shake(make("llama", "adapter", placement="houlsby", size=8, activation="silu"))
+    attention = transformer_layers(classifier.stock)[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    x, ones = torch.randn(1, 5, 32, generator=generator), torch.ones(1, 5, 8)
+    inputs = {"hidden_states": x, "position_embeddings": (ones, 0 * ones), "attention_mask": None}
+    with torch.no_grad():
+        plain, adapted = attention.sublayer(**inputs), attention(**inputs)
+        y = plain[0]
+        adapter = attention.adapter
+        inner = torch.nn.functional.silu(y @ adapter.down.weight.T + adapter.down.bias)
+        expected = y + inner @ adapter.up.weight.T + adapter.up.bias
+    assert isinstance(plain, tuple) and len(adapted) == len(plain)
+    assert torch.allclose(adapted[0], expected, atol=1e-6) and not torch.allclose(y, expected, atol=1e-3)
+
+
 def test_bert_parallel_adds_before_the_norm(make, shake):
     classifier = shake(make("bert", "adapter", placement="parallel", size=8))
     block = transformer_layers(classifier.stock)[0].output

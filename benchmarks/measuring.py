@@ -1,0 +1,137 @@
+"""What the benchmarks share: the machine and its rates, memory, medians with their spread, and the result file."""
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads and memory."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": model,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def command(script: str, arguments: Sequence[str], paths: Iterable[str] = ("--data", "--base", "--output")) -> str:
+    """The command as it was given, with paths cut to their last name."""
+    words = [Path(word).name if before in paths else word for before, word in zip(["", *arguments], arguments)]  # noqa: B905
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *words])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def matmul_rate(sizes: Sequence[int], operations: float = 1.4e11) -> dict[int, float]:
+    """Float32 operations a second of torch.mm on square matrices of each size, over about `operations` or 100 products.
+
+    A product of n x n matrices counts 2 n^3.
+    """
+    rates = {}
+    for size in sizes:
+        a, b = torch.rand(size, size), torch.rand(size, size)
+        out = torch.mm(a, b)
+        repeats = min(100, max(1, round(operations / (2 * size**3))))
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        rates[size] = repeats * 2 * size**3 / (time.perf_counter() - start)
+    return rates
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, so that the next peak is not the last one's."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reset_peak() -> None:
+    """Start a new peak of resident memory, where the system can (Linux)."""
+    release_memory()
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")
+
+
+def memory_mib(key: str = "VmHWM") -> float | None:
+    """The peak (VmHWM) or present (VmRSS) resident memory in MiB; None where the system does not tell."""
+    path = Path("/proc/self/status")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    return None
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Write JSON under a temporary name and move it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(scratch, path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' notes on what a benchmark does on purpose, so that its table can be read."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # PEFT asks the base for an attribute that Transformers has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def header(script: str, arguments: Sequence[str], seed: int) -> dict[str, Any]:
+    """The part that every result file starts with."""
+    return {
+        "command": command(script, arguments),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def stop(message: str) -> None:
+    """End the script with one line and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)

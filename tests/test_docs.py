@@ -1,0 +1,92 @@
+"""What the documentation says is compared with what the code holds."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import llmrec_peft
+from llmrec_peft.config import CONFIGS, read_config
+from llmrec_peft.data.sources import READERS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_public_names():
+    assert llmrec_peft.__all__ == [
+        "BehaviorLog",
+        "BehaviorTrainer",
+        "BundleError",
+        "ConfigError",
+        "DataError",
+        "Domain",
+        "DomainError",
+        "LLMRecError",
+        "ModelError",
+        "StreamError",
+        "build_streams",
+        "load_classifier",
+    ]
+    for name in llmrec_peft.__all__:
+        assert getattr(llmrec_peft, name).__name__ == name
+
+
+def test_no_module_imports_backwards():
+    order = ["errors", "data", "models", "training", "evaluation", "inference", "config", "arguments", "pipeline"]
+    # Metrics and calibration are plain functions of arrays; configuration names them.
+    allowed = {("arguments", "data"), ("config", "arguments")}
+    for path in (ROOT / "llmrec_peft").rglob("*.py"):
+        part = path.relative_to(ROOT / "llmrec_peft").parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        text = path.read_text(encoding="utf-8")
+        found = set(re.findall(r"(?:from|import) llmrec_peft\.(\w+)", text))
+        depth = len(path.relative_to(ROOT / "llmrec_peft").parts)
+        found |= set(re.findall(r"^ *from " + r"\." * depth + r"(\w+)", text, flags=re.M)) & set(order)
+        for other in found - {part}:
+            assert order.index(other) < order.index(part) or (part, other) in allowed, f"{path} imports {other}"
+
+
+def test_formats_page_lists_the_readers():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, flags=re.M))
+    assert {name: layout.replace("\\|", "|") for name, layout in rows.items()} == {
+        name: reader.layout for name, reader in READERS.items()
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:recipes|llmrec_peft|tests|benchmarks|docs|accelerate_configs|ds_configs)/[\w./-]*)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def commands(text: str) -> list[str]:
+    """Commands of the page's blocks, joined over line ends with a backslash."""
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.search(r"recipes/\w+\.py", line)]
+
+
+ALL = [(page.name, line) for page in PAGES for line in commands(page.read_text(encoding="utf-8"))]
+
+
+def test_there_are_commands():
+    assert len(ALL) >= 3
+
+
+@pytest.mark.parametrize(("page", "line"), ALL)
+def test_commands_are_accepted(page, line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(re.sub(r"\[[^\]]*\]", "", line), comments=True)
+    place = next(number for number, word in enumerate(words) if re.fullmatch(r"recipes/\w+\.py", word))
+    assert Path(words[place]).is_file()
+    read_config(CONFIGS[Path(words[place]).stem], words[place + 1 :])
