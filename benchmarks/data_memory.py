@@ -3,10 +3,11 @@
     python benchmarks/data_memory.py [--rows 10000000]
 
 A parquet log with shuffled users and times is written batch by batch into a temporary directory. A fresh process reads
-and sorts it, splits it by time, cuts the training part into streams (context 10, targets 30, with a price in each event,
-so that each event is a text of its own) and makes 1,000 of them into tokens. Two peaks of memory are printed: of the
-resident set, which counts pages of mapped files that the system may drop at any time, and of anonymous memory, which it
-may not. So is the peak of blocks that Python's own allocator held, which tells how many rows were Python objects at once.
+and sorts it, splits it by time, cuts the training part into streams (context 10, targets 30, with a price in each
+event, so that each event is a text of its own) and makes 1,000 of them into tokens. Two peaks of memory are printed: of
+the resident set, which counts pages of mapped files that the system may drop at any time, and of anonymous memory,
+which it may not. So is the peak of blocks that Python's own allocator held, which tells how many rows were Python
+objects at once.
 """
 
 import argparse

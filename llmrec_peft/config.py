@@ -46,6 +46,12 @@ def _require(rule: bool, key: str, requirement: str, value: object) -> None:
         raise ConfigError(f"{key} must be {requirement}, not {value!r}; change {key} in the configuration")
 
 
+def _check_metrics(names: list[str] | None, key: str) -> None:
+    """Names that exist, one at least of which is no count: a report on counts alone would say nothing."""
+    values = [name for name in names or [] if not find_metric(name)[0].count]
+    _require(names is None or bool(values), key, "null or a list with a metric other than counts, such as auc", names)
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Where the behaviour log lies."""
@@ -129,6 +135,11 @@ class TrainConfig:
         higher_is_better(self.select_metric)
         _require(not (self.early_stopping and not self.eval_steps), "train.eval_steps",
                  "at least 1 with early_stopping", self.eval_steps)  # fmt: skip
+        if self.eval_steps and self.save_steps not in (0, self.eval_steps):
+            raise ConfigError(
+                f"train.save_steps {self.save_steps} must be 0 or equal train.eval_steps {self.eval_steps}: the best "
+                f"checkpoint must have been saved when it was measured; leave train.save_steps out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -142,7 +153,9 @@ class EvaluationConfig:
     before: bool = True
     """Measure the untrained classifier too."""
     calibrate: bool = True
-    """Fit temperature and prior on validation and keep them in the bundle."""
+    """Fit a temperature and one bias a label on validation, and keep them in the bundle."""
+    prior: list[float] | None = None
+    """Shares of the labels in the traffic to come, where validation has others (sampled negatives); null: the same."""
     bootstrap: int = 1000
     """Resamples of the users for confidence intervals; 0 for none."""
     batch_tokens: int = 4000
@@ -154,8 +167,11 @@ class EvaluationConfig:
         for name in ("valid_targets", "test_targets"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"evaluation.{name}", "at least 1, or null", value)
-        for name in self.metrics or []:
-            find_metric(name)
+        _check_metrics(self.metrics, "evaluation.metrics")
+        if self.prior is not None:
+            shares = all(0 < share < 1 for share in self.prior) and abs(sum(self.prior) - 1) < 1e-3
+            _require(shares, "evaluation.prior", "one share above 0 a label, 1 in all", self.prior)
+            _require(self.calibrate, "evaluation.calibrate", "true with evaluation.prior", self.calibrate)
         _require(self.bootstrap >= 0, "evaluation.bootstrap", "at least 0", self.bootstrap)
         _require(self.batch_tokens >= 1, "evaluation.batch_tokens", "at least 1", self.batch_tokens)
 
@@ -180,6 +196,10 @@ class TrainRecipeConfig:
         if isinstance(weights, list):
             requirement = f"{len(labels)} numbers, for {', '.join(labels)}"
             _require(len(weights) == len(labels), "train.class_weights", requirement, weights)
+        prior = self.evaluation.prior
+        if prior is not None:
+            requirement = f"{len(labels)} numbers, for {', '.join(labels)}"
+            _require(len(prior) == len(labels), "evaluation.prior", requirement, prior)
 
 
 @dataclass(kw_only=True)
@@ -231,6 +251,12 @@ class EvaluateConfig:
     data: DataConfig
     base: str | None = None
     """Base model; null for the one that the bundle names."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the base; null for the one that it was trained in."""
+    attn: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """Attention implementation; null for the one that it was trained with."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the base to run."""
     mode: Literal["stream", "independent"] = "stream"
     """Score whole streams, or each target as a prompt of its own; the answers agree."""
     split: Literal["train", "valid", "test"] = "test"
@@ -240,13 +266,12 @@ class EvaluateConfig:
     batch_tokens: int = 4000
     """Tokens that are scored at once, at most."""
     metrics: list[str] | None = None
-    """Metrics by name, such as auc or ndcg@10; null for the usual ones."""
+    """Metrics by name, such as auc or ndcg@10; null for those that training left in the bundle."""
     output_dir: str | None = None
     """Directory for metrics and predictions; null to print only."""
 
     def __post_init__(self) -> None:
-        for name in self.metrics or []:
-            find_metric(name)
+        _check_metrics(self.metrics, "metrics")
         _require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
         _require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
 

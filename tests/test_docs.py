@@ -65,7 +65,8 @@ def test_links_and_files_exist(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-    for name in re.findall(r"`((?:recipes|llmrec_peft|tests|benchmarks|docs|accelerate_configs|ds_configs)/[\w./-]*)`", text):
+    folders = "recipes|llmrec_peft|tests|benchmarks|docs|accelerate_configs|ds_configs"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", text):
         assert (ROOT / name).exists(), name
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .streams import Stream
+from .layout import Stream
 
 PAD = -1  # branch of padding: no token sees it
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import yaml
 
 from ..errors import DataError, DomainError
+from .tables import OUTCOME_COLUMNS
 
 Rule = TypeVar("Rule")
 
@@ -146,7 +147,7 @@ class Domain:
         return self.labels.index(self.negatives.label) if self.negatives.label else 0
 
     def classes(self, log) -> np.ndarray:
-        """Class number of each interaction, int8 [rows]; -1 where the map leaves the row out.
+        """Class number of each interaction, int32 [rows]; -1 where the map leaves the row out.
 
         Raises:
             DataError: no such column, a missing value, or a value outside the domain's labels.
@@ -160,12 +161,12 @@ class Domain:
                     f"{log.name}: label column '{self.label.column}' must hold numbers for `above`; got {column.type}"
                 ) from None
             _refuse_rows(log, np.isnan(values), f"label column '{self.label.column}' is missing", "remove these rows")
-            return (values > self.label.above).astype(np.int8)
+            return (values > self.label.above).astype(np.int32)
         # The few distinct values are mapped in Python, the rows by an Arrow take.
         encoded = pc.dictionary_encode(column.combine_chunks(), null_encoding="encode")
         names = encoded.dictionary.to_pylist()
-        codes = np.array([self._class_of(value) for value in names], dtype=np.int8)
-        classes = codes[np.asarray(encoded.indices)] if len(names) else np.empty(0, np.int8)
+        codes = np.array([self._class_of(value) for value in names], dtype=np.int32)
+        classes = codes[np.asarray(encoded.indices)] if len(names) else np.empty(0, np.int32)
         for number, value in enumerate(names):
             if codes[number] == -2:
                 _refuse_rows(
@@ -180,19 +181,24 @@ class Domain:
         return list(self.label.map) if self.label.map else self.labels + list(range(len(self.labels)))
 
     def _class_of(self, value: Any) -> int:
+        """Class of one of the column's values; -1 to leave it out, -2 if it is unknown.
+
+        Values are compared with labels as text, so that parquet, csv and jsonl agree. A number that is no label's name
+        is a class number, unless labels are named by numbers: 1 must not mean "2" where the labels are "1" to "5".
+        """
+        if value is None:
+            return -2
+        texts = [str(value), _as_label(value)]  # "4.0" and "4"
         if self.label.map is not None:
-            # YAML keys are read as text, so numbers of the log are compared as text too.
-            if str(value) not in self.label.map:
-                return -2
-            name = self.label.map[str(value)]
-            return -1 if name is None else self.labels.index(name)
-        if isinstance(value, str):
-            if value in self.outcomes:
-                return self.labels.index(value)
-            value = int(value) if value.isascii() and value.isdigit() else None
-        if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
-            return int(value) if 0 <= value < len(self.labels) else -2
-        return -2
+            names = [self.label.map[text] for text in texts if text in self.label.map]
+            return -2 if not names else -1 if names[0] is None else self.labels.index(names[0])
+        for text in texts:
+            if text in self.outcomes:
+                return self.labels.index(text)
+        text = str(int(value)) if isinstance(value, bool) else texts[1]
+        if any(_is_number(label) for label in self.labels) or not (text.isascii() and text.isdigit()):
+            return -2
+        return int(text) if int(text) < len(self.labels) else -2
 
     # -- text ----------------------------------------------------------------------------------
 
@@ -211,10 +217,30 @@ class Domain:
         return [text.strip() for text in [self.marker, *special_tokens] if text.strip()]
 
 
+def _as_label(value: Any) -> str:
+    """A value as labels and maps spell it: whole numbers without a point, true and false in lower case."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def template_columns(template: str) -> list[str]:
     """Names in braces of a template, each once, in order."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     return list(dict.fromkeys(names))
+
+
+def template_literals(template: str) -> list[str]:
+    """Fixed texts of a template, in order."""
+    return [literal for literal, _, _, _ in string.Formatter().parse(template) if literal]
 
 
 def neutralise(text: str, forbidden: list[str]) -> str:
@@ -250,7 +276,7 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
         DomainError: no field, or a format that does not fit its column's values.
     """
     parts: list[Any] = []
-    literals = [literal for literal, _, _, _ in string.Formatter().parse(template)]
+    literals = template_literals(template)
     for literal, name, spec, _ in string.Formatter().parse(template):
         if literal:
             parts.append(pa.scalar(literal, pa.large_string()))
@@ -271,6 +297,12 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
 
 def _as_text(name: str, values: pa.Array, spec: str, forbidden: list[str]) -> pa.Array:
     """Format and neutralise distinct values once, then spread them over the rows."""
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        values = _joined(name, values)
+    if pa.types.is_nested(values.type):
+        raise DomainError(
+            f"field {{{name}}} names a column of type {values.type}; flatten it to texts or numbers first"
+        )
     encoded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
     distinct = encoded.dictionary
     # numpy scalars print float32 shortly: 2.55, not 2.549999952316284.
@@ -278,13 +310,22 @@ def _as_text(name: str, values: pa.Array, spec: str, forbidden: list[str]) -> pa
     try:
         texts = ["" if value is None else neutralise(format(value, spec) if spec else str(value), forbidden)
                  for value in as_python]  # fmt: skip
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise DomainError(
             f"field {{{name}:{spec}}} does not fit the column's values of type {distinct.type} ({error}); correct the "
             "format"
         ) from None
     texts = pa.array(texts, pa.large_string())
     return pc.fill_null(texts.take(encoded.indices), "")
+
+
+def _joined(name: str, values: pa.Array) -> pa.Array:
+    """Lists as text, their parts separated by commas."""
+    try:
+        parts = pc.cast(values, pa.large_list(pa.large_string()))
+    except pa.ArrowInvalid as error:
+        raise DomainError(f"field {{{name}}} names lists that are no texts ({error}); flatten them first") from None
+    return pc.binary_join(parts, pa.scalar(", ", pa.large_string()))
 
 
 def _refuse_rows(log, bad: np.ndarray, what: str, advice: str) -> None:
@@ -342,16 +383,15 @@ def _check_texts(domain: Domain) -> None:
         except ValueError as error:
             raise DomainError(f"{where}: {key} is not a template ({error}); write {{{{ for a brace") from None
         parsed = list(string.Formatter().parse(getattr(domain, key)))
-        if any(domain.marker.strip() in literal for literal, _, _, _ in parsed):
+        if any(domain.marker.strip() in literal for literal in template_literals(getattr(domain, key))):
             raise DomainError(f"{where}: {key} contains the marker {domain.marker!r}, which only closes events; reword")
         bad = [name for name in columns if not name.isidentifier()]
         bad += [f"{name}!{turned}" for _, name, _, turned in parsed if turned]
         if bad:
             raise DomainError(f"{where}: {key} has the field {{{bad[0]}}}; fields are column names, such as {{title}}")
-        if domain.label.column in columns:
-            raise DomainError(
-                f"{where}: {key} shows the label's own column '{domain.label.column}', which is the answer; remove it"
-            )
+        shown = [name for name in columns if name in {domain.label.column, *OUTCOME_COLUMNS}]
+        if shown:
+            raise DomainError(f"{where}: {key} shows the column '{shown[0]}', which tells the answer; remove it")
     if not domain.event_columns:
         raise DomainError(f"{where}: event {domain.event!r} names no column; use at least one, such as {{title}}")
     if len(domain.outcomes) < 2:

@@ -1,96 +1,15 @@
 """From a log to token streams: windows, trunk, probes, and the independent prompts that they must equal."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pyarrow as pa
 import torch
 
 from ..errors import DataError, DomainError, StreamError
 from .domain import Domain
+from .layout import Stream, StreamBuilder
 from .negatives import sample_negatives
 from .splits import LogSplit
 from .tokens import CHUNK, TokenTable, Vocabulary
-
-TRUNK = 0  # branch of the header and of the events that later ones see
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One window as tokens; L tokens, T targets.
-
-    Attributes:
-        input_ids: int32 [L].
-        position_ids: int32 [L]; a probe's positions go on from the trunk point that it hangs off.
-        branch: int32 [L]; 0 for the trunk, a new number for each probe.
-        markers: int64 [T]; index of each answer's token.
-        labels: int64 [T]; class numbers.
-        lists: int64 [T]; targets with one number are alternatives at one moment.
-        targets: int64 [T]; row numbers of `StreamDataset.targets`.
-    """
-
-    input_ids: np.ndarray
-    position_ids: np.ndarray
-    branch: np.ndarray
-    markers: np.ndarray
-    labels: np.ndarray
-    lists: np.ndarray
-    targets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def independent(self, number: int, suffix: np.ndarray) -> "Stream":
-        """The prompt of one target by itself: what it sees of this stream, and nothing else."""
-        end, branch = self.markers[number], self.branch[self.markers[number]]
-        seen = np.flatnonzero((self.branch[: end + 1] == TRUNK) | (self.branch[: end + 1] == branch))
-        one = slice(number, number + 1)
-        ids = np.concatenate([self.input_ids[seen], suffix])
-        return Stream(ids, np.arange(len(ids), dtype=np.int32), np.zeros(len(ids), np.int32),
-                      np.array([len(seen) - 1]), self.labels[one], self.lists[one], self.targets[one])  # fmt: skip
-
-
-class _Builder:
-    """Lays tokens down in order; L grows."""
-
-    def __init__(self, trunk: list[np.ndarray]):
-        self.pieces: list[np.ndarray] = []
-        self.branches: list[int] = []
-        self.starts: list[int] = []
-        self.length = 0  # tokens laid down
-        self.point = 0  # trunk tokens laid down, the next trunk position
-        self.probes = 0
-        for ids in trunk:
-            self.trunk(ids)
-
-    def trunk(self, *parts: np.ndarray) -> int:
-        """Lay parts on the trunk; returns the index of the last token."""
-        for ids in parts:
-            self.pieces.append(ids)
-            self.branches.append(TRUNK)
-            self.starts.append(self.point)
-            self.point += len(ids)
-            self.length += len(ids)
-        return self.length - 1
-
-    def probe(self, event: np.ndarray, marker: np.ndarray) -> int:
-        """Hang an event with its marker off the trunk as it is now; returns the index of the last token."""
-        self.probes += 1
-        position = self.point
-        for ids in (event, marker):
-            self.pieces.append(ids)
-            self.branches.append(self.probes)
-            self.starts.append(position)
-            position += len(ids)
-            self.length += len(ids)
-        return self.length - 1
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        sizes = np.array([len(ids) for ids in self.pieces])
-        ends = np.cumsum(sizes)
-        positions = np.arange(self.length) + np.repeat(np.array(self.starts) - (ends - sizes), sizes)
-        branch = np.repeat(np.array(self.branches, np.int32), sizes)
-        return np.concatenate(self.pieces).astype(np.int32), positions.astype(np.int32), branch
 
 
 class StreamDataset(torch.utils.data.Dataset):
@@ -109,7 +28,7 @@ class StreamDataset(torch.utils.data.Dataset):
         self.name, self.log, self.domain = split.name, split.log, domain
         self.vocabulary = Vocabulary(domain, tokenizer)
         classes = domain.classes(self.log)
-        self._kept = np.flatnonzero(classes >= 0)
+        self._kept = self._needed(split, classes)
         self._classes = classes[self._kept].astype(np.int64)
         is_target = np.zeros(len(self.log), bool)
         is_target[split.rows] = True
@@ -123,10 +42,16 @@ class StreamDataset(torch.utils.data.Dataset):
         self._group = self._groups()
         # An event that is alone at its moment is answered on the trunk; events that share one are answered as probes.
         self._on_trunk = self._joins & (np.bincount(self._group, minlength=len(self._kept))[self._group] == 1)
-        self._negatives = self._sample(split, seed, source)
+        self._negatives = self._sample(split, seed, classes, source)
         self._read_texts()
         self._number_targets()
         self._plan()
+
+    def _needed(self, split: LogSplit, classes: np.ndarray) -> np.ndarray:
+        """Labelled rows that a window can hold: up to the moment of each user's last target, int64 [kept]."""
+        last = np.full(self.log.num_users, -np.inf)
+        np.maximum.at(last, self.log.user_codes[split.rows], self.log.timestamps[split.rows])
+        return np.flatnonzero((classes >= 0) & (self.log.timestamps <= last[self.log.user_codes]))
 
     def _groups(self) -> np.ndarray:
         """First kept position of each position's moment; with `order` each event is a moment of its own."""
@@ -138,20 +63,21 @@ class StreamDataset(torch.utils.data.Dataset):
         new[1:] = (users[1:] != users[:-1]) | (times[1:] != times[:-1])
         return np.maximum.accumulate(np.where(new, np.arange(count), 0))
 
-    def _sample(self, split: LogSplit, seed: int, source: np.ndarray | None) -> np.ndarray:
+    def _sample(self, split: LogSplit, seed: int, classes: np.ndarray, source: np.ndarray | None) -> np.ndarray:
         """Item rows of the negatives, int32 [split's targets, per positive], -1 for none."""
         rule, positions = self.domain.negatives, self._target_positions
         negatives = np.full((len(positions), rule.per_positive), -1, np.int32)
         positive = np.flatnonzero(self._classes[positions] != self.domain.negative_class)
         if rule.per_positive and len(positive):
+            # What was taken makes an item known and popular; rows left out of the log, or refused, do not.
+            took = (classes >= 0) & (classes != self.domain.negative_class)
             negatives[positive] = sample_negatives(
                 split,
                 per_positive=rule.per_positive,
                 sampling=rule.sampling,
                 seed=seed,
                 positives=self._kept[positions[positive]],
-                source=source,
-                past_only=self.domain.split.by == "time",
+                source=np.flatnonzero(took) if source is None else source[took[source]],
             )
         return negatives
 
@@ -183,7 +109,7 @@ class StreamDataset(torch.utils.data.Dataset):
             numbers = np.arange(len(rows))
         slices = [slice(start, start + CHUNK) for start in range(0, len(items), CHUNK)]
         chunks = (vocabulary.events({name: self._column(name, rows[s], items[s]) for name in columns}) for s in slices)
-        self._events = TokenTable.build(vocabulary.tokenizer, chunks, len(items), f"{self.name} events")
+        self._events = TokenTable.build(vocabulary, chunks, len(items), f"{self.name} events")
         self._text = numbers[: len(self._kept)]
         self._negative_text = np.full(self._negatives.shape, -1, np.int64)
         self._negative_text[taken] = numbers[len(self._kept) :]
@@ -207,7 +133,7 @@ class StreamDataset(torch.utils.data.Dataset):
             )
             for s in slices
         )
-        return TokenTable.build(self.vocabulary.tokenizer, chunks, count, f"{self.name} headers")
+        return TokenTable.build(self.vocabulary, chunks, count, f"{self.name} headers")
 
     def _header(self, user: int) -> int:
         return user if len(self._headers) > 1 else 0
@@ -265,7 +191,7 @@ class StreamDataset(torch.utils.data.Dataset):
                 most = min(start + rule.targets, stop)
                 end = start + int(np.searchsorted(ends[start:most], begins[start] + room, "right"))
                 if end == start:
-                    self._refuse(positions[start], answer[positions[start]], room)
+                    self._refuse(start, room)
                 end = self._whole_moments(start, end, stop)
                 edge = self._group[positions[start]]
                 left = room - (ends[end - 1] - begins[start])
@@ -305,13 +231,26 @@ class StreamDataset(torch.utils.data.Dataset):
             return start + int(np.searchsorted(group, group[end - start], "left"))
         return end
 
-    def _refuse(self, position: int, tokens: int, room: int) -> None:
+    def _refuse(self, index: int, room: int) -> None:
+        """Name what does not fit: the header, or the longest of an event and its negatives."""
+        position, limit = self._target_positions[index], self.domain.stream.max_length
         row = self._kept[position]
-        item = self.log.items.column("item_id")[int(self.log.item_codes[row])].as_py()
+        if room <= 0:
+            user = self.log.user_ids[int(self.log.user_codes[row])].as_py()
+            raise StreamError(
+                f"header of user '{user}' takes all but {room} of the {limit} tokens of stream.max_length; "
+                "shorten the header or raise max_length"
+            )
+        taken = self._negatives[index] >= 0
+        texts = [int(self._text[position]), *self._negative_text[index][taken].tolist()]
+        items = [int(self.log.item_codes[row]), *self._negatives[index][taken].tolist()]
+        sizes = self._events.lengths[texts]
+        item = self.log.items.column("item_id")[items[int(sizes.argmax())]].as_py()
+        beside = " and its sampled negatives" if len(texts) > 1 else ""
         raise StreamError(
-            f"event of item '{item}' (row {row} of {self.log.name}) needs {tokens} tokens with its marker and "
-            f"negatives, and stream.max_length {self.domain.stream.max_length} leaves {room}; shorten the item's text "
-            f"or raise max_length"
+            f"item '{item}' takes {sizes.max()} tokens: the event of row {row} of {self.log.name}{beside} needs "
+            f"{sizes.sum() + len(texts) * len(self.vocabulary.marker)} with markers, and stream.max_length {limit} "
+            f"leaves {room}; shorten the item's text or raise max_length"
         )
 
     # -- access --------------------------------------------------------------------------------
@@ -323,7 +262,7 @@ class StreamDataset(torch.utils.data.Dataset):
         begin, edge, start, end = self._windows[number]
         positions, vocabulary = self._target_positions, self.vocabulary
         user = int(self.log.user_codes[self._kept[positions[start]]])
-        build = _Builder([vocabulary.prefix, self._headers[self._header(user)]])
+        build = StreamBuilder([vocabulary.prefix, self._headers[self._header(user)]])
         for position in range(begin, edge):
             self._join(build, position)
         markers: dict[int, int] = {}
@@ -339,13 +278,13 @@ class StreamDataset(torch.utils.data.Dataset):
         ids, places, branch = build.arrays()
         return Stream(ids, places, branch, order, self.target_labels[targets], self.target_lists[targets], targets)
 
-    def _join(self, build: _Builder, position: int) -> None:
+    def _join(self, build: StreamBuilder, position: int) -> None:
         """Lay a finished event on the trunk, if its label lets later events see it."""
         if self._joins[position]:
             word = self.vocabulary.outcomes[self._classes[position]]
             build.trunk(self._events[self._text[position]], self.vocabulary.marker, word)
 
-    def _moment(self, build: _Builder, members: range, markers: dict[int, int], is_last: bool) -> None:
+    def _moment(self, build: StreamBuilder, members: range, markers: dict[int, int], is_last: bool) -> None:
         """Lay down the events of one moment: answers first, then what later moments see."""
         marker = self.vocabulary.marker
         on_trunk = bool(self._on_trunk[members[0]])

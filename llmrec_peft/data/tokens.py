@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from ..errors import StreamError
-from .domain import Domain, render
+from .domain import Domain, render, template_literals
 
 CHUNK = 32_768  # texts that are Python objects at one time
 
@@ -28,11 +28,11 @@ class TokenTable:
         self.offsets = offsets
 
     @classmethod
-    def build(cls, tokenizer, chunks: Iterable[pa.Array], total: int, what: str) -> "TokenTable":
+    def build(cls, vocabulary: "Vocabulary", chunks: Iterable[pa.Array], total: int, what: str) -> "TokenTable":
         """Tokenise chunks of texts; equal texts of a chunk are tokenised once.
 
         Args:
-            tokenizer: a Transformers tokenizer.
+            vocabulary: tokenises, and takes out what no text may hold.
             chunks: Arrow string arrays, `total` texts in all.
             total: for the progress bar.
             what: name on the progress bar.
@@ -43,7 +43,7 @@ class TokenTable:
             with tqdm(total=total, desc=f"tokenising {what}", unit="text", disable=total < 4 * CHUNK) as bar:
                 for chunk in chunks:
                     encoded = pc.dictionary_encode(chunk)
-                    flat, offsets = tokenise(tokenizer, encoded.dictionary.to_pylist())
+                    flat, offsets = vocabulary.tokens(encoded.dictionary.to_pylist())
                     picked = np.asarray(encoded.indices)
                     sizes = np.diff(offsets)[picked]
                     flat[ranges(offsets[picked], sizes)].tofile(file)
@@ -115,6 +115,47 @@ class Vocabulary:
         known = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
         # Longest first, so that breaking up a short one does not hide a longer one that contains it.
         self.forbidden = domain.forbidden(sorted(known, key=lambda text: (-len(text), text)))
+        literals = [part for text in (domain.event, domain.header) for part in template_literals(text)]
+        spelled = tokenise(tokenizer, literals)[0]
+        ids = np.array([*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids], np.int32)
+        # A text of a base's vocabulary may be unknown to it; that token stands for data.
+        self._reserved = np.setdiff1d(
+            ids, [*spelled, *([] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id])]
+        )
+
+    def tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of events or headers, flat int32, and their offsets int64 [texts + 1].
+
+        Neutralising works on texts as they are written, and a tokenizer that normalises them can still bring a marker
+        or a special token out of another spelling, such as a full-width arrow. Such tokens are taken out here.
+        """
+        flat, offsets = tokenise(self.tokenizer, texts)
+        bad = np.isin(flat, self._reserved)
+        width = len(self.marker)
+        if len(flat) >= width:
+            runs = np.lib.stride_tricks.sliding_window_view(flat, width)
+            starts = np.flatnonzero((runs == self.marker).all(1))
+            owner = np.searchsorted(offsets, starts, "right")
+            starts = starts[starts + width <= offsets[owner]]
+            bad[starts[:, None] + np.arange(width)] = True
+        if not bad.any():
+            return flat, offsets
+        # Taking one out can bring another together: each text is searched until nothing is left.
+        rows = [flat[offsets[i] : offsets[i + 1]] for i in range(len(texts))]
+        for i in np.unique(np.searchsorted(offsets, np.flatnonzero(bad), "right") - 1):
+            rows[i] = self._without(rows[i])
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        return np.concatenate(rows), offsets
+
+    def _without(self, ids: np.ndarray) -> np.ndarray:
+        """Tokens of one text without reserved tokens and runs that spell the marker."""
+        ids, width, marker = ids[~np.isin(ids, self._reserved)], len(self.marker), self.marker.tolist()
+        kept: list[int] = []
+        for token in ids.tolist():
+            kept.append(token)
+            if kept[-width:] == marker:
+                del kept[-width:]
+        return np.array(kept, np.int32)
 
     def events(self, columns: dict[str, pa.Array]) -> pa.Array:
         """Texts of events, neutralised, from their columns [rows]."""

@@ -1,8 +1,10 @@
 """What counting alone achieves: the rates of the item and of the user before the target, and both in one regression.
 
-A model that reads text must beat these on the same targets, and they are honest ones: every feature of a target is
+A model that reads text must beat these on the same targets. In a log split by time, every feature of a target is
 counted over rows with a strictly earlier timestamp, so that rows of the same second (a page rated at once, a basket)
-say nothing about each other, and a later row of the test period knows the earlier ones, as the text model does.
+say nothing about each other, and a later row of the test period knows the earlier ones, as the text model does. In a
+log split by user, time orders the rows of one user alone: the user's rate is counted over the user's strictly earlier
+rows, and the item's rate over the training rows of other users, at any time.
 
     rate = (positives before + STRENGTH * overall rate before) / (rows before + STRENGTH)
 

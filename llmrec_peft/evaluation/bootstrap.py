@@ -23,7 +23,10 @@ CHUNK_NUMBERS = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A value on all targets and its percentile interval. `undefined` samples had no value and are left out."""
+    """A value on all targets and its percentile interval. `undefined` samples had no value and are left out.
+
+    With one user there is nothing to draw: low and high are NaN, and all samples undefined.
+    """
 
     value: float
     low: float
@@ -97,6 +100,10 @@ def _draws(
     values = {name: np.empty((len(several), 1 + samples)) for name in names}
     for name in names:
         values[name][:, 0] = [plan(np.ones((1, users)))[0] for plan in plans[name]]
+    if users < 2:  # each sample would be the whole again, and the interval falsely without width
+        for name in names:
+            values[name][:, 1:] = np.nan
+        return values
     chunk = max(1, CHUNK_NUMBERS // max(users, len(several[0].labels)))
     for start in range(0, samples, chunk):
         size = min(chunk, samples - start)

@@ -23,6 +23,10 @@ from llmrec_peft.errors import BundleError, DataError
 # A validation set that is ranked without a fault has its best temperature at 0: the bounds keep answers finite.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
+# What is believed before any target is seen: log temperature and biases are normal around 0 with these deviations. So
+# a few targets move them little, and thousands as far as the data say.
+SPREAD_LOG_TEMPERATURE, SPREAD_BIAS = 1.0, 3.0
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -107,39 +111,37 @@ def prior_bias(trained: Sequence[float], prior: Sequence[float]) -> tuple[float,
 
 
 def fit_calibration(logits, labels, prior: Sequence[float] | None = None) -> Calibration:
-    """Temperature and bias that minimise the logloss of held-out targets.
+    """Temperature and bias that explain held-out targets best: least logloss, with a weak pull to no calibration.
 
     logits: float [n, C]; labels: int [n], both of validation. prior: the class shares of the traffic to come, one a
     class, if they differ from those of `labels`, such as after sampled negatives; the fitted bias is then moved there.
-    A class that validation lacks leaves the bias at 0: its best bias would be minus infinity.
+    Where validation lacks a class, nothing is known of its share, and the calibration that changes nothing is returned.
     """
     logits, labels = _read(logits, labels)
-    classes = logits.shape[1]
-    counts = np.bincount(labels, minlength=classes)
-    temperature, bias = fit_temperature(logits, labels), np.zeros(classes)
-    if (counts > 0).all():
-        temperature, bias = _fit_both(logits, labels, temperature)
-    if prior is not None:
-        bias = bias + np.asarray(prior_bias(np.maximum(counts, 0.5), prior))
-    return Calibration(float(temperature), _centred(bias))
+    counts = np.bincount(labels, minlength=logits.shape[1])
+    shift = np.zeros(len(counts)) if prior is None else np.asarray(prior_bias(np.maximum(counts, 0.5), prior))
+    if (counts == 0).any():
+        return Calibration()
+    temperature, bias = _fit_both(logits, labels)
+    return Calibration(float(temperature), _centred(bias + shift))
 
 
-def _fit_both(logits: np.ndarray, labels: np.ndarray, start: float) -> tuple[float, np.ndarray]:
-    """Convex in (1/T, bias), so the start only saves steps. The last bias is what keeps the sum at 0."""
+def _fit_both(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """The most probable 1/T and biases under SPREAD_*, that is of the mean logloss plus the pull over n."""
     n, classes = logits.shape
     truth = np.eye(classes)[labels]
-    # A weak pull to 0 (one part in 1e6) bounds biases on data that a bias alone could separate.
-    pull = 1e-6
+    pull_scale, pull_bias = 1 / (2 * n * SPREAD_LOG_TEMPERATURE**2), 1 / (2 * n * SPREAD_BIAS**2)
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        z = logits * x[0] + x[1:]
-        log_p = log_softmax(z, axis=1)
+        scale, bias = x[0], x[1:]
+        log_p = log_softmax(logits * scale + bias, axis=1)
         error = (np.exp(log_p) - truth) / n
-        value = -(log_p * truth).sum() / n + pull * (x[1:] ** 2).sum()
-        return value, np.r_[(error * logits).sum(), error.sum(axis=0) + 2 * pull * x[1:]]
+        value = -(log_p * truth).sum() / n + pull_scale * math.log(scale) ** 2 + pull_bias * (bias**2).sum()
+        slope = (error * logits).sum() + 2 * pull_scale * math.log(scale) / scale
+        return value, np.r_[slope, error.sum(axis=0) + 2 * pull_bias * bias]
 
     bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)] + [(None, None)] * classes
-    found = minimize(loss, np.r_[1 / start, np.zeros(classes)], jac=True, bounds=bounds, method="L-BFGS-B")
+    found = minimize(loss, np.r_[1.0, np.zeros(classes)], jac=True, bounds=bounds, method="L-BFGS-B")
     return 1 / found.x[0], found.x[1:]
 
 

@@ -3,12 +3,12 @@
 Figures are made with matplotlib's objects and the Agg canvas, so no global state, display or window is touched.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from llmrec_peft.data.files import replacing
 from llmrec_peft.evaluation.metrics import ECE_BINS, bin_numbers, calibration_view, compute_metrics
 from llmrec_peft.evaluation.targets import Targets
 
@@ -159,8 +159,7 @@ def _plain(axes) -> None:
 def _save(figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Without the version in the file's metadata, the same numbers give the same bytes.
-    figure.savefig(unfinished, format="png", bbox_inches="tight", metadata={"Software": None})
-    os.replace(unfinished, path)
+    with replacing(path) as partial:
+        # Without the version in the file's metadata, the same numbers give the same bytes.
+        figure.savefig(partial, format="png", bbox_inches="tight", metadata={"Software": None})
     return path

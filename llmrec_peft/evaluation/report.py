@@ -5,7 +5,6 @@ and returns the intervals for a machine to read.
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmrec_peft.data.files import write_text
 from llmrec_peft.evaluation.bootstrap import Interval, differences, intervals
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, ECE_BINS, METRICS, compute_metrics, find_metric
 from llmrec_peft.evaluation.plots import plot_learning_curve, plot_reliability
@@ -20,6 +20,8 @@ from llmrec_peft.evaluation.targets import read_targets
 
 Slices = Mapping[str, Sequence[tuple[str, np.ndarray]]]
 TITLES = {"before": "before", "uncalibrated": "after, uncalibrated", "after": "after"}
+# Of the same kind as `before`, which no calibration has touched, where the answers are calibrated too.
+TRAINED = "uncalibrated"
 SLICE_METRICS = ("auc", "gauc", "logloss", "ece", "po_ratio")
 
 
@@ -35,10 +37,11 @@ class ReportContent:
     class_names: Sequence[str]
     labels: np.ndarray  # int [n]
     users: np.ndarray  # ids [n]
-    after: np.ndarray  # [n, C] the trained model's answers, calibrated
+    after: np.ndarray  # [n, C] the trained model's answers; calibrated, if `uncalibrated` is given too
     before: np.ndarray | None = None  # [n, C] the untrained model's
     uncalibrated: np.ndarray | None = None  # [n, C] the trained model's before calibration
     baselines: Mapping[str, np.ndarray] = field(default_factory=dict)  # name to [n, C], or [n] of the last of 2 classes
+    split_by: str = "time"  # how the log was split: "time" or "user"
     lists: np.ndarray | None = None  # ids [n]
     slices: Slices = field(default_factory=dict)  # heading to (name, mask [n]) pairs, see `count_slices`
     log_history: Sequence[Mapping] = ()  # Trainer.state.log_history
@@ -59,7 +62,8 @@ def write_report(
 
     names: the metrics, by default all that have a direction or a right value. samples: of the bootstrap by user; 0 for
     no intervals. Returns plain mappings: {"intervals": {system: {metric: interval}}, "differences": {system: {metric:
-    interval of after - system}}}, where the systems are "before", "after", "uncalibrated" and the baselines' names.
+    interval of after - system}}}, where the systems are "before", "after", "uncalibrated" and the baselines' names. The
+    difference to "before" is that of the uncalibrated answers, where both are given: it is training's alone.
     Raises DataError for answers that do not fit together, ConfigError for a metric that does not exist.
     """
     directory = Path(directory)
@@ -75,7 +79,7 @@ def write_report(
     what = content.class_names[-1] if len(content.class_names) == 2 else "the top class"
     plot_reliability(directory / "reliability.png", targets, what)
     curve = plot_learning_curve(directory / "learning_curve.png", content.log_history)
-    _write(directory / "report.md", "\n\n".join(_sections(content, systems, found, names, curve, samples)) + "\n")
+    write_text("\n\n".join(_sections(content, systems, found, names, curve, samples)) + "\n", directory / "report.md")
     return {
         part: {system: {name: i.to_dict() for name, i in by_name.items()} for system, by_name in by_system.items()}
         for part, by_system in found.items()
@@ -117,18 +121,19 @@ def _score(
     content: ReportContent, systems: Mapping[str, np.ndarray], names: Sequence[str], samples: int, seed: int
 ) -> dict[str, dict[str, dict[str, Interval]]]:
     arrays = (content.users, content.lists)
+    trained = {"before": TRAINED if TRAINED in systems else "after"}
+    others = {system: trained.get(system, "after") for system in systems if system != "after"}
     if samples == 0:
         values = {s: compute_metrics(content.labels, p, *arrays, names) for s, p in systems.items()}
         bare = {s: {n: _bare(v) for n, v in by_name.items()} for s, by_name in values.items()}
-        gaps = {s: {n: _bare(values["after"][n] - v) for n, v in values[s].items()} for s in systems if s != "after"}
+        gaps = {s: {n: _bare(values[after][n] - v) for n, v in values[s].items()} for s, after in others.items()}
         return {"intervals": bare, "differences": gaps}
     options = {"samples": samples, "seed": seed}
     return {
         "intervals": {s: intervals(names, content.labels, p, *arrays, **options) for s, p in systems.items()},
         "differences": {
-            s: differences(names, content.labels, p, content.after, *arrays, **options)
-            for s, p in systems.items()
-            if s != "after"
+            s: differences(names, content.labels, systems[s], systems[after], *arrays, **options)
+            for s, after in others.items()
         },
     }
 
@@ -146,7 +151,7 @@ def _sections(content, systems, found, names, curve: Path | None, samples: int) 
         parts += [_facts(content.run)]
     parts += ["## Before and after, on test" if "before" in systems else "## On test", _main_table(found, names)]
     if content.baselines:
-        parts += ["## Beside counting", _BASELINE_TEXT, _baseline_table(content, found, names)]
+        parts += ["## Beside counting", _baseline_text(content.split_by), _baseline_table(content, found, names)]
     parts += ["## By class", _class_text(content), "```\n" + _classification(content) + "\n```"]
     for heading, slices in content.slices.items():
         parts += [f"## By {_cell(heading)}", _slice_table(content, slices)]
@@ -157,13 +162,23 @@ def _sections(content, systems, found, names, curve: Path | None, samples: int) 
         parts += ["## Data", _data_table(content.data)]
     if content.cost:
         parts += ["## Cost", _facts(content.cost)]
-    return [*parts, "## How to read the numbers", _legend(names, samples)]
+    return [*parts, "## How to read the numbers", _legend(names, samples, systems)]
 
 
-_BASELINE_TEXT = (
-    "Same targets, no text read: rates of the item and of the user counted over strictly earlier rows, and a logistic "
-    "regression on both rates and their counts, fitted on the training rows."
-)
+def _baseline_text(split_by: str) -> str:
+    counted = {
+        "time": "rates of the item and of the user counted over strictly earlier rows",
+        "user": "the item's rate counted over the training rows of other users, at any time, the user's rate over the "
+        "user's own strictly earlier rows",
+    }[split_by]
+    return (
+        f"Same targets, no text read: {counted}, and a logistic regression on both rates and their counts, fitted on "
+        "the training rows."
+    )
+
+
+def _gap_title(systems) -> str:
+    return f"{TITLES[TRAINED]} - before" if TRAINED in systems else "after - before"
 
 
 def _summary(content, found, names: Sequence[str], samples: int) -> str:
@@ -173,7 +188,7 @@ def _summary(content, found, names: Sequence[str], samples: int) -> str:
     text = f"{len(content.labels):,} test targets of {users:,} users: {head} {_number(after.value)}{_range(after)}"
     if "before" in found["differences"]:
         gap = found["differences"]["before"][head]
-        text += f", after - before {_number(gap.value, sign=True)}{_range(gap, sign=True)}"
+        text += f", {_gap_title(found['intervals'])} {_number(gap.value, sign=True)}{_range(gap, sign=True)}"
     best = _best_baseline(content, found, head)
     if best:
         gap = found["differences"][best][head]
@@ -199,7 +214,7 @@ def _main_table(found, names: Sequence[str]) -> str:
         if gap:
             cells.append(_with_range(found["differences"]["before"][name], sign=True))
         rows.append([name, _direction(name), *cells])
-    return _table(["metric", "better", *(TITLES[s] for s in shown), *(["after - before"] if gap else [])], rows)
+    return _table(["metric", "better", *(TITLES[s] for s in shown), *([_gap_title(shown)] if gap else [])], rows)
 
 
 def _baseline_table(content, found, names: Sequence[str]) -> str:
@@ -256,8 +271,13 @@ def _data_table(data: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _legend(names: Sequence[str], samples: int) -> str:
+def _legend(names: Sequence[str], samples: int, systems: Mapping[str, np.ndarray]) -> str:
     lines = [f"- {name}: {METRICS[name.partition('@')[0]].summary}." for name in names]
+    if TRAINED in systems:
+        lines.append(
+            f"- after: calibrated with what was fitted on validation. {TITLES[TRAINED]}: without, as before is too"
+            + (f", so that {_gap_title(systems)} is the effect of training alone." if "before" in systems else ".")
+        )
     if samples:
         lines.append(
             f"- In brackets: 95 % percentile interval of {samples:,} bootstrap samples that draw whole users; "
@@ -324,9 +344,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     lines.insert(1, "|" + " --- |" * len(head))
     return "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

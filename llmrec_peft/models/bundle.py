@@ -20,33 +20,32 @@ from typing import Any
 import torch
 
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
-from llmrec_peft.models.base import base_fingerprint, head_name, load_tokenizer, resolve_base, tokenizer_fingerprint
+from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
 from llmrec_peft.models.files import move_into_place, read_json, sha256, write_json
+from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
-from llmrec_peft.models.options import METHODS, LoraOptions, ModelOptions, from_mapping, method_options
+from llmrec_peft.models.manifest import (
+    CONFIG,
+    FILES,
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    check_calibration,
+    check_domain,
+    check_metadata,
+    read_manifest,
+    weights_metadata,
+)
+from llmrec_peft.models.options import LoraOptions, ModelOptions, changes_base, from_mapping, method_options
 from llmrec_peft.models.tensors import TensorEntry, read_header
 
-FORMAT_VERSION = 1
-CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "behavior.json"
-_FILES = (CONFIG, WEIGHTS, MANIFEST)
 _PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "adapter": "BOTTLENECK", "head": "HEAD", "full": "FULL"}
-_MANIFEST_TYPES: dict[str, type | tuple[type, ...]] = {
-    "method": str,
-    "method_options": dict,
-    "model_options": dict,
-    "base": dict,
-    "tokenizer": dict,
-    "domain": dict,
-    "labels": list,
-    "words": list,
-    "stream": dict,
-    "calibration": (dict, type(None)),
-    "counts": dict,
-    "metrics": dict,
-    "versions": dict,
-    "files": dict,
-}
+# What holds weights, or runs code when it is read: nothing beside the adapter's own safetensors may.
+_WEIGHT_LIKE = (
+    ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".gguf", ".onnx",
+    ".safetensors",
+)  # fmt: skip
 
 
 @dataclass
@@ -79,12 +78,16 @@ def save_bundle(
         base: name of the base to record; the classifier's own if None.
         state: tensors to write in place of the classifier's (names of `trainable_state_dict`), for sharded training.
 
-    Raises BundleError if the directory holds something else, if labels and domain differ, or if the head cannot be read
-    back from what was written.
+    Raises BundleError if the directory holds something else, if labels and domain differ, if the calibration is
+    unsound, or if the head cannot be read back from what was written.
     """
+    from safetensors.torch import save_file
+
     directory = Path(directory)
     if classifier.model_options is None or classifier.method_options is None:
         raise BundleError("this classifier does not know its options; make it with load_classifier to save it")
+    check_domain(domain, f"bundle {directory}")
+    check_calibration(calibration, len(classifier.labels), f"bundle {directory}")
     if list(outcomes_of(domain)) != classifier.labels:
         raise BundleError(
             f"domain has the outcomes {list(outcomes_of(domain))}, the classifier the labels {classifier.labels}; "
@@ -97,7 +100,7 @@ def save_bundle(
     try:
         base = base or classifier.base
         tensors = adapter_tensors(classifier, state)
-        _write_weights(scratch / WEIGHTS, tensors, classifier.labels)
+        save_file(tensors, scratch / WEIGHTS, metadata=weights_metadata(classifier.labels, domain, calibration))
         write_json(scratch / CONFIG, adapter_config(classifier, base))
         _check_head(scratch / WEIGHTS, tensors, classifier)
         manifest = _manifest(classifier, tokenizer, dict(domain), base, calibration, counts, metrics)
@@ -154,24 +157,6 @@ def load_bundle(
     return Bundle(classifier.eval(), classifier.tokenizer, manifest["domain"], manifest, manifest["calibration"])
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """behavior.json of a bundle, with the types of its parts checked; no base is read."""
-    path = Path(directory) / MANIFEST
-    manifest = read_json(path)
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format_version {version!r}, and this version reads {FORMAT_VERSION}; "
-            "use the package version that wrote it, or train again"
-        )
-    for key, kind in _MANIFEST_TYPES.items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise BundleError(f"{path} has no valid entry {key!r}; restore the file that training wrote")
-    if manifest["method"] not in METHODS:
-        raise BundleError(f"{path} names method {manifest['method']!r}, not one of {', '.join(METHODS)}; restore it")
-    return manifest
-
-
 def adapter_tensors(
     classifier: BehaviorClassifier, state: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
@@ -183,6 +168,10 @@ def adapter_tensors(
 
         given = None if state is None else dict(state)
         tensors = get_peft_model_state_dict(classifier.model, state_dict=given, save_embedding_layers=False)
+        # With bias "all" PEFT also lists the biases of the modules that it saves whole, under their paths inside its
+        # wrapper: the frozen original, and the trained copy, which is there under its own name already.
+        inside = (".original_module.", ".modules_to_save.")
+        tensors = {name: value for name, value in tensors.items() if not any(part in name for part in inside)}
         tensors = plain_factors(tensors, classifier.initial_factors)
     else:
         tensors = dict(classifier.trainable_state_dict() if state is None else state)
@@ -201,7 +190,8 @@ def adapter_config(classifier: BehaviorClassifier, base: str) -> dict[str, Any]:
     else:
         options = dataclasses.asdict(classifier.method_options)
         values = {"peft_type": _PEFT_TYPES[classifier.method], "task_type": "SEQ_CLS", **options}
-    values["base_model_name_or_path"] = base
+    # PEFT looks for this name on the Hub or among paths, where an embedded name is neither.
+    values["base_model_name_or_path"] = BASES[base].hub_id if base in BASES else base
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
@@ -218,6 +208,7 @@ def _manifest(
         "model_options": options,
         "base": {
             "name": base,
+            "source": base_source(base),
             "fingerprint": base_fingerprint(source, trust_remote_code=options["trust_remote_code"]),
         },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer)},
@@ -240,12 +231,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # the package itself, run from a source tree
             continue
     return found
-
-
-def _write_weights(path: Path, tensors: dict[str, torch.Tensor], labels: list[str]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt", "labels": json.dumps(labels)})
 
 
 def _check_head(path: Path, tensors: dict[str, torch.Tensor], classifier: BehaviorClassifier) -> None:
@@ -271,21 +256,28 @@ def _head_tensor(classifier: BehaviorClassifier, names: Mapping[str, Any]) -> st
 
 
 def _check_files(directory: Path) -> None:
+    """Refuse a bundle that lacks a file, holds weights that are not its own, or links out of its directory.
+
+    A Hub cache keeps a snapshot's files as links into the blobs of the same repository; those links are its layout.
+    Other files, such as a model card, are left alone: none of them is read.
+    """
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a directory; name the bundle that a training run left")
     root = directory.resolve()
+    homes = [root] if root.parent.name != "snapshots" else [root, root.parent.parent / "blobs"]
     present = sorted(directory.iterdir())
     for path in present:
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
             raise BundleError(f"{path} is a link out of the bundle; copy the file itself into the directory")
-    for name in _FILES:
+    for name in FILES:
         if not (directory / name).is_file():
             raise BundleError(f"bundle {directory} has no {name}; copy the whole directory that training left")
-    extra = [path.name for path in present if path.name not in _FILES]
-    if extra:
-        raise BundleError(
-            f"bundle {directory} holds {extra[0]!r} beside {', '.join(_FILES)}; remove it if you do not know it"
-        )
+    for path in present:
+        if path.name not in FILES and path.suffix.lower() in _WEIGHT_LIKE:
+            raise BundleError(
+                f"bundle {directory} holds {path.name!r} beside {', '.join(FILES)}; weights lie in {WEIGHTS} alone, so "
+                "remove it"
+            )
 
 
 def _check_adapter(directory: Path, manifest: dict[str, Any]) -> dict[str, TensorEntry]:
@@ -300,9 +292,7 @@ def _check_adapter(directory: Path, manifest: dict[str, Any]) -> dict[str, Tenso
             f"{directory / MANIFEST} has the labels {labels} with the words {manifest['words']}, but its domain has "
             f"{outcomes}; restore the file that training wrote"
         )
-    trained = json.loads(_metadata(directory / WEIGHTS).get("labels", "null"))
-    if labels != trained:
-        raise BundleError(f"{directory / MANIFEST} has the labels {labels}, the weights {trained}; restore the file")
+    check_metadata(directory / MANIFEST, manifest, _metadata(directory / WEIGHTS))
     if manifest["stream"] != (manifest["domain"].get("stream") or {}):
         raise BundleError(
             f"{directory / MANIFEST} has the stream settings {manifest['stream']}, but its domain has "
@@ -337,22 +327,31 @@ def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions
     said = manifest["base"].get("fingerprint")
     if found != said:
         raise BundleError(
-            f"bundle {directory} was trained on {manifest['base'].get('name')} with fingerprint {str(said)[:16]}..., "
-            f"but base {options.base} has {found[:16]}...; load it on the base that it was trained on"
+            f"bundle {directory} was trained on {_told(manifest['base'])} with fingerprint {_short(said)}, but base "
+            f"{_told({'name': options.base, 'source': base_source(options.base)})} has {_short(found)}; "
+            "load it on the base that it was trained on"
         )
     found, said = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
     if found != said:
         raise BundleError(
-            f"bundle {directory} was trained with a tokenizer of fingerprint {str(said)[:16]}..., but that of base "
-            f"{options.base} has {found[:16]}...; use the base's own tokenizer files"
+            f"bundle {directory} was trained with a tokenizer of fingerprint {_short(said)}, but that of base "
+            f"{options.base} has {_short(found)}; use the base's own tokenizer files"
         )
     return tokenizer
 
 
+def _told(base: Mapping[str, Any]) -> str:
+    """A base's name, and where its weights come from if the name leaves that open."""
+    name, source = base.get("name"), base.get("source")
+    return str(name) if source in (None, name) else f"{name} (from {source})"
+
+
+def _short(fingerprint: Any) -> str:
+    return f"{str(fingerprint).removeprefix('sampled-')[:16]}..."
+
+
 def _plain_options(tuning: LoraOptions) -> LoraOptions:
     """Options of the adapter as written: no start that changes the base, and the rank that `plain_factors` gave it."""
-    from llmrec_peft.models.lora import changes_base
-
     if not changes_base(tuning):
         return tuning
     alpha = tuning.alpha * (2**0.5 if tuning.rslora else 2)

@@ -6,7 +6,6 @@ Shape letters: B rows, L tokens in a row, T markers in the batch, H hidden width
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,19 @@ from llmrec_peft.models.base import (
     is_encoder,
     load_model,
     load_tokenizer,
+    modules_named,
     resolve_base,
 )
 from llmrec_peft.models.head import outcomes_of, start_head
 from llmrec_peft.models.options import (
     METHODS,
     AdapterOptions,
+    FullOptions,
     LoraOptions,
     MethodOptions,
     ModelOptions,
     QloraOptions,
+    changes_base,
     from_mapping,
     method_options,
 )
@@ -114,7 +116,12 @@ class BehaviorClassifier(nn.Module):
         output = backbone(input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False)
         hidden = output.last_hidden_state  # [B, L, H]
         answers = hidden.flatten(0, 1).index_select(0, markers)  # [T, H]
-        return self.head(answers.float()).float()
+        return self._head_logits(answers)
+
+    def _head_logits(self, answers: torch.Tensor) -> torch.Tensor:
+        """The head's logits in float32, under autocast too, which would round them to 3 digits."""
+        with torch.autocast(answers.device.type, enabled=False):
+            return self.head(answers.float()).float()
 
     def _encoder_logits(
         self,
@@ -134,8 +141,14 @@ class BehaviorClassifier(nn.Module):
                 f"base {self.config.model_type} reads both ways and gives one answer a row, but a row has several "
                 "markers; use it for pointwise records, or use a decoder"
             )
-        logits = self.stock(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits.float().index_select(0, rows)
+        # Encoders differ in what leads to the head, so the stock forward runs whole, and the head again on its input.
+        read: list[torch.Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _head, inputs: read.append(inputs[0]))
+        try:
+            self.stock(input_ids=input_ids, attention_mask=attention_mask)
+        finally:
+            hook.remove()
+        return self._head_logits(read[0]).index_select(0, rows)
 
     def _branch_mask(self, branch: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """4-D mask [B, 1, L, L] of allow(q, k) = k <= q and (branch[k] == 0 or branch[k] == branch[q]).
@@ -300,8 +313,12 @@ def build_classifier(
     """Classifier on a base, by options objects and outcomes (label -> word).
 
     `trained` leaves out work whose result a bundle's tensors will replace: the head's start, and the initialisations
-    of LoRA that read the base's weights. `tokenizer` is the base's, where it has been loaded already.
+    of LoRA that read the base's weights. `tokenizer` is the base's, where it has been loaded already. A base that is a
+    classifier of these labels already (a merged model) keeps its head under `head_init: words`. Raises ConfigError for
+    a method that the base's dtype does not serve.
     """
+    if not trained:
+        _check_precision(model_options, tuning)
     base = resolve_base(model_options.base, model_options.gguf_file)
     if tokenizer is None:
         tokenizer = load_tokenizer(base, trust_remote_code=model_options.trust_remote_code)
@@ -326,6 +343,22 @@ def build_classifier(
     classifier.model_options = model_options
     classifier.method_options = tuning
     return classifier.eval()
+
+
+def _check_precision(model_options: ModelOptions, tuning: MethodOptions) -> None:
+    """Refuse to train what 8 bits of mantissa or fewer would round away."""
+    if model_options.dtype == "float32":
+        return
+    if isinstance(tuning, FullOptions):
+        raise ConfigError(
+            f"model.dtype must be float32 with method full, not {model_options.dtype!r}, which rounds most updates "
+            "away; keep float32 and set mixed_precision: bf16 in the accelerate configuration"
+        )
+    if isinstance(tuning, LoraOptions) and changes_base(tuning):
+        raise ConfigError(
+            f"init {tuning.init} needs model.dtype float32, not {model_options.dtype!r}, as it takes a part out of the "
+            "base weights that must go back exactly; use float32, or init default"
+        )
 
 
 def _quantization(tuning: MethodOptions, model_options: ModelOptions) -> Quantization | None:
@@ -354,7 +387,6 @@ def _tuned(model: nn.Module, tuning: MethodOptions, labels: list[str], base: str
 
         add_adapters(model, tuning)
     for name in model.fresh_modules:
-        for path, module in model.named_modules():
-            if re.search(rf"(^|\.){re.escape(name)}$", path):
-                module.requires_grad_(True)
+        for module in modules_named(model, name):
+            module.requires_grad_(True)
     return BehaviorClassifier(model, method, labels)

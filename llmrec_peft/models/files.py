@@ -1,4 +1,4 @@
-"""JSON, digests and the move into place that bundles are written and read with."""
+"""The cache directory, and the JSON, digests and move into place that bundles are written and read with."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.errors import BundleError
+
+
+def cache_dir() -> Path:
+    """Where converted bases and fingerprints are kept: $LLMREC_PEFT_CACHE, or ~/.cache/llmrec_peft."""
+    return Path(os.environ.get("LLMREC_PEFT_CACHE") or Path.home() / ".cache" / "llmrec_peft").expanduser()
 
 
 def sha256(path: Path) -> str:
@@ -36,18 +41,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a mapping as JSON; numpy numbers become Python's, and NaN or infinity becomes null."""
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in JSON's types: numpy numbers as Python's, and null for what is not a number, which JSON cannot say."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

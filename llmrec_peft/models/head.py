@@ -22,18 +22,26 @@ def outcomes_of(domain: Any) -> dict[str, str]:
 
 
 def start_head(model: nn.Module, base: str, tokenizer: Any, outcomes: Mapping[str, str], options: ModelOptions) -> None:
-    """Set the head's first weights in place; encoders keep their random start for `words`, as they predict no word."""
-    head = head_of(model)
-    if options.head_init == "zero" and isinstance(head, nn.Linear):
-        with torch.no_grad():
-            head.weight.zero_()
-            if head.bias is not None:
-                head.bias.zero_()
-    elif options.head_init == "words" and not is_encoder(model.config):
-        ids = first_tokens(tokenizer, outcomes)
-        rows = word_rows(base, model, ids)  # [C, H]
-        with torch.no_grad():
-            head.weight.copy_(options.head_scale * (rows - rows.mean(0)))
+    """Set the head's first weights in place.
+
+    `words`: a base that is a classifier of the same labels in the same order, such as a merged model, keeps its trained
+    head; a new head starts from the words' rows, or at random in an encoder, which predicts no next word. `zero` and
+    `random` start any head again; where a head has several layers, zero is for the last, as the others could not learn.
+    """
+    layers = [module for module in head_of(model).modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        if options.head_init == "zero":
+            for value in layers[-1].parameters():
+                value.zero_()
+        elif options.head_init == "random" and model.trained_head:
+            for layer in layers:
+                layer.weight.normal_(std=getattr(model.config.get_text_config(), "initializer_range", 0.02))
+                if layer.bias is not None:
+                    layer.bias.zero_()
+        elif options.head_init == "words" and not is_encoder(model.config) and not model.trained_head:
+            ids = first_tokens(tokenizer, outcomes)
+            rows = word_rows(base, model, ids)  # [C, H]
+            layers[-1].weight.copy_(options.head_scale * (rows - rows.mean(0)))
 
 
 def first_tokens(tokenizer: Any, outcomes: Mapping[str, str]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from typing import Any
@@ -13,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.base import HEAD_NAMES, backbone_entries, backbone_of
-from llmrec_peft.models.options import LoraOptions, QloraOptions
+from llmrec_peft.models.options import LoraOptions, QloraOptions, changes_base
 from llmrec_peft.models.tensors import read_tensor
 
+_log = logging.getLogger(__name__)
 _SAME = re.compile(r"\.lora_([AB])\.default\.weight$")
 
 
@@ -47,11 +49,6 @@ def add_lora(
     if changes_base(options) and not trained:
         initial = {name: value.detach().clone() for name, value in wrapped.named_parameters() if _SAME.search(name)}
     return wrapped.eval(), initial
-
-
-def changes_base(options: LoraOptions) -> bool:
-    """True for the initialisations that move part of the base weights into the adapter."""
-    return options.init == "olora" or options.init.startswith("pissa")
 
 
 def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False) -> Any:
@@ -94,13 +91,18 @@ def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers inside the transformer's layers, as paths below the layer's number.
 
-    Whole paths, since a bare `dense` of BERT would also match its pooler.
+    Whole paths, since a bare `dense` of BERT would also match its pooler. Experts that a mixture holds together in one
+    parameter are no linear layers; a warning names them, since they stay as they are.
     """
     backbone, names = backbone_of(model), set()
     for path, module in backbone.named_modules():
         inside = re.search(r"\.\d+\.(.+)$", "." + path)
         if inside and isinstance(module, nn.Linear | Conv1D):
             names.add(inside.group(1))
+    fused = sorted({re.sub(r"\.\d+\.", ".N.", name) for name, value in backbone.named_parameters() if value.dim() == 3
+                    and "expert" in name})  # fmt: skip
+    if fused:
+        _log.warning("all-linear adapts no experts of this base, which lie in %s; they stay as they are", fused)
     if not names:
         raise ModelError(f"{type(backbone).__name__} has no linear layers to adapt; name target_modules")
     return sorted(names)
@@ -133,6 +135,13 @@ def _start_loftq(wrapped: nn.Module, base: str) -> None:
         with torch.no_grad():
             layer.lora_A["default"].weight[: len(s)].copy_(s[:rank, None].sqrt() * v[:rank])
             layer.lora_B["default"].weight[:, : len(s)].copy_(u[:, :rank] * s[:rank].sqrt())
+        if layer.use_dora["default"]:  # its magnitudes were those of the weights with B at zero
+            layer.lora_magnitude_vector["default"].update_layer(
+                base_layer=layer.get_base_layer(),
+                lora_A=layer.lora_A["default"].weight,
+                lora_B=layer.lora_B["default"].weight,
+                scaling=layer.scaling["default"],
+            )
 
 
 def plain_factors(state: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -43,11 +43,12 @@ class ModelOptions:
     gguf_file: str | None = None
     """Name of the GGUF file inside the directory that `base` names."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen base weights; the head is always float32."""
+    """Number format of the frozen base weights; the head is always float32. Method full needs float32."""
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel; flash_attention_2 serves streams without probes only."""
     head_init: Literal["words", "zero", "random"] = "words"
-    """Start of the head: the outcome words' rows of the language-model head, zero, or random."""
+    """Start of the head: the outcome words' rows of the language-model head (an encoder's starts at random, and a base
+    that is a classifier of these labels keeps its own), zero, or random."""
     head_scale: float = 1.0
     """Factor on the rows that `head_init: words` starts from."""
     activation_checkpointing: bool = False
@@ -123,8 +124,12 @@ class QloraOptions(LoraOptions):
         _check_choice(self, "quant_type", ("nf4", "fp4"))
         _check_choice(self, "compute_dtype", (None, "float32", "bfloat16", "float16"))
         _check_choice(self, "quant_storage", (None, "uint8", "float32", "bfloat16", "float16"))
-        changes_base = self.init == "olora" or self.init.startswith("pissa")
-        _check(not changes_base, "init", "default, gaussian or loftq on a 4-bit base", self.init)
+        _check(not changes_base(self), "init", "default, gaussian or loftq on a 4-bit base", self.init)
+
+
+def changes_base(options: LoraOptions) -> bool:
+    """True for the initialisations that move part of the base weights into the adapter."""
+    return options.init == "olora" or options.init.startswith("pissa")
 
 
 @dataclass

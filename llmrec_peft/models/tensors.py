@@ -1,7 +1,7 @@
 """Safetensors files: headers checked against the bytes, rows read by name, and the fingerprint of a checkpoint.
 
-The header is parsed here, not by the safetensors library, since a fingerprint reads a few kilobytes of each tensor and
-a refusal should name what is wrong with a file. Format: an 8-byte little-endian length, then JSON that gives each
+The header is parsed here, not by the safetensors library, since a fingerprint reads raw bytes and a refusal should name
+what is wrong with a file. Format: an 8-byte little-endian length, then JSON that gives each
 tensor's dtype, shape and byte range, then the bytes.
 """
 
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
-WHOLE_BELOW = 64 * 1024
-"""Tensors of fewer bytes than this are hashed whole."""
-SAMPLES = 128
-SAMPLE_BYTES = 256
-"""A larger tensor is hashed in SAMPLES evenly spaced pieces of SAMPLE_BYTES, first and last bytes among them."""
+SAMPLED_ABOVE = 8 * 1024**3
+"""Tensors of a checkpoint of more bytes than this are sampled for its fingerprint; smaller ones are hashed whole."""
+_TENSOR_PIECES, _TENSOR_PIECE = 256, 4096  # 1 MiB of a tensor
+_FILE_PIECES, _FILE_PIECE = 128, 256
+_CHUNK = 16 * 1024**2
 
 _HEADER_LIMIT = 100 * 1024 * 1024
 _BYTES = {
@@ -108,26 +109,33 @@ def read_rows(entry: TensorEntry, rows: list[int]) -> torch.Tensor:
 
 
 def fingerprint(entries: dict[str, TensorEntry]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes (see WHOLE_BELOW, SAMPLES) in the order of the names.
+    """SHA-256 over names, dtypes, shapes and all bytes, in the order of the names; the same for any sharding.
 
-    The same for any sharding. A fine-tune moves nearly every weight, so the sampled bytes show it.
+    Above SAMPLED_ABOVE bytes in all, 1 MiB of each tensor is read in evenly spaced pieces, first and last bytes among
+    them, and the fingerprint starts with "sampled-". A fine-tune moves nearly every weight and so shows; a change of a
+    few rows may not.
     """
     digest = hashlib.sha256()
     maps: dict[Path, mmap.mmap] = {}
+    total = sum(entry.end - entry.begin for entry in entries.values())
+    sampled = total > SAMPLED_ABOVE
     try:
-        for name in sorted(entries):
-            entry = entries[name]
-            digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
-            if entry.end > entry.begin:
-                if entry.file not in maps:
+        with tqdm(total=total, desc="Reading the base", unit="B", unit_scale=True, disable=total < 4 * 1024**3) as bar:
+            for name in sorted(entries):
+                entry = entries[name]
+                digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
+                if entry.end > entry.begin and entry.file not in maps:
                     with entry.file.open("rb") as file:
                         maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                for begin, end in _pieces(entry.begin, entry.end):
-                    digest.update(maps[entry.file][begin:end])
+                pieces = _TENSOR_PIECES if sampled else 0
+                for begin, end in _pieces(entry.begin, entry.end, pieces, _TENSOR_PIECE):
+                    for start in range(begin, end, _CHUNK):
+                        digest.update(maps[entry.file][start : min(start + _CHUNK, end)])
+                bar.update(entry.end - entry.begin)
     finally:
         for opened in maps.values():
             opened.close()
-    return digest.hexdigest()
+    return ("sampled-" if sampled else "") + digest.hexdigest()
 
 
 def file_fingerprint(path: Path) -> str:
@@ -135,15 +143,16 @@ def file_fingerprint(path: Path) -> str:
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        for begin, end in _pieces(0, size):
+        for begin, end in _pieces(0, size, _FILE_PIECES, _FILE_PIECE):
             file.seek(begin)
             digest.update(file.read(end - begin))
     return digest.hexdigest()
 
 
-def _pieces(begin: int, end: int) -> list[tuple[int, int]]:
-    if end - begin < WHOLE_BELOW:
+def _pieces(begin: int, end: int, count: int, size: int) -> list[tuple[int, int]]:
+    """`count` evenly spaced ranges of `size` bytes; the whole range if it is hardly longer, or if `count` is 0."""
+    if count == 0 or end - begin < 2 * count * size:
         return [(begin, end)]
-    room = end - begin - SAMPLE_BYTES
-    starts = [begin + room * piece // (SAMPLES - 1) for piece in range(SAMPLES)]
-    return [(start, start + SAMPLE_BYTES) for start in starts]
+    room = end - begin - size
+    starts = [begin + room * piece // (count - 1) for piece in range(count)]
+    return [(start, start + size) for start in starts]

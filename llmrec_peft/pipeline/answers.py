@@ -8,32 +8,42 @@ from ..evaluation.calibration import Calibration
 from ..evaluation.metrics import DEFAULT_NAMES, compute_metrics
 from ..models.predict import Predictions
 
-RANKING = ("ndcg@10", "hr@10", "mrr@10")
+# Places that ranking is measured at: the largest below the size of the usual list.
+PLACES = (10, 5, 3, 1)
 
 
 def metric_names(streams: StreamDataset, names: list[str] | None) -> list[str]:
-    """The names asked for; by default the usual ones, and ranking where several items compete at one moment."""
+    """The names asked for; by default the usual ones, and ranking where several items compete at one moment.
+
+    Ranking looks at the first k places, k of `PLACES` below the median number of competitors: in lists of 5, the chance
+    of a hit among the first 10 is always 1.
+    """
     if names:
         return [*names, *(["targets"] if "targets" not in names else [])]
-    competing = len(streams.target_lists) > len(np.unique(streams.target_lists))
-    return [*DEFAULT_NAMES, *(RANKING if competing else ())]
+    sizes = np.unique(streams.target_lists, return_counts=True)[1]
+    competing = sizes[sizes > 1]
+    if not len(competing):
+        return list(DEFAULT_NAMES)
+    k = next(k for k in PLACES if k < max(2, np.median(competing)))
+    # At the first place alone, all three are the same number.
+    return [*DEFAULT_NAMES, *((f"ndcg@{k}", f"hr@{k}", f"mrr@{k}") if k > 1 else ("hr@1",))]
 
 
 def measure(
     predictions: Predictions,
     streams: StreamDataset,
+    names: list[str],
     *,
     calibration: Calibration | None = None,
-    names: list[str] | None = None,
 ) -> dict[str, float | int]:
-    """Metrics of answers on `streams`, by name."""
+    """Named metrics of answers on `streams`."""
     probabilities = (calibration or Calibration()).apply(predictions.logits)
     return compute_metrics(
         predictions.labels,
         probabilities,
         users=users_of(predictions, streams),
         lists=streams.target_lists[predictions.targets],
-        names=metric_names(streams, names),
+        names=names,
     )
 
 

@@ -8,15 +8,17 @@ from accelerate import Accelerator
 from ..config import EvaluateConfig
 from ..data.collator import StreamCollator
 from ..data.domain import Domain
+from ..data.files import write_json, write_parquet
 from ..data.streams import IndependentPrompts
+from ..errors import BundleError, ConfigError
 from ..evaluation.calibration import Calibration
 from ..models.base import check_positions
 from ..models.bundle import load_bundle
+from ..models.manifest import MANIFEST, read_manifest
 from ..models.predict import predict
-from .answers import measure, prediction_table
-from .outputs import write_predictions
-from .run import write_json
-from .streams import build_splits, read_log
+from .answers import measure, metric_names, prediction_table
+from .run import check_place, holds_run
+from .streams import check_split, read_log, split_of, streams_of
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -29,11 +31,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         LLMRecError: with one line on what cannot be used.
     """
     accelerator = Accelerator()
-    log = read_log(config.data)
-    bundle = load_bundle(config.bundle, base=config.base)
-    domain = Domain.from_dict(bundle.domain, source=f"{config.bundle}/behavior.json")
+    show = print if accelerator.is_main_process else (lambda *_, **__: None)
+    manifest = _manifest(config.bundle)
+    domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
+    if config.output_dir is not None:
+        _check_output(Path(config.output_dir))
+    show(f"reading {config.data.path}", flush=True)
+    splits = split_of(read_log(config.data), domain)
+    check_split(splits, config.split, manifest["counts"].get("split"))
+    show(f"loading {config.bundle}", flush=True)
+    bundle = load_bundle(
+        config.bundle, base=config.base, dtype=config.dtype, attn=config.attn,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
     check_positions(bundle.classifier.config, domain.stream.max_length)
-    streams = build_splits(log, domain, bundle.tokenizer)[config.split]
+    streams = streams_of(splits, config.split, domain, bundle.tokenizer)
     part = streams.limited(config.limit)
     if config.mode == "independent" or bundle.classifier.encoder:
         part = IndependentPrompts(part)
@@ -44,14 +56,34 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         description=f"{config.split}, {config.mode}",
     )  # fmt: skip
     calibration = Calibration.from_dict(bundle.calibration)
-    metrics = measure(predictions, streams, calibration=calibration, names=config.metrics)
-    if accelerator.is_main_process:
-        for name, value in metrics.items():
-            print(f"{name:<22}{value:>14.6f}" if isinstance(value, float) else f"{name:<22}{value:>14,}")
-        if config.output_dir is not None:
-            directory = Path(config.output_dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            write_predictions(directory / "predictions.parquet", [prediction_table(predictions, streams, calibration)])
-            write_json(directory / "metrics.json", {config.split: metrics})
-            print(f"written to {directory}: metrics.json, predictions.parquet")
+    # By default what training measured, so that the numbers stand beside its own.
+    names = metric_names(streams, config.metrics or list(manifest["metrics"].get("test") or ()))
+    metrics = measure(predictions, streams, names, calibration=calibration)
+    for name, value in metrics.items():
+        show(f"{name:<22}{value:>14.6f}" if isinstance(value, float) else f"{name:<22}{value:>14,}")
+    if accelerator.is_main_process and config.output_dir is not None:
+        _write(Path(config.output_dir), prediction_table(predictions, streams, calibration), {config.split: metrics})
     return metrics
+
+
+def _manifest(bundle: str) -> dict[str, Any]:
+    if not (Path(bundle) / MANIFEST).is_file():
+        raise BundleError(f"bundle {bundle} has no {MANIFEST}; name the directory `bundle` that a training run left")
+    return read_manifest(bundle)
+
+
+def _check_output(directory: Path) -> None:
+    """Before the minutes that scoring takes: the directory can be written, and is not that of a training run."""
+    check_place(directory)
+    if holds_run(directory):
+        raise ConfigError(f"output_dir {directory} is a training run's, whose metrics.json would go; choose another")
+
+
+def _write(directory: Path, predictions, metrics: dict[str, Any]) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_parquet(predictions, directory / "predictions.parquet")
+        write_json(metrics, directory / "metrics.json")
+    except OSError as error:
+        raise ConfigError(f"output_dir {directory} cannot be written ({error.strerror}); choose another") from None
+    print(f"written to {directory}: metrics.json, predictions.parquet")

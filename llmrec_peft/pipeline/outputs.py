@@ -1,6 +1,5 @@
 """What a run leaves: metrics, predictions, bundle and report."""
 
-import os
 import platform
 import resource
 import time
@@ -11,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 
+from ..data.files import write_json, write_parquet
 from ..evaluation.baselines import past_rates, rate_baselines
 from ..evaluation.calibration import Calibration, fit_calibration
 from ..evaluation.report import ReportContent, count_slices, write_report
@@ -21,7 +21,7 @@ from ..models.classifier import BehaviorClassifier
 from ..models.predict import Predictions
 from ..training.trainer import BehaviorTrainer
 from .answers import measure, metric_names, prediction_table, users_of
-from .run import Run, write_json
+from .run import Run
 from .streams import SplitStreams, limited
 
 
@@ -61,8 +61,9 @@ def answer(trainer: BehaviorTrainer, streams: SplitStreams, run: Run, when: str)
 
 
 def calibrate(run: Run, valid: Predictions) -> Calibration:
-    """Temperature and prior, fitted on validation alone; the plain softmax where the configuration wants none."""
-    return fit_calibration(valid.logits, valid.labels) if run.config.evaluation.calibrate else Calibration()
+    """Temperature and biases, fitted on validation alone; the plain softmax where the configuration wants none."""
+    wanted = run.config.evaluation
+    return fit_calibration(valid.logits, valid.labels, wanted.prior) if wanted.calibrate else Calibration()
 
 
 def save_run(
@@ -73,63 +74,64 @@ def save_run(
     after: Answers,
     costs: Costs,
 ) -> dict[str, Any]:
-    """Write the bundle, metrics.json, predictions.parquet and report.md; returns the metrics.
+    """Write the bundle, predictions.parquet, report.md and metrics.json, in this order; returns the metrics.
 
-    Test answers are measured here, once, after training, selection and calibration have ended.
+    What took the longest to make is saved first, so that no failure of a report can lose it.
     """
     calibration = calibrate(run, after.valid)
-    names = run.config.evaluation.metrics
-    metrics: dict[str, Any] = {}
-    if before is not None:
-        metrics["before"] = measure(before.valid, streams.valid, names=names)
-        metrics["before_test"] = measure(before.test, streams.test, names=names)
-    metrics["valid"] = measure(after.valid, streams.valid, calibration=calibration, names=names)
-    metrics["test"] = measure(after.test, streams.test, calibration=calibration, names=names)
-    metrics["baselines_test"] = {}
+    names = metric_names(streams.train, run.config.evaluation.metrics)
+    metrics = _metrics(streams, names, before, after, calibration)
     cost = _cost(trainer, costs)
     if not trainer.is_world_process_zero():
         return metrics
     model: BehaviorClassifier = trainer.model
-    content = _report_content(run, trainer, streams, before, after, calibration, cost)
-    found = write_report(
-        run.directory, content, names=metric_names(streams.test, names), samples=run.config.evaluation.bootstrap
-    )
-    metrics["baselines_test"] = {
-        name: {key: value["value"] for key, value in found["intervals"][name].items()} for name in content.baselines
-    }
-    metrics |= {"intervals_test": found["intervals"], "differences_test": found["differences"]}
-    metrics |= {"calibration": calibration.to_dict(), "cost": cost}
-    write_predictions(run.path("predictions.parquet"), [
-        prediction_table(after.valid, streams.valid, calibration),
-        prediction_table(after.test, streams.test, calibration),
-    ])  # fmt: skip
     save_bundle(
         run.path("bundle"),
         model,
         model.tokenizer,
         run.config.domain.to_dict(),
         calibration=calibration.to_dict() if run.config.evaluation.calibrate else None,
-        counts=streams.counts(),
+        counts={**streams.counts(), "split": streams.split_note()},
         metrics={name: metrics[name] for name in ("valid", "test")},
     )
+    tables = [prediction_table(getattr(after, name), streams[name], calibration) for name in ("valid", "test")]
+    write_parquet(pa.concat_tables(tables), run.path("predictions.parquet"))
+    content = _report_content(run, trainer, streams, before, after, calibration, cost)
+    found = write_report(run.directory, content, names=names, samples=run.config.evaluation.bootstrap)
+    metrics["baselines_test"] = {
+        name: {key: value["value"] for key, value in found["intervals"][name].items()} for name in content.baselines
+    }
+    metrics |= {"intervals_test": found["intervals"], "differences_test": found["differences"]}
+    metrics |= {"calibration": calibration.to_dict(), "cost": cost}
     # Last, since its presence says that the run is whole.
-    write_json(run.path("metrics.json"), metrics)
+    write_json(metrics, run.path("metrics.json"))
     return metrics
 
 
-def write_predictions(path, tables: list[pa.Table]) -> None:
-    """Write predictions as parquet, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    pq.write_table(pa.concat_tables(tables), temporary)
-    os.replace(temporary, path)
+def _metrics(
+    streams: SplitStreams, names: list[str], before: Answers | None, after: Answers, calibration: Calibration
+) -> dict[str, Any]:
+    """Metrics before and after; `before` compares with the uncalibrated ones, as neither has seen a calibration."""
+    states = {} if before is None else {"before": (before.valid, before.test, None)}
+    states |= {"uncalibrated": (after.valid, after.test, None), "after": (after.valid, after.test, calibration)}
+    keys = {"before": ("before", "before_test"), "uncalibrated": ("valid_uncalibrated", "test_uncalibrated"),
+            "after": ("valid", "test")}  # fmt: skip
+    found: dict[str, Any] = {}
+    for state, (valid, test, used) in states.items():
+        found[keys[state][0]] = measure(valid, streams.valid, names, calibration=used)
+        found[keys[state][1]] = measure(test, streams.test, names, calibration=used)
+    return found | {"baselines_test": {}}
 
 
 def _cost(trainer: BehaviorTrainer, costs: Costs) -> dict[str, float | str]:
-    training = costs.seconds.get("training", 0.0)
     found: dict[str, float | str] = {f"{name}, seconds": value for name, value in costs.seconds.items()}
-    if training and trainer.targets_seen:
-        found["training targets"] = trainer.targets_seen * trainer.accelerator.num_processes
-        found["training targets per second"] = found["training targets"] / training
+    seen = torch.tensor(trainer.targets_seen, device=trainer.args.device)
+    targets = int(trainer.accelerator.reduce(seen, "sum"))
+    # Both are 0 where a resumed run had no step left to take.
+    if targets and trainer.step_seconds:
+        found["training steps alone, seconds"] = trainer.step_seconds
+        found["training targets"] = targets
+        found["training targets per second"] = targets / trainer.step_seconds
     # Linux counts in KiB, macOS in bytes.
     scale = 1 if platform.system() == "Darwin" else 1024
     found["peak memory, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
@@ -158,6 +160,7 @@ def _report_content(
         before=None if before is None else Calibration().apply(before.test.logits),
         uncalibrated=Calibration().apply(after.test.logits) if config.evaluation.calibrate else None,
         baselines=_baselines(streams, targets),
+        split_by=config.domain.split.by,
         lists=test.target_lists[targets],
         slices=_slices(streams, targets),
         log_history=trainer.state.log_history,
@@ -181,9 +184,12 @@ def _baselines(streams: SplitStreams, targets: np.ndarray) -> dict[str, np.ndarr
         return {}
     classes = test.domain.classes(log)
     train = streams.splits.train.rows
+    train = train[classes[train] >= 0]
+    if len(np.unique(classes[train])) < 2:
+        return {}
     return rate_baselines(
         log.user_codes, log.item_codes, log.timestamps, classes,
-        train[classes[train] >= 0], test.target_rows[targets], by=test.domain.split.by,
+        train, test.target_rows[targets], by=test.domain.split.by,
     )  # fmt: skip
 
 
@@ -204,21 +210,22 @@ def _slices(streams: SplitStreams, targets: np.ndarray) -> dict[str, list[tuple[
 
 def print_results(run: Run, metrics: Mapping[str, Any]) -> None:
     """The table of before and after, and where everything lies."""
-    columns = {
-        "before (valid)": "before",
-        "after (valid)": "valid",
-        "before (test)": "before_test",
-        "after (test)": "test",
-    }
-    shown = {title: metrics[key] for title, key in columns.items() if key in metrics}
+    keys = {
+        ("valid", "before"): "before", ("valid", "after, raw"): "valid_uncalibrated", ("valid", "after"): "valid",
+        ("test", "before"): "before_test", ("test", "after, raw"): "test_uncalibrated", ("test", "after"): "test",
+    }  # fmt: skip
+    shown = {title: metrics[key] for title, key in keys.items() if key in metrics}
     rows = [name for name in metrics["test"] if isinstance(metrics["test"][name], float)]
     width = max(len(name) for name in rows) + 2
-    print("\n" + " " * width + "".join(f"{title:>18}" for title in shown))
+    for line in (0, 1):
+        print(("\n" if line == 0 else "") + " " * width + "".join(f"{title[line]:>14}" for title in shown))
     for name in rows:
-        print(f"{name:<{width}}" + "".join(f"{values[name]:>18.4f}" for values in shown.values()))
+        print(f"{name:<{width}}" + "".join(f"{values[name]:>14.4f}" for values in shown.values()))
+    print("before and after, raw: not calibrated; valid is what calibration and the choice of the checkpoint have seen")
     for name, values in metrics["baselines_test"].items():
-        shown = ", ".join(f"{key} {values[key]:.4f}" for key in ("auc", "gauc", "logloss", "ece") if key in values)
-        print(f"{name} on the same test targets: {shown}")
+        text = ", ".join(f"{key} {values[key]:.4f}" for key in ("auc", "gauc", "logloss", "ece") if key in values)
+        print(f"{name} on the same test targets: {text}")
     print(f"\nwritten to {run.directory}:")
     for name in ("bundle", "metrics.json", "predictions.parquet", "report.md", "config.yaml", "logs"):
-        print(f"  {run.path(name)}")
+        if run.path(name).exists():
+            print(f"  {run.path(name)}")

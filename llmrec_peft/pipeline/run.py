@@ -9,20 +9,29 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainRecipeConfig, config_to_yaml
+from ..data.files import write_json, write_text
 from ..errors import ConfigError
-from ..training.trainer import last_checkpoint
+from ..training.trainer import last_checkpoint, unfinished_checkpoints
 
 # What a training recipe leaves in its output directory, and nothing else of it is ever deleted.
 RESULTS = ("metrics.json", "predictions.parquet", "report.md", "reliability.png", "learning_curve.png")
 DIRECTORIES = ("bundle", "checkpoints", "logs")
+SETTINGS = "config.yaml"
+
+# Settings that decide the trained weights, by their first words; a run is resumed with these as they were.
+WEIGHTS = ("domain.", "method.", "train.", "model.dtype", "model.attn", "model.head_init", "model.head_scale")
+ELSEWHERE = ("train.report_to", "train.logging_steps", "train.resume")
+# These choose the best checkpoint, where one is chosen.
+SELECTION = ("evaluation.valid_targets", "evaluation.batch_tokens")
+NO_SELECTION = ("train.select_metric", "train.save_steps")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A started run."""
+    """A run; `checkpoint` is where it goes on from."""
 
     config: TrainRecipeConfig
     directory: Path
@@ -34,11 +43,11 @@ class Run:
 
 
 def prepare_run(config: TrainRecipeConfig) -> Run:
-    """Check that a run can start or go on, and seed everything; nothing is written yet.
+    """Check what can be checked before the log is read; nothing is written yet.
 
     Raises:
-        ConfigError: the batch does not divide over the ranks, or a run to resume is not there or was started with other
-            settings.
+        ConfigError: the batch does not divide over the ranks, a tracker does not exist, the output directory cannot be
+            written or holds somebody else's files, or a run to resume is not there or was started with other settings.
     """
     ranks = PartialState().num_processes
     if config.train.batch_size % ranks:
@@ -46,38 +55,92 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
             f"train.batch_size {config.train.batch_size} must be a multiple of the {ranks} processes; "
             f"use {-(-config.train.batch_size // ranks) * ranks}"
         )
+    try:
+        get_reporting_integration_callbacks(config.train.report_to)
+    except ValueError as error:
+        raise ConfigError(f"train.report_to {config.train.report_to}: {' '.join(str(error).split())}") from None
     directory = Path(config.output_dir)
-    checkpoint = _checkpoint_of(directory, config) if config.train.resume else None
+    check_place(directory)
+    checkpoint = None
+    if config.train.resume:
+        checkpoint = _checkpoint_of(directory, config)
+        if checkpoint is None and PartialState().is_main_process:
+            print(f"train.resume: {directory} holds no whole checkpoint; training starts from the beginning")
+    elif not holds_run(directory):
+        _refuse_foreign(directory)
     # The callback of TensorBoard reads its place from here alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory / "logs")
-    set_seed(config.train.seed)
     return Run(config, directory, checkpoint)
+
+
+def check_place(directory: Path) -> None:
+    """Raise ConfigError unless `directory` can be made and written."""
+    place = directory.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "is no directory" if not place.is_dir() else "may not be written"
+        raise ConfigError(f"output_dir {directory} cannot be written ({place} {reason}); choose another")
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a training recipe has written here: its configuration, or the note beside its checkpoints."""
+    try:
+        found = yaml.safe_load((directory / SETTINGS).read_text("utf-8"))
+        if isinstance(found, dict) and {"data", "domain", "model", "train", "evaluation", "output_dir"} <= found.keys():
+            return True
+    except (OSError, ValueError, yaml.YAMLError):
+        pass
+    return _trained_on(directory) is not None
+
+
+def _trained_on(directory: Path) -> str | None:
+    """Fingerprint of the streams that the run in `directory` trains on; None where nothing says so."""
+    try:
+        found = json.loads((directory / "checkpoints" / "streams.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get("streams") if isinstance(found, dict) else None
+
+
+def _refuse_foreign(directory: Path) -> None:
+    for name in (*RESULTS, *DIRECTORIES, SETTINGS):
+        if (directory / name).exists():
+            raise ConfigError(
+                f"output_dir {directory} holds {name}, but no {SETTINGS} of a training run that says whose it is; "
+                "choose another directory, or remove it"
+            )
 
 
 def begin_run(run: Run, fingerprint: str) -> None:
     """Make the output directory ready and write down the settings and what the run trains on.
 
-    A new run takes the place of an old one in the same directory; one that resumes keeps its checkpoints.
+    A new run takes the place of an old one in the same directory; one that resumes keeps its whole checkpoints.
 
     Raises:
         ConfigError: the directory cannot be written, or a resumed run would train on other streams than before.
     """
-    state, path = PartialState(), run.path("checkpoints") / "streams.json"
-    if run.checkpoint is not None:
-        old = json.loads(path.read_text("utf-8"))["streams"] if path.is_file() else "nothing"
-        if old != fingerprint:
+    state, checkpoints = PartialState(), run.path("checkpoints")
+    if run.config.train.resume:
+        old = _trained_on(run.directory)
+        if old != fingerprint and not (old is None and run.checkpoint is None):
             raise ConfigError(
-                f"train.resume: the checkpoints in {path.parent} were trained on streams {old[:12]}, and the data now "
-                f"gives {fingerprint[:12]}; use the same data, or start a new run"
+                f"train.resume: the checkpoints in {checkpoints} were trained on streams {str(old)[:12]}, and the data "
+                f"and base now give {fingerprint[:12]}; use the same data and base, or start a new run"
             )
     if state.is_main_process:
         try:
             run.directory.mkdir(parents=True, exist_ok=True)
-            if not run.config.train.resume:
+            # Its presence says that all the rest is there.
+            run.path("metrics.json").unlink(missing_ok=True)
+            if run.config.train.resume:
+                for path in unfinished_checkpoints(checkpoints):
+                    shutil.rmtree(path)
+            else:
                 _clear(run.directory)
-            write_text(run.path("config.yaml"), config_to_yaml(_settings(run.config)))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"streams": fingerprint}) + "\n")
+            write_text(config_to_yaml(_settings(run.config)), run.path(SETTINGS))
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json({"streams": fingerprint}, checkpoints / "streams.json")
         except OSError as error:
             raise ConfigError(
                 f"output_dir {run.directory} cannot be written ({error.strerror}); choose another"
@@ -91,17 +154,29 @@ def _settings(config: TrainRecipeConfig) -> TrainRecipeConfig:
 
 
 def _checkpoint_of(directory: Path, config: TrainRecipeConfig) -> str | None:
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"train.resume: {directory} holds no run (no config.yaml); start one without train.resume")
-    old, new = (_flat(yaml.safe_load(text)) for text in (path.read_text("utf-8"), config_to_yaml(_settings(config))))
+    """The checkpoint to go on from, None if none is whole; refuses other settings than the run's."""
+    if not holds_run(directory) or not (directory / SETTINGS).is_file():
+        raise ConfigError(f"train.resume: {directory} holds no run (no {SETTINGS}); start one without train.resume")
+    text = (directory / SETTINGS).read_text("utf-8")
+    old, new = (_flat(yaml.safe_load(text)) for text in (text, config_to_yaml(config)))
     for key in sorted(old.keys() | new.keys()):
-        if key not in ("output_dir", "data.path") and old.get(key) != new.get(key):
+        if _decides(key, config) and old.get(key) != new.get(key):
             raise ConfigError(
                 f"train.resume: {directory} was started with {key} {old.get(key)!r}, and now it is {new.get(key)!r}; "
                 f"use the same settings, or start a new run"
             )
     return last_checkpoint(directory / "checkpoints")
+
+
+def _decides(key: str, config: TrainRecipeConfig) -> bool:
+    """Whether a setting has a say in the weights that a run ends with."""
+    if key in SELECTION:
+        return config.train.eval_steps > 0
+    if key in NO_SELECTION and not config.train.eval_steps:
+        return False
+    if key == "train.epochs" and config.train.max_steps > 0:
+        return False
+    return key.startswith(WEIGHTS) and key not in ELSEWHERE
 
 
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
@@ -116,25 +191,3 @@ def _clear(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for name in DIRECTORIES:
         shutil.rmtree(directory / name, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; numbers that are undefined become null."""
-    write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and value != value:
-        return None
-    return value

@@ -1,7 +1,9 @@
 """From a configuration's log to the streams of its splits."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +12,11 @@ from ..data.domain import Domain
 from ..data.log import BehaviorLog
 from ..data.splits import Splits, check_leakage
 from ..data.streams import IndependentPrompts, StreamDataset, build_streams
+from ..errors import DataError
+from ..models.base import base_fingerprint
 
 SIMULATED_SHOP = "simulated:shop"
+HASHED_AT_ONCE = 1 << 22  # numbers
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,37 @@ class SplitStreams:
         """Users, targets, streams and tokens of each split, as the bundle and the report state them."""
         return {name: _counts(self[name]) for name in self.splits}
 
-    def fingerprint(self) -> str:
-        """Hash of what training sees: windows, targets and their tokens."""
-        digest = hashlib.sha256()
-        for array in (self.train.lengths, self.train.target_rows, self.train.target_items, self.train.target_labels):
-            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
-        for number in np.linspace(0, len(self.train) - 1, 16).astype(int):
-            digest.update(self.train[int(number)].input_ids.tobytes())
+    def fingerprint(self, base: str, *, valid: bool, trust_remote_code: bool = False) -> str:
+        """Hash of what training sees: windows, targets, every token, and the base's weights.
+
+        base: as `resolve_base` gives it. valid: whether validation chooses the checkpoint, and so counts too.
+        """
+        digest = hashlib.sha256(base_fingerprint(base, trust_remote_code=trust_remote_code).encode())
+        for streams in (self.train, self.valid) if valid else (self.train,):
+            for array in _content(streams):
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                flat = array.reshape(-1)
+                # In pieces, as the tokens may lie on disk.
+                for start in range(0, len(flat), HASHED_AT_ONCE):
+                    digest.update(np.ascontiguousarray(flat[start : start + HASHED_AT_ONCE]).data)
         return digest.hexdigest()
+
+    def split_note(self) -> dict[str, Any]:
+        """How the log was split, for the bundle: `check_split` reads it."""
+        boundaries = self.splits.boundaries
+        return {"by": self.splits.by, "boundaries": None if boundaries is None else list(boundaries)}
+
+
+def _content(streams: StreamDataset) -> list[np.ndarray]:
+    """Arrays that decide every stream of a split."""
+    vocabulary = streams.vocabulary
+    return [
+        streams.lengths, streams.target_offsets, streams.target_rows, streams.target_items, streams.target_labels,
+        streams.target_lists, streams._windows, streams._kept, streams._classes, streams._joins, streams._group,
+        streams._text, streams._negative_text, streams._events.offsets, streams._events.tokens,
+        streams._headers.offsets, streams._headers.tokens, vocabulary.prefix, vocabulary.suffix, vocabulary.marker,
+        *vocabulary.outcomes,
+    ]  # fmt: skip
 
 
 def _counts(streams: StreamDataset) -> dict[str, int]:
@@ -65,18 +93,51 @@ def read_log(data: DataConfig) -> BehaviorLog:
     return BehaviorLog.read(data.path, format=data.format)
 
 
+def split_of(log: BehaviorLog, domain: Domain) -> Splits:
+    """Split a log as its domain says, and check for leaks."""
+    splits = log.split(by=domain.split.by, valid=domain.split.valid, test=domain.split.test)
+    check_leakage(splits)
+    return splits
+
+
+def streams_of(splits: Splits, name: str, domain: Domain, tokenizer) -> StreamDataset:
+    """Cut one split into streams."""
+    # Between users there is no past: only training rows may tell which items are popular.
+    source = splits.train.rows if domain.split.by == "user" else None
+    return build_streams(splits[name], domain, tokenizer, source=source)
+
+
 def build_splits(log: BehaviorLog, domain: Domain, tokenizer) -> SplitStreams:
     """Split a log as its domain says, check for leaks, and cut each split into streams.
 
     Splits and sampled negatives depend on the log and the domain alone, so that runs with different seeds are measured
     on the same targets.
     """
-    splits = log.split(by=domain.split.by, valid=domain.split.valid, test=domain.split.test)
-    check_leakage(splits)
-    # Between users there is no past: only training rows may tell which items are popular.
-    source = splits.train.rows if domain.split.by == "user" else None
-    parts = {name: build_streams(split, domain, tokenizer, source=source) for name, split in splits.items()}
-    return SplitStreams(log, splits, **parts)
+    splits = split_of(log, domain)
+    return SplitStreams(log, splits, **{name: streams_of(splits, name, domain, tokenizer) for name in splits})
+
+
+def check_split(splits: Splits, name: str, note: Mapping[str, Any] | None) -> None:
+    """Refuse to call rows valid or test that training may have learnt from.
+
+    note: `SplitStreams.split_note` of the run that trained, from its bundle; None where the bundle has none. A split by
+    user cannot be checked so: a bundle does not list its users.
+
+    Raises:
+        DataError: the split begins before the moment at which that split of the run began.
+    """
+    boundaries = (note or {}).get("boundaries")
+    if boundaries is None or name == "train":
+        return
+    allowed = boundaries[0 if name == "valid" else 1]
+    rows = splits[name].rows
+    first = splits.train.log.timestamps[rows].min()
+    if first < allowed:
+        raise DataError(
+            f"{name} of log {splits.train.log.name!r} begins at time {first}, but the bundle's {name} began at "
+            f"{allowed}, so that it was trained or chosen on rows in between; use the full log that it was trained on, "
+            f"a later one, or --split train"
+        )
 
 
 def limited(streams: StreamDataset, targets: int | None, classifier):

@@ -2,16 +2,13 @@
 
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import TrainerCallback, TrainingArguments
 
 from ..config import TrainConfig
-from ..errors import ConfigError
 from ..evaluation.metrics import higher_is_better
-from ..models.base import check_positions
 from ..models.classifier import BehaviorClassifier
 from ..training.losses import BehaviorLoss, balanced_weights
-from ..training.trainer import BehaviorTrainer
+from ..training.trainer import BehaviorTrainer, StopEarly
 from .answers import measure, metric_names
 from .run import Run
 from .streams import SplitStreams, limited
@@ -32,16 +29,7 @@ class EvaluateLastStep(TrainerCallback):
 def training_arguments(run: Run) -> TrainingArguments:
     """Transformers' arguments of a run."""
     train, selects = run.config.train, run.config.train.eval_steps > 0
-    if selects and train.save_steps not in (0, train.eval_steps):
-        raise ConfigError(
-            f"train.save_steps {train.save_steps} must be 0 or equal train.eval_steps {train.eval_steps}: the best "
-            f"checkpoint must have been saved when it was measured"
-        )
     save_steps = train.eval_steps or train.save_steps
-    try:
-        get_reporting_integration_callbacks(train.report_to)
-    except ValueError as error:
-        raise ConfigError(f"train.report_to {train.report_to}: {' '.join(str(error).split())}") from None
     return TrainingArguments(
         output_dir=str(run.path("checkpoints")),
         max_steps=train.max_steps,
@@ -67,20 +55,22 @@ def training_arguments(run: Run) -> TrainingArguments:
         data_seed=train.seed,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        restore_callback_states_from_checkpoint=True,
     )
 
 
-def build_trainer(run: Run, classifier: BehaviorClassifier, streams: SplitStreams) -> BehaviorTrainer:
+def build_trainer(
+    run: Run, classifier: BehaviorClassifier, streams: SplitStreams, loss: BehaviorLoss
+) -> BehaviorTrainer:
     """A trainer on the training streams that selects on a part of the validation streams."""
     config = run.config
-    check_positions(classifier.config, config.domain.stream.max_length)
-    names = metric_names(streams.valid, config.evaluation.metrics)
+    names = metric_names(streams.train, config.evaluation.metrics)
     if config.train.select_metric not in names:
         names.append(config.train.select_metric)
     valid = limited(streams.valid, config.evaluation.valid_targets, classifier)
     callbacks = [EvaluateLastStep()] if config.train.eval_steps else []
     if config.train.early_stopping:
-        callbacks.append(EarlyStoppingCallback(config.train.early_stopping))
+        callbacks.append(StopEarly(config.train.early_stopping))
     return BehaviorTrainer(
         classifier,
         training_arguments(run),
@@ -89,8 +79,8 @@ def build_trainer(run: Run, classifier: BehaviorClassifier, streams: SplitStream
         tokenizer=classifier.tokenizer,
         micro_tokens=config.train.micro_tokens,
         eval_tokens=config.evaluation.batch_tokens,
-        loss=build_loss(config.train, streams, len(classifier.labels)),
-        compute_metrics=lambda predictions: measure(predictions, streams.valid, names=names),
+        loss=loss,
+        compute_metrics=lambda predictions: measure(predictions, streams.valid, names),
         callbacks=callbacks,
     )
 

@@ -1,7 +1,7 @@
 """Transformers' Trainer on streams: one global batch gives one gradient, however it is split."""
 
-import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,9 +9,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate.utils import DistributedType
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..data.collator import StreamCollator
 from ..errors import ConfigError
@@ -31,7 +31,9 @@ class BehaviorTrainer(Trainer):
       that mean's, for any split of the batch;
     - a rank's share of a batch runs in micro-batches bounded by tokens;
     - checkpoints hold the trained tensors alone, and count only when they are whole;
-    - evaluation answers every target once, on any number of ranks.
+    - evaluation answers every target once, on any number of ranks;
+    - a run that had ended, by its steps or by early stopping, takes no further step when it is resumed;
+    - checkpoints can be moved: the best one is found by its step, in the directory of the run.
 
     Args:
         model: the classifier.
@@ -43,6 +45,10 @@ class BehaviorTrainer(Trainer):
         loss: the loss; cross-entropy if not given.
         compute_metrics: from `Predictions` on `valid_streams` to named numbers, for logs, selection and early stopping.
         callbacks: further Trainer callbacks.
+
+    Attributes:
+        targets_seen: targets that this rank has trained on.
+        step_seconds: time of the optimiser steps alone, with their data, without validations and checkpoints.
     """
 
     def __init__(
@@ -64,6 +70,8 @@ class BehaviorTrainer(Trainer):
         self.loss = loss or BehaviorLoss()
         self.eval_tokens = eval_tokens
         self.targets_seen = 0
+        self.step_seconds = 0.0
+        self._step_began: float | None = None
         self._measure = compute_metrics
         super().__init__(
             model=model,
@@ -106,7 +114,26 @@ class BehaviorTrainer(Trainer):
         )
         return self.accelerator.reduce(torch.tensor(count, device=device), "sum").clamp(min=1)
 
-    # -- one step ------------------------------------------------------------------------------
+    # -- steps ---------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args, **kwargs):
+        """A step begins with its data."""
+        self._step_began = time.perf_counter()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """What follows a step is not counted to it."""
+        if self._step_began is not None:
+            self.step_seconds += time.perf_counter() - self._step_began
+            self._step_began = None
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Take no step after the last: the plain Trainer would take one more when it resumes a run that had ended."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Run the micro-batches of one batch; ranks exchange gradients after the last one only."""
@@ -211,6 +238,25 @@ class BehaviorTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self._load_trained(resume_from_checkpoint)
 
+    def _init_training_state(self, *args, **kwargs):
+        """Find the best checkpoint by its step: the path that the state holds is wrong once a run has been moved."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of the path, which is mended here
+        try:
+            found = super()._init_training_state(*args, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
+        step = self.state.best_global_step
+        if step:
+            best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            if not (best / COMPLETE).is_file():
+                raise ConfigError(
+                    f"train.resume: the best checkpoint so far, {best}, is not there or not whole; restore it, or "
+                    "start a new run"
+                )
+            self.state.best_model_checkpoint = str(best)
+        return found
+
     def _load_best_model(self) -> None:
         self._load_trained(self.state.best_model_checkpoint)
 
@@ -224,6 +270,17 @@ def last_checkpoint(directory: str | Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
 
 
-def warmup_steps(share: float, max_steps: int) -> int:
-    """Steps of learning-rate warm-up from their share of all steps."""
-    return math.ceil(share * max_steps)
+def unfinished_checkpoints(directory: str | Path) -> list[Path]:
+    """Checkpoints that were never finished."""
+    found = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return [path for path in found if path.is_dir() and not (path / COMPLETE).is_file()]
+
+
+class StopEarly(EarlyStoppingCallback):
+    """Early stopping that a resumed run goes on with, and does not begin again."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Stop at once where the run had stopped already."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True

@@ -111,6 +111,14 @@ def test_samples_without_a_value_are_counted():
     assert none.undefined == 10 and np.isnan([none.value, none.low, none.high]).all()
 
 
+def test_one_user_has_no_interval():
+    labels, p, _, _ = answers()
+    found = bootstrap.intervals(["auc", "logloss"], labels, p, ["one"] * len(labels), samples=30)
+    for name, interval in found.items():
+        assert interval.value == compute_metrics(labels, p, names=[name])[name]
+        assert np.isnan([interval.low, interval.high]).all() and interval.undefined == 30
+
+
 def test_bad_requests_are_refused():
     labels, p, who, _ = answers()
     with pytest.raises(ConfigError, match="samples >= 1 and 0 < level < 1, got 0 and 0.95"):

@@ -79,12 +79,20 @@ def test_prior_moves_the_fitted_share():
     assert moved.temperature == plain.temperature
 
 
-@pytest.mark.parametrize("labels", [[1, 1, 1], [0, 0, 1]])
-def test_separable_and_one_class_data_stay_finite(labels):
-    logits = np.array([[2.0, -2.0], [1.0, -1.0], [-1.0, 1.0]])
+def test_a_missing_class_leaves_the_answers_as_they_are():
+    logits = np.random.default_rng(0).normal(size=(50, 3))
+    for prior in (None, [0.2, 0.3, 0.5]):
+        assert fit_calibration(logits, np.arange(50) % 2, prior) == Calibration()
+
+
+def test_a_small_set_without_a_fault_does_not_make_answers_certain():
+    labels = np.arange(12) % 2
+    logits = np.outer(2 * labels - 1, [-1.0, 1.0])
+    assert fit_temperature(logits, labels) < 0.06
     found = fit_calibration(logits, labels)
+    assert 0.2 < found.temperature < 1
     p = found.apply(logits)
-    assert np.isfinite(p).all() and MIN_TEMPERATURE * 0.999 <= found.temperature <= 20.001
+    assert np.isfinite(p).all() and p.max() < 0.999
     assert log_loss(labels, p, labels=[0, 1]) <= log_loss(labels, softmax(logits, axis=1), labels=[0, 1])
 
 

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 
@@ -134,6 +135,8 @@ def test_logloss_is_finite_for_a_certain_error():
         ([0, 1], [[0.5, 0.5], [0.5, 0.5]], ["a"], r"users must be \[2\]"),
         ([0, 1], [[0.5, 0.5], [0.5, 0.5]], np.array(["a", None], dtype=object), "users must not be null, but 1 of 2"),
         ([0, 1], [[0.5, 0.5], [0.5, 0.5]], [1.0, np.nan], "users must not be null"),
+        ([0, 1], [[0.5, 0.5], [0.5, 0.5]], pd.array([1, None], "Int64"), "users must not be null, but 1 of 2"),
+        ([0, 1], [[0.5, 0.5], [0.5, 0.5]], pd.Series(["a", pd.NA], dtype=object), "users must not be null, but 1 of 2"),
         ([0, 1], [[0.5, 0.5], [0.5, 0.5]], np.array(["a", 1], dtype=object), "users must be of one type"),
     ],
 )

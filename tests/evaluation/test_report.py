@@ -59,13 +59,15 @@ def test_numbers_are_those_of_the_metrics(tmp_path):
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     plain = compute_metrics(given.labels, given.after, given.users)
     table = {row[0]: row for row in cells(text, "Before and after, on test")}
-    assert table["metric"] == ["metric", "better", "before", "after, uncalibrated", "after", "after - before"]
+    assert table["metric"] == ["metric", "better", "before", "after, uncalibrated", "after",
+                               "after, uncalibrated - before"]  # fmt: skip
     for name in ("auc", "gauc", "logloss", "ne", "ece", "po_ratio", "accuracy", "f1"):
         interval = found["intervals"]["after"][name]
         assert interval["value"] == pytest.approx(plain[name], abs=1e-12)
         assert table[name][4] == f"{plain[name]:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
         gap = found["differences"]["before"][name]
-        assert gap["value"] == pytest.approx(plain[name] - found["intervals"]["before"][name]["value"], abs=1e-12)
+        both = [found["intervals"][system][name]["value"] for system in ("uncalibrated", "before")]
+        assert gap["value"] == pytest.approx(both[0] - both[1], abs=1e-12)
         assert table[name][5].startswith(f"{gap['value']:+.4f} [")
     assert [table[name][1] for name in ("auc", "logloss", "po_ratio")] == ["higher", "lower", "1"]
     assert f"240 test targets of 20 users: auc {plain['auc']:.4f} [" in text
@@ -127,8 +129,33 @@ def test_without_the_bootstrap_there_are_no_brackets(tmp_path):
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "[" not in text.split("## By class")[0] and "bootstrap" not in text
     assert [row[0] for row in cells(text, "Before and after, on test")] == ["metric", "logloss"]
-    gap = found["intervals"]["after"]["logloss"]["value"] - found["intervals"]["before"]["logloss"]["value"]
+    gap = found["intervals"]["uncalibrated"]["logloss"]["value"] - found["intervals"]["before"]["logloss"]["value"]
     assert found["differences"]["before"]["logloss"]["value"] == pytest.approx(gap)
+
+
+def test_without_calibration_after_is_compared_as_it_is(tmp_path):
+    found = write_report(tmp_path, content(uncalibrated=None), samples=0)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    gap = found["intervals"]["after"]["auc"]["value"] - found["intervals"]["before"]["auc"]["value"]
+    assert found["differences"]["before"]["auc"]["value"] == pytest.approx(gap)
+    assert "| after - before |" in text and "calibrated" not in text.replace("expected calibration", "")
+
+
+@pytest.mark.parametrize(
+    ("split_by", "said"), [("time", "counted over strictly earlier rows"), ("user", "training rows of other users")]
+)
+def test_counting_is_explained_as_it_was_done(split_by, said, tmp_path):
+    write_report(tmp_path, content(split_by=split_by), samples=0)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert said in text
+    assert ("at any time" in text) == (split_by == "user")
+
+
+def test_one_user_has_no_interval(tmp_path):
+    found = write_report(tmp_path, content(users=np.zeros(240, dtype=int)), samples=20)
+    assert np.isnan(found["intervals"]["after"]["auc"]["low"])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert {row[0]: row[4] for row in cells(text, "Before and after, on test")}["auc"].count("[") == 0
 
 
 def test_one_class_only_is_called_undefined(tmp_path):

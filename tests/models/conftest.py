@@ -73,3 +73,18 @@ def answer() -> Callable[..., torch.Tensor]:
             return classifier.eval()(**batch)
 
     return run
+
+
+@pytest.fixture
+def tiny_roberta(tmp_path, tiny_tokenizer):
+    """A directory with a tiny random RoBERTa of 66 positions, whose head has two layers."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    config = RobertaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=66, pad_token_id=1, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    tiny_tokenizer.save_pretrained(tmp_path / "roberta")
+    return tmp_path / "roberta"

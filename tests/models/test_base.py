@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,6 +26,8 @@ from transformers import (
 
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models import base as base_module
+from llmrec_peft.models import fingerprints as fingerprints_module
+from llmrec_peft.models import tensors as tensors_module
 from llmrec_peft.models.base import (
     BASES,
     base_fingerprint,
@@ -34,9 +39,10 @@ from llmrec_peft.models.base import (
     load_model,
     load_tokenizer,
     resolve_base,
-    tokenizer_fingerprint,
     word_rows,
 )
+from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.tensors import fingerprint
 
 NAMES = {0: "dislike", 1: "like", 2: "love"}
 
@@ -255,6 +261,21 @@ def test_positions_are_checked(tiny_base):
     check_positions(Qwen2Config(use_sliding_window=False, sliding_window=64, max_position_embeddings=2048), 2048)
 
 
+def test_positions_that_roberta_keeps_for_pads(tiny_roberta, domain, answer):
+    from llmrec_peft.models import load_classifier
+
+    classifier = load_classifier(str(tiny_roberta), domain, "head")
+    check_positions(classifier.config, 64)
+    with pytest.raises(ModelError, match="64 positions but max_length is 65"):
+        check_positions(classifier.config, 65)
+    ids = torch.full((1, 65), 7)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "markers": torch.tensor([64])}
+    with pytest.raises((IndexError, RuntimeError)):
+        answer(classifier, batch)
+    batch = {"input_ids": ids[:, :64], "attention_mask": batch["attention_mask"][:, :64], "markers": torch.tensor([63])}
+    assert answer(classifier, batch).isfinite().all()
+
+
 def test_pad_token_comes_from_the_vocabulary(copy_of):
     directory = copy_of()
     path = directory / "tokenizer_config.json"
@@ -321,6 +342,89 @@ class TestFingerprint:
         before = base_fingerprint(directory)
         save_file(original | {"model.big.weight": large * 1.0001}, path)
         assert base_fingerprint(directory) != before
+
+    def test_one_row_of_a_large_tensor_shows(self, copy_of):
+        path = copy_of() / "model.safetensors"
+        original = load_file(path)
+        large = torch.zeros(3000, 50)
+        seen = set()
+        for row in (None, 0, 1501, 2999):
+            changed = large.clone()
+            if row is not None:
+                changed[row, 7] = 1e-6
+            save_file(original | {"model.big.weight": changed}, path)
+            seen.add(base_fingerprint(path.parent))
+        assert len(seen) == 4
+
+    def test_huge_checkpoints_are_sampled_and_say_so(self, copy_of, monkeypatch):
+        path = copy_of() / "model.safetensors"
+        whole = base_fingerprint(path.parent)
+        monkeypatch.setattr(tensors_module, "SAMPLED_ABOVE", 1000)
+        monkeypatch.setattr(tensors_module, "_TENSOR_PIECES", 4)
+        monkeypatch.setattr(tensors_module, "_TENSOR_PIECE", 64)
+        sampled = base_fingerprint(path.parent)
+        assert len(whole) == 64 and sampled.startswith("sampled-") and len(sampled) == 72
+        assert base_fingerprint(path.parent) == sampled
+        original = load_file(path)
+        save_file({name: value * 1.001 for name, value in original.items()}, path)
+        assert base_fingerprint(path.parent) != sampled
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+            {"hidden_act": "gelu"},
+            {"rms_norm_eps": 1e-3},
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+        ],
+    )
+    def test_shows_another_configuration(self, change, copy_of, tiny_base):
+        path = copy_of() / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        assert base_fingerprint(path.parent) != base_fingerprint(tiny_base("llama"))
+
+    def test_does_not_depend_on_how_the_configuration_labels_and_runs(self, copy_of, tiny_base):
+        path = copy_of() / "config.json"
+        change = {
+            "id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}, "pad_token_id": 0,
+            "use_cache": False, "dtype": "bfloat16", "architectures": ["Other"], "transformers_version": "4.0.0",
+            "problem_type": "single_label_classification",
+        }  # fmt: skip
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        assert base_fingerprint(path.parent) == base_fingerprint(tiny_base("llama"))
+
+    def test_large_checkpoints_are_read_once(self, copy_of, own_cache, monkeypatch):
+        monkeypatch.setattr(fingerprints_module, "CACHED_ABOVE", 0)
+        reads = []
+        monkeypatch.setattr(fingerprints_module, "fingerprint", lambda e: reads.append(e) or fingerprint(e))
+        directory = copy_of()
+        path = directory / "model.safetensors"
+        first = base_fingerprint(directory)
+        assert base_fingerprint(directory) == first and len(reads) == 1
+        assert [file.name for file in own_cache.iterdir()] == ["fingerprints.json"]
+        original = load_file(path)
+        save_file({name: value * 1.5 for name, value in original.items()}, path)
+        os.utime(path, ns=(1, 1))
+        assert base_fingerprint(directory) != first and len(reads) == 2
+        (own_cache / "fingerprints.json").write_text("[damaged")
+        base_fingerprint(directory)
+        assert len(reads) == 3
+
+    def test_tokens_around_a_text_and_flags_of_added_ones(self, copy_of):
+        path = copy_of() / "tokenizer.json"
+        content = json.loads(path.read_text())
+        seen = {tokenizer_fingerprint(load_tokenizer(str(path.parent)))}
+        begin = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 2)])
+        backend = Tokenizer.from_file(str(path))
+        backend.post_processor = begin
+        backend.save(str(path))
+        tokenizer = load_tokenizer(str(path.parent))
+        assert tokenizer("yes")["input_ids"][0] == 2
+        seen.add(tokenizer_fingerprint(tokenizer))
+        content["added_tokens"][2]["lstrip"] = True
+        path.write_text(json.dumps(content))
+        seen.add(tokenizer_fingerprint(load_tokenizer(str(path.parent))))
+        assert len(seen) == 3
 
     def test_tokenizer(self, tiny_base, tiny_tokenizer, copy_of, tmp_path):
         expected = tokenizer_fingerprint(tiny_tokenizer)

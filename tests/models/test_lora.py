@@ -164,3 +164,41 @@ class TestQlora:
             weight = functional.dequantize_4bit(packed.data, packed.quant_state) + layer.get_delta_weight("default")
             errors[init] = (weight - whole).norm().item()
         assert errors["loftq"] < 0.8 * errors["default"]
+
+    def test_loftq_starts_dora_at_the_corrected_weights(self, make):
+        import bitsandbytes.functional as functional
+
+        layer = make("llama", "qlora", r=8, alpha=16, init="loftq", dora=True).stock.model.layers[0].mlp.up_proj
+        packed = layer.base_layer.weight
+        weight = functional.dequantize_4bit(packed.data, packed.quant_state) + layer.get_delta_weight("default")
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        assert torch.allclose(magnitude, weight.norm(dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_starts_that_change_the_base_need_float32(init, make):
+    with pytest.raises(ConfigError, match=f"init {init} needs model.dtype float32, not 'bfloat16'"):
+        make("llama", init=init, dtype="bfloat16")
+
+
+def test_experts_that_stay_as_they_are_are_named(tmp_path, tiny_tokenizer, domain, caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from llmrec_peft.models import load_classifier
+
+    config = MixtralConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        pad_token_id=1, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="llmrec_peft"):
+        load_classifier(str(tmp_path), domain, "lora", r=2)
+    assert "adapts no experts of this base" in caplog.text and "layers.N.mlp.experts.gate_up_proj" in caplog.text
+
+
+def test_no_warning_without_experts(make, caplog):
+    with caplog.at_level("WARNING", logger="llmrec_peft"):
+        make("llama")
+    assert "experts" not in caplog.text

@@ -85,11 +85,19 @@ def test_predictions_are_all_targets_and_give_the_metrics(method, trained, data)
 @pytest.mark.parametrize("method", METHODS)
 def test_metrics_tell_before_from_after(method, trained):
     metrics = metrics_of(trained(method))
-    for key in ("before", "before_test", "valid", "test"):
+    for key in ("before", "before_test", "valid", "valid_uncalibrated", "test", "test_uncalibrated"):
         assert set(DEFAULT_NAMES) <= set(metrics[key])
-    assert metrics["before_test"]["logloss"] != metrics["test"]["logloss"]
+    # Without calibration, which alone would make a difference.
+    assert metrics["before_test"]["logloss"] != metrics["test_uncalibrated"]["logloss"]
+    assert metrics["before_test"]["auc"] != metrics["test_uncalibrated"]["auc"]
+    assert metrics["test_uncalibrated"]["auc"] == pytest.approx(metrics["test"]["auc"], abs=1e-12)
+    assert metrics["test_uncalibrated"]["logloss"] != metrics["test"]["logloss"]
+    change = metrics["test_uncalibrated"]["logloss"] - metrics["before_test"]["logloss"]
+    assert metrics["differences_test"]["before"]["logloss"]["value"] == pytest.approx(change, abs=1e-9)
     assert metrics["before_test"]["targets"] == metrics["test"]["targets"]
-    assert metrics["cost"]["training targets"] > 0
+    cost = metrics["cost"]
+    assert cost["training targets"] > 0
+    assert 0 < cost["training steps alone, seconds"] < cost["training, with validations and checkpoints, seconds"]
     assert set(metrics["baselines_test"]) >= {"item_rate", "user_rate", "both_rates"}
 
 

@@ -1,0 +1,109 @@
+"""Fingerprints of a base and of its tokenizer, which tie a bundle to what it was trained on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmrec_peft.models.files import cache_dir
+from llmrec_peft.models.tensors import TensorEntry, fingerprint
+
+CACHED_ABOVE = 64 * 1024**2
+"""Fingerprints of checkpoints of more bytes than this are kept in `cache_dir()`/fingerprints.json."""
+_CACHED = 1000  # entries kept there
+
+# What says how a checkpoint is named, stored, labelled, padded or run, and not what its backbone computes.
+_NOT_COMPUTED = frozenset(
+    (
+        "_name_or_path", "name_or_path", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype",
+        "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "pad_token_id", "use_cache",
+        "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config",
+        "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict", "initializer_range",
+    )
+)  # fmt: skip
+
+
+def fingerprint_of(entries: dict[str, TensorEntry], config: Any) -> str:
+    """SHA-256 over a backbone's weights and what its configuration computes; see `base.base_fingerprint`."""
+    weights = _cached_fingerprint(entries)
+    text = json.dumps([weights, config_content(config)], sort_keys=True, default=str)
+    return ("sampled-" if weights.startswith("sampled-") else "") + hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_content(config: Any) -> dict[str, Any]:
+    """What a configuration says about the backbone's computation: rotary base, activation, epsilon, heads, windows.
+
+    Values that its class has by default are left out, so that a new default key of another Transformers version leaves
+    the fingerprint as it is.
+    """
+    try:
+        defaults = type(config)().to_dict()
+    except Exception:  # a class from a base's own code may need arguments; then nothing counts as a default
+        defaults = {}
+    return _computed(config.to_diff_dict(), defaults)
+
+
+def _computed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    content = {}
+    for key, value in values.items():
+        if key in _NOT_COMPUTED or (key in defaults and value == defaults[key] and key != "model_type"):
+            continue
+        content[str(key)] = _computed(value, {}) if isinstance(value, Mapping) else value
+    return content
+
+
+def _cached_fingerprint(entries: dict[str, TensorEntry]) -> str:
+    """`tensors.fingerprint`, paid once for a large checkpoint."""
+    if sum(entry.end - entry.begin for entry in entries.values()) <= CACHED_ABOVE:
+        return fingerprint(entries)
+    files = sorted({entry.file.resolve() for entry in entries.values()})
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([stats, sorted(entries)]).encode()).hexdigest()
+    path = cache_dir() / "fingerprints.json"
+    known = _read_cache(path)
+    if key not in known:
+        known[key] = fingerprint(entries)
+        _write_cache(path, dict(list(known.items())[-_CACHED:]))
+    return known[key]
+
+
+def _read_cache(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    sound = isinstance(known, dict) and all(isinstance(value, str) for value in known.values())
+    return known if sound else {}
+
+
+def _write_cache(path: Path, known: Mapping[str, str]) -> None:
+    """Write the cache into place; where that cannot be, the weights are read again next time."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=".fingerprints-", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(known, file, indent=0)
+        os.replace(scratch, path)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over what decides a text's token ids: vocabulary, merges, normaliser, splitting, the tokens that are put
+    around a text, special tokens, and the flags of added ones.
+
+    The pad token is left out: it never reaches an answer, and `load_tokenizer` may have chosen it.
+    """
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    special.pop("additional_special_tokens", None)
+    content: dict[str, Any] = {"special": special, "vocabulary": sorted(tokenizer.get_vocab().items())}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        content |= {part: parts.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")}
+        content["model"] = {key: value for key, value in parts["model"].items() if key != "vocab"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

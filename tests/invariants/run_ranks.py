@@ -1,0 +1,45 @@
+"""Run under torchrun: trains the small problem on every rank and leaves weights, losses and validation answers.
+
+Arguments: base directory, output directory, then a JSON list of [name, settings of make_trainer].
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.streams import build_streams
+from llmrec_peft.models.base import load_tokenizer
+from tests.invariants.setup_run import DOMAIN, losses_of, make_trainer, splits, trained
+
+
+def main() -> None:
+    """Run the cases one after another."""
+    torch.set_num_threads(1)
+    base, output, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    tokenizer = load_tokenizer(base)
+    valid = build_streams(splits().valid, Domain.from_dict(DOMAIN), tokenizer)
+    for name, settings in cases:
+        trainer = make_trainer(base, tokenizer, output / name, **settings)
+        trainer.train()
+        predictions = trainer.predict_streams(valid)
+        np.savez(
+            output / f"{name}.{PartialState().process_index}.npz",
+            losses=losses_of(trainer),
+            world=PartialState().num_processes,
+            logits=predictions.logits,
+            targets=predictions.targets,
+            **{f"weight {key}": value for key, value in trained(trainer).items()},
+        )
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

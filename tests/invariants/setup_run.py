@@ -1,0 +1,100 @@
+"""What the trainer's tests and the script for several processes share: one small problem, trained by one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.streams import StreamSubset, build_streams
+from llmrec_peft.models import load_classifier
+from llmrec_peft.training.losses import BehaviorLoss
+from llmrec_peft.training.trainer import BehaviorTrainer
+from tests.conftest import make_small_tables
+
+DOMAIN = {
+    "name": "movies",
+    "header": "Movies one viewer rated:\n",
+    "event": "{title}",
+    "outcomes": {"dislike": " no\n", "like": " yes\n"},
+    "label": {"column": "rating", "above": 3},
+    "simultaneous": "isolate",
+    "negatives": {"per_positive": 1},
+    "stream": {"context": 2, "targets": 3, "max_length": 300},
+}
+LEARNING_RATE = 0.05
+LOSSES: dict[str, dict[str, Any]] = {
+    "cross_entropy": {},
+    "weighted": {"class_weights": [0.7, 1.9], "label_smoothing": 0.1},
+    "focal": {"name": "focal", "class_weights": [1.5, 0.5]},
+    "listwise": {"name": "listwise"},
+}
+
+
+def splits():
+    """Splits of a log of eight users."""
+    interactions, items = make_small_tables(users=8, events=10)
+    return BehaviorLog(interactions, items, name="small").split()
+
+
+def arguments(directory: str | Path, **changes: Any) -> TrainingArguments:
+    """Plain SGD without clipping, so that weights show gradients as they are."""
+    settings = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "learning_rate": LEARNING_RATE,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": 3,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(output_dir=str(directory), **{**settings, **changes})
+
+
+def make_trainer(base, tokenizer, directory, *, streams=None, windows=None, options=None, loss="cross_entropy",
+                 micro_tokens=400, **changes) -> BehaviorTrainer:  # fmt: skip
+    """A trainer of a tiny LoRA classifier on the first `windows` streams; `changes` are arguments, or the trainer's."""
+    torch.manual_seed(0)
+    domain = Domain.from_dict(DOMAIN)
+    classifier = load_classifier(str(base), domain, "lora", r=4, **(options or {}))
+    own = {key: changes.pop(key) for key in ("valid_streams", "compute_metrics", "callbacks") if key in changes}
+    streams = build_streams(splits().train, domain, tokenizer) if streams is None else streams
+    return BehaviorTrainer(
+        classifier,
+        arguments(directory, **changes),
+        streams if windows is None else StreamSubset(streams, np.arange(windows)),
+        tokenizer=tokenizer,
+        micro_tokens=micro_tokens,
+        loss=BehaviorLoss(**LOSSES[loss]),
+        **own,
+    )
+
+
+def trained(trainer: BehaviorTrainer) -> dict[str, np.ndarray]:
+    """Trained tensors, as arrays of their own."""
+    return {name: value.numpy(force=True).copy() for name, value in trainer.model.trainable_state_dict().items()}
+
+
+def losses_of(trainer: BehaviorTrainer) -> list[float]:
+    """Logged loss of each step."""
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def gap(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Largest and mean signed difference over all tensors; a lost factor shows in the mean."""
+    assert one.keys() == other.keys()
+    flat = np.concatenate([(one[name] - other[name]).ravel() for name in one])
+    return float(np.abs(flat).max()), float(flat.mean())
