@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -91,3 +92,30 @@ def test_commands_are_accepted(page, line, monkeypatch):
     place = next(number for number, word in enumerate(words) if re.fullmatch(r"recipes/\w+\.py", word))
     assert Path(words[place]).is_file()
     read_config(CONFIGS[Path(words[place]).stem], words[place + 1 :])
+
+
+def test_the_library_example_runs(tiny_base, tmp_path, monkeypatch, capsys):
+    """The README's Python block as it stands, on a tiny base and in a directory of its own."""
+    block = re.search(r"^```python\n(.*?)^```", PAGES[0].read_text(encoding="utf-8"), flags=re.M | re.S)[1]
+    assert "smollm2-135m" in block
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    exec(compile(block.replace("smollm2-135m", str(tiny_base("llama"))), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "300 users" in printed and "['skip', 'click']" in printed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_placeholder_is_left(page):
+    assert not re.findall(r"^[A-Z]{4,}$", page.read_text(encoding="utf-8"), flags=re.M)
+
+
+def test_results_in_the_readme_are_those_of_the_files():
+    text = PAGES[0].read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "movies_lora.json").read_text(encoding="utf-8"))
+    for system, values in results["intervals_test"].items():
+        cells = (f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in values.values())
+        assert " | ".join(cells) in text, system
+    speed = json.loads((ROOT / "benchmarks" / "results" / "train_speed.json").read_text(encoding="utf-8"))
+    ratio = speed["summary"]["ratio"]
+    assert f"{ratio['median']:.1f} times ({ratio['min']:.1f} to {ratio['max']:.1f})" in " ".join(text.split())

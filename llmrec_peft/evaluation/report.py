@@ -178,7 +178,7 @@ def _baseline_text(split_by: str) -> str:
 
 
 def _gap_title(systems) -> str:
-    return f"{TITLES[TRAINED]} - before" if TRAINED in systems else "after - before"
+    return "uncalibrated after - before" if TRAINED in systems else "after - before"
 
 
 def _summary(content, found, names: Sequence[str], samples: int) -> str:
@@ -276,7 +276,7 @@ def _legend(names: Sequence[str], samples: int, systems: Mapping[str, np.ndarray
     if TRAINED in systems:
         lines.append(
             f"- after: calibrated with what was fitted on validation. {TITLES[TRAINED]}: without, as before is too"
-            + (f", so that {_gap_title(systems)} is the effect of training alone." if "before" in systems else ".")
+            + (f"; '{_gap_title(systems)}' is thus the effect of training alone." if "before" in systems else ".")
         )
     if samples:
         lines.append(

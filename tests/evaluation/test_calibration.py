@@ -9,7 +9,6 @@ from sklearn.metrics import log_loss
 
 from llmrec_peft.errors import BundleError, DataError
 from llmrec_peft.evaluation.calibration import (
-    MIN_TEMPERATURE,
     Calibration,
     fit_calibration,
     fit_temperature,

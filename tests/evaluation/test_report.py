@@ -60,7 +60,7 @@ def test_numbers_are_those_of_the_metrics(tmp_path):
     plain = compute_metrics(given.labels, given.after, given.users)
     table = {row[0]: row for row in cells(text, "Before and after, on test")}
     assert table["metric"] == ["metric", "better", "before", "after, uncalibrated", "after",
-                               "after, uncalibrated - before"]  # fmt: skip
+                               "uncalibrated after - before"]  # fmt: skip
     for name in ("auc", "gauc", "logloss", "ne", "ece", "po_ratio", "accuracy", "f1"):
         interval = found["intervals"]["after"][name]
         assert interval["value"] == pytest.approx(plain[name], abs=1e-12)
