@@ -53,7 +53,8 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except LLMRecError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.said_elsewhere:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
 
 

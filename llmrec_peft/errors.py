@@ -13,7 +13,12 @@ Each message is one line that names the thing, the rule, the value received and 
 
 
 class LLMRecError(ValueError):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose.
+
+    `said_elsewhere` is set where several processes fail by one error and another of them says so.
+    """
+
+    said_elsewhere = False
 
 
 class ConfigError(LLMRecError):

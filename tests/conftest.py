@@ -5,7 +5,10 @@ The environment is set before Transformers is imported, so that a test that woul
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -20,6 +23,18 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TWO_PROCESSES = {
+    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    **{
+        name: ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{name}.yaml"]
+        + ["--num_processes", "2"]
+        for name in ("zero1", "zero2", "zero3")
+    },
+}
+"""Launchers of two CPU processes, as users type them, by name."""
 
 SENTENCES = (
     "Products one shopper was shown, in order, and whether they bought each:",
@@ -110,6 +125,33 @@ def make_tiny_config(kind: str, vocab_size: int, pad_token_id: int):
             pad_token_id=pad_token_id,
         )
     raise ValueError(f"tiny_base: kind must be one of {', '.join(KINDS)}, not {kind!r}")
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
+    """`launch("zero2", script, *args)`: runs a script on two CPU processes by a launcher of `TWO_PROCESSES`.
+
+    Returns the finished process with its output, whatever its exit code; one that hangs fails the test.
+    """
+    # DeepSpeed compiles a small extension at its first use: once for all tests, and apart from the user's own.
+    extensions = tmp_path_factory.mktemp("extensions")
+
+    def run(launcher: str, script: str | Path, *args: str, timeout: int = 600) -> subprocess.CompletedProcess:
+        if launcher != "ddp" and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "TORCH_EXTENSIONS_DIR": str(extensions),
+        }
+        command = [sys.executable, *TWO_PROCESSES[launcher], str(script), *args]
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

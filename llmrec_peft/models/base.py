@@ -26,6 +26,7 @@ from torch import nn
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.fingerprints import fingerprint_of
+from llmrec_peft.models.sharding import gathered, make_whole
 from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, read_headers, read_rows
 
 _CONVERSION = 1  # raised when converted copies in users' caches must be made again
@@ -264,6 +265,7 @@ def load_model(
     model.trained_head = same_labels and not other and head not in lacking
     for name in model.fresh_modules:
         for module in modules_named(model, name):
+            make_whole(module)  # ZeRO-3 splits them again when training starts
             module.float()
             if is_encoder(config):
                 module.register_forward_pre_hook(_as_float32)
@@ -343,7 +345,9 @@ def word_rows(base: str, model: nn.Module, token_ids: list[int]) -> torch.Tensor
     checkpoint's lm_head.weight.
     """
     if model.config.get_text_config().tie_word_embeddings:
-        return model.get_input_embeddings().weight.detach()[token_ids].float()
+        embedding = model.get_input_embeddings().weight
+        with gathered([embedding]):
+            return embedding.detach()[token_ids].float()
     entries = _headers(base)
     for name in ("lm_head.weight", "embed_out.weight"):
         if name in entries:
@@ -425,6 +429,22 @@ def _bnb_config(quantization: Quantization | None) -> Any:
         # This list replaces the library's own, which names the language-model head alone.
         llm_int8_skip_modules=["lm_head", r".*\.pooler", "pre_classifier", *HEAD_NAMES],
     )
+
+
+def check_quantization(quant_type: str, device: torch.device) -> None:
+    """Raise ModelError unless bitsandbytes has 4-bit kernels for `device`; it tries them on a small matrix."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("method qlora needs the package bitsandbytes; install it with: pip install llmrec_peft[qlora]")
+    import bitsandbytes.functional as functional
+
+    try:
+        packed, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type=quant_type)
+        functional.dequantize_4bit(packed, state)
+    except Exception as error:  # what a missing kernel raises differs by backend and version
+        raise ModelError(
+            f"method qlora: bitsandbytes cannot quantise to {quant_type} on {device.type} ({_one_line(error)}); "
+            "use method lora, or another device"
+        ) from error
 
 
 @contextlib.contextmanager

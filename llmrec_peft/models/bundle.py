@@ -8,7 +8,6 @@ of BOTTLENECK, HEAD or FULL. `behavior.json` says what they belong to, and loadi
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import shutil
 import tempfile
@@ -34,6 +33,7 @@ from llmrec_peft.models.manifest import (
     check_calibration,
     check_domain,
     check_metadata,
+    installed,
     read_manifest,
     weights_metadata,
 )
@@ -219,18 +219,8 @@ def _manifest(
         "calibration": None if calibration is None else dict(calibration),
         "counts": dict(counts or {}),
         "metrics": dict(metrics or {}),
-        "versions": _versions(),
+        "versions": installed("llmrec_peft", "torch", "transformers", "peft"),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("llmrec_peft", "torch", "transformers", "peft"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # the package itself, run from a source tree
-            continue
-    return found
 
 
 def _check_head(path: Path, tensors: dict[str, torch.Tensor], classifier: BehaviorClassifier) -> None:

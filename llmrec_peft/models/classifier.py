@@ -37,6 +37,7 @@ from llmrec_peft.models.options import (
     from_mapping,
     method_options,
 )
+from llmrec_peft.models.sharding import assign, whole, whole_shape
 
 
 class BehaviorClassifier(nn.Module):
@@ -178,7 +179,7 @@ class BehaviorClassifier(nn.Module):
         trainable = total = 0
         for parameter in self.parameters():
             state = getattr(parameter, "quant_state", None)
-            count = parameter.numel() if state is None else state.shape.numel()
+            count = (whole_shape(parameter) if state is None else state.shape).numel()
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
@@ -192,11 +193,17 @@ class BehaviorClassifier(nn.Module):
         )
 
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
-        """Detached tensors of all trainable parameters, the head among them, by their names inside `.model`."""
-        return {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
+        """Detached whole tensors of all trainable parameters, the head among them, by their names inside `.model`.
+
+        Where the parameters are split over ranks, all ranks must call this.
+        """
+        return {name: whole(value) for name, value in self.model.named_parameters() if value.requires_grad}
 
     def load_trainable_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors of `trainable_state_dict` back. Raises ModelError naming what is missing, extra or misshapen."""
+        """Copy tensors of `trainable_state_dict` back. Raises ModelError naming what is missing, extra or misshapen.
+
+        Where the parameters are split over ranks, all ranks must call this with the same tensors.
+        """
         own = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         for what, names in (("lacks", own.keys() - state.keys()), ("has an extra", state.keys() - own.keys())):
             if names:
@@ -204,14 +211,13 @@ class BehaviorClassifier(nn.Module):
                     f"saved state {what} tensor {min(names)!r} ({len(names)} in all); load what this method saved"
                 )
         for name, value in own.items():
-            if value.shape != state[name].shape:
+            if whole_shape(value) != state[name].shape:
                 raise ModelError(
                     f"saved tensor {name!r} has shape {tuple(state[name].shape)}, the model's has "
-                    f"{tuple(value.shape)}; use the same options"
+                    f"{tuple(whole_shape(value))}; use the same options"
                 )
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(state[name])
+        for name, value in own.items():
+            assign(value, state[name])
 
 
 def _plain_positions(input_ids: torch.Tensor, position_ids: torch.Tensor | None, markers: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ behavior.json holds the SHA-256 of the weights' file. So neither file can be edi
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 from collections.abc import Mapping
@@ -59,6 +60,17 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     check_domain(manifest["domain"], str(path))
     check_calibration(manifest["calibration"], len(manifest["domain"]["outcomes"]), str(path))
     return manifest
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # the package itself too, run from a source tree
+            continue
+    return found
 
 
 def check_domain(domain: Mapping[str, Any], where: str) -> None:

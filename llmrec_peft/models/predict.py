@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..data.collator import StreamCollator, plan_micro_batches
@@ -31,7 +33,7 @@ def predict(
     collator: StreamCollator,
     *,
     batch_tokens: int,
-    accelerator=None,
+    processes: PartialState | None = None,
     description: str | None = None,
 ) -> Predictions:
     """Answer every target of `streams`, whatever the batch size.
@@ -41,20 +43,21 @@ def predict(
         streams: a data set with `lengths` whose items are streams.
         collator: how streams become tensors.
         batch_tokens: tokens in a padded batch, at most.
-        accelerator: with several ranks, each answers its share and all ranks get the whole.
+        processes: with several ranks, each answers its share and all ranks get the whole.
         description: shows a progress bar under this name.
 
     Raises:
         ModelError: an answer is not a finite number.
     """
     batches = plan_micro_batches(streams.lengths, batch_tokens)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     parts = []
     try:
-        with torch.inference_mode():
+        # Not inference mode: what shards and gathers weights could not write to tensors made in it.
+        with torch.no_grad():
             # Every rank runs the same number of forward passes: sharded models gather weights in each.
             for start in tqdm(range(0, len(batches), world), desc=description, disable=not description or rank > 0,
                               unit="batch"):  # fmt: skip
@@ -67,8 +70,6 @@ def predict(
     finally:
         model.train(training)
     if world > 1:
-        from accelerate.utils import gather_object
-
         parts = gather_object(parts)
     targets, labels, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(targets, kind="stable")

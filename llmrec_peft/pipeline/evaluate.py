@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from ..config import EvaluateConfig
 from ..data.collator import StreamCollator
@@ -16,6 +16,7 @@ from ..models.base import check_positions
 from ..models.bundle import load_bundle
 from ..models.manifest import MANIFEST, read_manifest
 from ..models.predict import predict
+from ..training.processes import joined, together
 from .answers import measure, metric_names, prediction_table
 from .run import check_place, holds_run
 from .streams import check_split, read_log, split_of, streams_of
@@ -30,29 +31,34 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         LLMRecError: with one line on what cannot be used.
     """
-    accelerator = Accelerator()
-    show = print if accelerator.is_main_process else (lambda *_, **__: None)
-    manifest = _manifest(config.bundle)
-    domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
-    if config.output_dir is not None:
-        _check_output(Path(config.output_dir))
-    show(f"reading {config.data.path}", flush=True)
-    splits = split_of(read_log(config.data), domain)
-    check_split(splits, config.split, manifest["counts"].get("split"))
-    show(f"loading {config.bundle}", flush=True)
-    bundle = load_bundle(
-        config.bundle, base=config.base, dtype=config.dtype, attn=config.attn,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    check_positions(bundle.classifier.config, domain.stream.max_length)
-    streams = streams_of(splits, config.split, domain, bundle.tokenizer)
-    part = streams.limited(config.limit)
-    if config.mode == "independent" or bundle.classifier.encoder:
-        part = IndependentPrompts(part)
-    model = bundle.classifier.to(accelerator.device)
-    collator = StreamCollator(bundle.tokenizer.pad_token_id, config.batch_tokens, mask=model.encoder)
+    with joined() as state:
+        return _evaluate(config, state)
+
+
+def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
+    show = print if state.is_main_process else (lambda *_, **__: None)
+    with together():
+        manifest = _manifest(config.bundle)
+        domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
+        if config.output_dir is not None:
+            _check_output(Path(config.output_dir))
+        show(f"reading {config.data.path}", flush=True)
+        splits = split_of(read_log(config.data), domain)
+        check_split(splits, config.split, manifest["counts"].get("split"))
+        show(f"loading {config.bundle}", flush=True)
+        bundle = load_bundle(
+            config.bundle, base=config.base, dtype=config.dtype, attn=config.attn,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+        check_positions(bundle.classifier.config, domain.stream.max_length)
+        streams = streams_of(splits, config.split, domain, bundle.tokenizer)
+        part = streams.limited(config.limit)
+        if config.mode == "independent" or bundle.classifier.encoder:
+            part = IndependentPrompts(part)
+        model = bundle.classifier.to(state.device)
+        collator = StreamCollator(bundle.tokenizer.pad_token_id, config.batch_tokens, mask=model.encoder)
     predictions = predict(
-        model, part, collator, batch_tokens=config.batch_tokens, accelerator=accelerator,
+        model, part, collator, batch_tokens=config.batch_tokens, processes=state,
         description=f"{config.split}, {config.mode}",
     )  # fmt: skip
     calibration = Calibration.from_dict(bundle.calibration)
@@ -61,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     metrics = measure(predictions, streams, names, calibration=calibration)
     for name, value in metrics.items():
         show(f"{name:<22}{value:>14.6f}" if isinstance(value, float) else f"{name:<22}{value:>14,}")
-    if accelerator.is_main_process and config.output_dir is not None:
+    if state.is_main_process and config.output_dir is not None:
         _write(Path(config.output_dir), prediction_table(predictions, streams, calibration), {config.split: metrics})
     return metrics
 

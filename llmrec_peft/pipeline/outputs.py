@@ -32,13 +32,14 @@ class Costs:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def timed(self, name: str):
-        """Count the time inside under a name."""
-        start = time.perf_counter()
+    def timed(self, name: str, without: str | None = None):
+        """Count the time inside under a name, but for what is counted inside under another."""
+        start, other = time.perf_counter(), self.seconds.get(without, 0.0)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start - (self.seconds.get(without, 0.0) - other)
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def save_run(
     names = metric_names(streams.train, run.config.evaluation.metrics)
     metrics = _metrics(streams, names, before, after, calibration)
     cost = _cost(trainer, costs)
+    state = trainer.model.trainable_state_dict()  # gathered, where the processes hold a part each
     if not trainer.is_world_process_zero():
         return metrics
     model: BehaviorClassifier = trainer.model
@@ -93,6 +95,7 @@ def save_run(
         calibration=calibration.to_dict() if run.config.evaluation.calibrate else None,
         counts={**streams.counts(), "split": streams.split_note()},
         metrics={name: metrics[name] for name in ("valid", "test")},
+        state=state,
     )
     tables = [prediction_table(getattr(after, name), streams[name], calibration) for name in ("valid", "test")]
     write_parquet(pa.concat_tables(tables), run.path("predictions.parquet"))

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainRecipeConfig, config_to_yaml
 from ..data.files import write_json, write_text
 from ..errors import ConfigError
+from ..training.processes import processes, together
 from ..training.trainer import last_checkpoint, unfinished_checkpoints
+from .launch import check_shared, flatten
 
 # What a training recipe leaves in its output directory, and nothing else of it is ever deleted.
 RESULTS = ("metrics.json", "predictions.parquet", "report.md", "reliability.png", "learning_curve.png")
@@ -49,7 +50,8 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
         ConfigError: the batch does not divide over the ranks, a tracker does not exist, the output directory cannot be
             written or holds somebody else's files, or a run to resume is not there or was started with other settings.
     """
-    ranks = PartialState().num_processes
+    state = processes()
+    ranks = state.num_processes
     if config.train.batch_size % ranks:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} must be a multiple of the {ranks} processes; "
@@ -64,7 +66,7 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
     checkpoint = None
     if config.train.resume:
         checkpoint = _checkpoint_of(directory, config)
-        if checkpoint is None and PartialState().is_main_process:
+        if checkpoint is None and state.is_main_process:
             print(f"train.resume: {directory} holds no whole checkpoint; training starts from the beginning")
     elif not holds_run(directory):
         _refuse_foreign(directory)
@@ -91,16 +93,16 @@ def holds_run(directory: Path) -> bool:
             return True
     except (OSError, ValueError, yaml.YAMLError):
         pass
-    return _trained_on(directory) is not None
+    return "streams" in _record(directory)
 
 
-def _trained_on(directory: Path) -> str | None:
-    """Fingerprint of the streams that the run in `directory` trains on; None where nothing says so."""
+def _record(directory: Path) -> dict[str, Any]:
+    """What the run in `directory` trains on (`streams`) and how it was split (`launch`); empty where unknown."""
     try:
         found = json.loads((directory / "checkpoints" / "streams.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return None
-    return found.get("streams") if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -112,40 +114,59 @@ def _refuse_foreign(directory: Path) -> None:
             )
 
 
-def begin_run(run: Run, fingerprint: str) -> None:
-    """Make the output directory ready and write down the settings and what the run trains on.
+def begin_run(run: Run, fingerprint: str, launch: str) -> None:
+    """Make the output directory ready and write down the settings, what the run trains on, and on how many processes.
 
     A new run takes the place of an old one in the same directory; one that resumes keeps its whole checkpoints.
 
     Raises:
-        ConfigError: the directory cannot be written, or a resumed run would train on other streams than before.
+        ConfigError: on every process, if the directory cannot be written or is not shared by all, or if a resumed run
+            would train on other streams than before or be split over other processes.
     """
-    state, checkpoints = PartialState(), run.path("checkpoints")
+    state, checkpoints = processes(), run.path("checkpoints")
+    with together():
+        if run.config.train.resume:
+            _check_resumed(run, checkpoints, fingerprint, launch)
+    with together():
+        if state.is_main_process:
+            try:
+                _make_ready(run, checkpoints)
+                write_text(config_to_yaml(_settings(run.config)), run.path(SETTINGS))
+                write_json({"streams": fingerprint, "launch": launch}, checkpoints / "streams.json")
+            except OSError as error:
+                raise ConfigError(
+                    f"output_dir {run.directory} cannot be written ({error.strerror}); choose another"
+                ) from None
+    with together():
+        check_shared(run.path(SETTINGS), state)
+
+
+def _check_resumed(run: Run, checkpoints: Path, fingerprint: str, launch: str) -> None:
+    old = _record(run.directory)
+    if not old and run.checkpoint is None:
+        return
+    if old.get("streams") != fingerprint:
+        raise ConfigError(
+            f"train.resume: the checkpoints in {checkpoints} were trained on streams {str(old.get('streams'))[:12]}, "
+            f"and the data and base now give {fingerprint[:12]}; use the same data and base, or start a new run"
+        )
+    if run.checkpoint is not None and old.get("launch") != launch:
+        raise ConfigError(
+            f"train.resume: the checkpoints in {checkpoints} are of {old.get('launch')}, and this is {launch}; "
+            "launch the same way, or start a new run"
+        )
+
+
+def _make_ready(run: Run, checkpoints: Path) -> None:
+    run.directory.mkdir(parents=True, exist_ok=True)
+    # Its presence says that all the rest is there.
+    run.path("metrics.json").unlink(missing_ok=True)
     if run.config.train.resume:
-        old = _trained_on(run.directory)
-        if old != fingerprint and not (old is None and run.checkpoint is None):
-            raise ConfigError(
-                f"train.resume: the checkpoints in {checkpoints} were trained on streams {str(old)[:12]}, and the data "
-                f"and base now give {fingerprint[:12]}; use the same data and base, or start a new run"
-            )
-    if state.is_main_process:
-        try:
-            run.directory.mkdir(parents=True, exist_ok=True)
-            # Its presence says that all the rest is there.
-            run.path("metrics.json").unlink(missing_ok=True)
-            if run.config.train.resume:
-                for path in unfinished_checkpoints(checkpoints):
-                    shutil.rmtree(path)
-            else:
-                _clear(run.directory)
-            write_text(config_to_yaml(_settings(run.config)), run.path(SETTINGS))
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json({"streams": fingerprint}, checkpoints / "streams.json")
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir {run.directory} cannot be written ({error.strerror}); choose another"
-            ) from None
-    state.wait_for_everyone()
+        for path in unfinished_checkpoints(checkpoints):
+            shutil.rmtree(path)
+    else:
+        _clear(run.directory)
+    checkpoints.mkdir(parents=True, exist_ok=True)
 
 
 def _settings(config: TrainRecipeConfig) -> TrainRecipeConfig:
@@ -158,7 +179,7 @@ def _checkpoint_of(directory: Path, config: TrainRecipeConfig) -> str | None:
     if not holds_run(directory) or not (directory / SETTINGS).is_file():
         raise ConfigError(f"train.resume: {directory} holds no run (no {SETTINGS}); start one without train.resume")
     text = (directory / SETTINGS).read_text("utf-8")
-    old, new = (_flat(yaml.safe_load(text)) for text in (text, config_to_yaml(config)))
+    old, new = (flatten(yaml.safe_load(text)) for text in (text, config_to_yaml(config)))
     for key in sorted(old.keys() | new.keys()):
         if _decides(key, config) and old.get(key) != new.get(key):
             raise ConfigError(
@@ -177,13 +198,6 @@ def _decides(key: str, config: TrainRecipeConfig) -> bool:
     if key == "train.epochs" and config.train.max_steps > 0:
         return False
     return key.startswith(WEIGHTS) and key not in ELSEWHERE
-
-
-def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in content.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _clear(directory: Path) -> None:

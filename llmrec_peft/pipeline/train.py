@@ -1,20 +1,24 @@
 """Training, as all five training recipes do it; they differ in the method's options alone."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from transformers import set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import TrainRecipeConfig
 from ..data.streams import StreamDataset
 from ..errors import DataError
 from ..models.base import check_positions, load_config, load_tokenizer, resolve_base
 from ..models.classifier import load_classifier
-from .outputs import Costs, answer, print_results, save_run
+from ..training.processes import check_same, joined, together
+from .launch import check_launch, common_facts, launch_of
+from .outputs import Answers, Costs, answer, print_results, save_run
 from .run import begin_run, prepare_run
 from .streams import build_splits, read_log
-from .training import build_loss, build_trainer
+from .training import build_loss, build_trainer, training_arguments
 
 
 def train(config: TrainRecipeConfig) -> dict[str, Any]:
@@ -26,45 +30,65 @@ def train(config: TrainRecipeConfig) -> dict[str, Any]:
     Raises:
         LLMRecError: with one line on what cannot be used, before an old run in the same place is touched.
     """
-    show = print if PartialState().is_main_process else (lambda *_, **__: None)
+    with joined() as state:
+        return _train(config, state)
+
+
+def _train(config: TrainRecipeConfig, state: PartialState) -> dict[str, Any]:
+    show = print if state.is_main_process else (lambda *_, **__: None)
     costs, trust = Costs(), config.model.trust_remote_code
 
     # What is cheap to check comes first: settings, then the base's form, then the log, and its weights last.
-    run = prepare_run(config)
+    with together():
+        run = prepare_run(config)
+    check_same(common_facts(config), "start every process with the same settings and versions")
+    with together():
+        arguments = training_arguments(run)
+        check_launch(config, arguments)
     show(f"base: {config.model.base}", flush=True)
-    base = resolve_base(config.model.base, config.model.gguf_file)
-    check_positions(load_config(base, trust_remote_code=trust), config.domain.stream.max_length)
-    show(f"reading {config.data.path}", flush=True)
-    with costs.timed("reading"):
-        log = read_log(config.data)
-        show(f"log: {log!r}; making token streams of it", flush=True)
-        streams = build_splits(log, config.domain, load_tokenizer(base, trust_remote_code=trust))
-    for name, counts in streams.counts().items():
-        show(f"{name}: {counts['targets']:,} targets of {counts['users']:,} users in {counts['streams']:,} streams")
-    check_classes(streams.train)
-    loss = build_loss(config.train, streams, len(config.domain.labels))
+    with together():
+        if state.is_local_main_process:  # converts or downloads it, once
+            resolve_base(config.model.base, config.model.gguf_file)
+    with together():
+        base = resolve_base(config.model.base, config.model.gguf_file)
+        check_positions(load_config(base, trust_remote_code=trust), config.domain.stream.max_length)
+        show(f"reading {config.data.path}", flush=True)
+        with costs.timed("reading"):
+            log = read_log(config.data)
+            show(f"log: {log!r}; making token streams of it", flush=True)
+            streams = build_splits(log, config.domain, load_tokenizer(base, trust_remote_code=trust))
+        for name, counts in streams.counts().items():
+            show(f"{name}: {counts['targets']:,} targets of {counts['users']:,} users in {counts['streams']:,} streams")
+        check_classes(streams.train)
+        loss = build_loss(config.train, streams, len(config.domain.labels))
+        fingerprint = streams.fingerprint(base, valid=config.train.eval_steps > 0, trust_remote_code=trust)
+    check_same({"the data's and the base's fingerprint": fingerprint[:12]}, "give every process the same data and base")
 
     show("loading the base's weights", flush=True)
     set_seed(config.train.seed)
-    classifier = load_classifier(config.model, config.domain, config.method)
+    # ZeRO-3 splits the weights while it loads them: a process that failed could not tell the others, who wait for it.
+    with nullcontext() if is_deepspeed_zero3_enabled() else together():
+        classifier = load_classifier(config.model, config.domain, config.method)
     show(classifier.summary())
-    trainer = build_trainer(run, classifier, streams, loss)
-    begin_run(run, streams.fingerprint(base, valid=config.train.eval_steps > 0, trust_remote_code=trust))
+    before: list[Answers] = []
 
-    before = None
-    if config.evaluation.before:
+    def answer_before() -> None:
         with costs.timed("answering before"):
-            before = answer(trainer, streams, run, "before")
+            before.append(answer(trainer, streams, run, "before"))
 
-    with costs.timed("training, with validations and checkpoints"):
+    trainer = build_trainer(
+        run, arguments, classifier, streams, loss, on_ready=answer_before if config.evaluation.before else None
+    )
+    begin_run(run, fingerprint, launch_of(arguments))
+    with costs.timed("training, with validations and checkpoints", without="answering before"):
         trainer.train(resume_from_checkpoint=run.checkpoint)
 
     with costs.timed("answering after"):
         after = answer(trainer, streams, run, "after")
 
     show("saving, and writing the report", flush=True)
-    metrics = save_run(run, trainer, streams, before, after, costs)
-    if PartialState().is_main_process:
+    metrics = save_run(run, trainer, streams, before[0] if before else None, after, costs)
+    if state.is_main_process:
         print_results(run, metrics)
     return metrics
 

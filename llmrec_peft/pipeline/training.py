@@ -1,13 +1,15 @@
 """From a configuration to a trainer, its arguments and its callbacks."""
 
+from collections.abc import Callable
+
 import torch
-from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments
 
 from ..config import TrainConfig
 from ..evaluation.metrics import higher_is_better
 from ..models.classifier import BehaviorClassifier
 from ..training.losses import BehaviorLoss, balanced_weights
+from ..training.processes import device_arguments, processes
 from ..training.trainer import BehaviorTrainer, StopEarly
 from .answers import measure, metric_names
 from .run import Run
@@ -27,14 +29,14 @@ class EvaluateLastStep(TrainerCallback):
 
 
 def training_arguments(run: Run) -> TrainingArguments:
-    """Transformers' arguments of a run."""
+    """Transformers' arguments of a run; made before the base is loaded, since ZeRO-3 splits it while it is."""
     train, selects = run.config.train, run.config.train.eval_steps > 0
     save_steps = train.eval_steps or train.save_steps
     return TrainingArguments(
         output_dir=str(run.path("checkpoints")),
         max_steps=train.max_steps,
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size // PartialState().num_processes,
+        per_device_train_batch_size=train.batch_size // processes().num_processes,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         optim=OPTIMIZERS[train.optimizer],
@@ -56,11 +58,17 @@ def training_arguments(run: Run) -> TrainingArguments:
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         restore_callback_states_from_checkpoint=True,
+        **device_arguments(),
     )
 
 
 def build_trainer(
-    run: Run, classifier: BehaviorClassifier, streams: SplitStreams, loss: BehaviorLoss
+    run: Run,
+    arguments: TrainingArguments,
+    classifier: BehaviorClassifier,
+    streams: SplitStreams,
+    loss: BehaviorLoss,
+    on_ready: Callable[[], None] | None = None,
 ) -> BehaviorTrainer:
     """A trainer on the training streams that selects on a part of the validation streams."""
     config = run.config
@@ -73,7 +81,7 @@ def build_trainer(
         callbacks.append(StopEarly(config.train.early_stopping))
     return BehaviorTrainer(
         classifier,
-        training_arguments(run),
+        arguments,
         limited(streams.train, None, classifier),
         valid,
         tokenizer=classifier.tokenizer,
@@ -82,6 +90,7 @@ def build_trainer(
         loss=loss,
         compute_metrics=lambda predictions: measure(predictions, streams.valid, names),
         callbacks=callbacks,
+        on_ready=on_ready,
     )
 
 

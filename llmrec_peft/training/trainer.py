@@ -8,13 +8,16 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from accelerate.utils import DistributedType
+from accelerate import PartialState
+from accelerate.utils import save_fsdp_optimizer
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..data.collator import StreamCollator
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..models.classifier import BehaviorClassifier
 from ..models.predict import Predictions, predict
 from .losses import BehaviorLoss
@@ -45,6 +48,8 @@ class BehaviorTrainer(Trainer):
         loss: the loss; cross-entropy if not given.
         compute_metrics: from `Predictions` on `valid_streams` to named numbers, for logs, selection and early stopping.
         callbacks: further Trainer callbacks.
+        on_ready: called by `train` once the model is on its devices and split over them, with its first weights: before
+            a checkpoint is loaded and before the first step. What is answered here works on every backend.
 
     Attributes:
         targets_seen: targets that this rank has trained on.
@@ -64,6 +69,7 @@ class BehaviorTrainer(Trainer):
         loss: BehaviorLoss | None = None,
         compute_metrics: Callable[[Predictions], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        on_ready: Callable[[], None] | None = None,
     ):
         if valid_streams is not None and compute_metrics is None:
             raise ConfigError("BehaviorTrainer got valid_streams but no compute_metrics; give both or neither")
@@ -73,6 +79,7 @@ class BehaviorTrainer(Trainer):
         self.step_seconds = 0.0
         self._step_began: float | None = None
         self._measure = compute_metrics
+        self._on_ready = on_ready
         super().__init__(
             model=model,
             args=args,
@@ -141,13 +148,15 @@ class BehaviorTrainer(Trainer):
         batches = self._fill_up(inputs["micro_batches"])
         sync = self.accelerator.gradient_state.sync_gradients
         kwargs = {}
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            kwargs["scale_wrt_gas"] = False
+        # DeepSpeed is told by the flag alone when ranks exchange gradients.
+        quiet = self.accelerator.no_sync
+        if self.is_deepspeed_enabled:
+            kwargs["scale_wrt_gas"], quiet = False, nullcontext
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(sync and last)
-            with nullcontext() if last else self.accelerator.no_sync(model):
+            with nullcontext() if last else quiet(model):
                 with self.compute_loss_context_manager():
                     loss = self._loss_share(model, batch, num_items_in_batch)
                 self.accelerator.backward(loss, **kwargs)
@@ -171,7 +180,7 @@ class BehaviorTrainer(Trainer):
         sharded model must run equally many passes.
         """
         most = max(1, len(batches))
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             counts = self.accelerator.gather(torch.tensor([most], device=self.args.device))
             most = int(counts.max())
         if len(batches) == most:
@@ -182,15 +191,29 @@ class BehaviorTrainer(Trainer):
     # -- evaluation ----------------------------------------------------------------------------
 
     def predict_streams(self, streams, description: str | None = None) -> Predictions:
-        """Answers on a data set of streams, the same on every rank."""
-        return predict(
-            self.model,
-            streams,
-            self.data_collator,
-            batch_tokens=self.eval_tokens,
-            accelerator=self.accelerator,
-            description=description,
-        )
+        """Answers on a data set of streams, the same on every rank.
+
+        Raises:
+            ModelError: the weights are split by ZeRO-3, and `train` has not made the model ready for that yet.
+        """
+        model = self.model
+        if self.is_deepspeed_enabled:
+            if self.deepspeed is None and is_deepspeed_zero3_enabled():
+                raise ModelError("ZeRO-3 answers only once training is ready; answer in on_ready, or after train()")
+            model = self.deepspeed or model  # the engine knows of mixed precision
+        try:
+            return predict(
+                model,
+                streams,
+                self.data_collator,
+                batch_tokens=self.eval_tokens,
+                processes=PartialState(),
+                description=description,
+            )
+        finally:
+            if self.deepspeed is not None:
+                # ZeRO-3 has weights under way for a backward pass that does not come; nothing else could gather them.
+                self.deepspeed.empty_partition_cache()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Answer every target of the validation streams and report the metrics, each under `eval_<name>`."""
@@ -203,17 +226,28 @@ class BehaviorTrainer(Trainer):
 
     # -- checkpoints ---------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the trained tensors alone; the base is named, not copied."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained tensors alone, whole; the base is named, not copied. All ranks must call this."""
+        trained = self.model.trainable_state_dict()
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        trained = self.model.trainable_state_dict()
-        if state_dict is not None:  # gathered from the ranks
-            trained = {name: state_dict[name] for name in trained}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
+        tensors = {name: value.cpu().contiguous() for name, value in trained.items()}
         safetensors.torch.save_file(tensors, directory / SAFE_WEIGHTS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the plain Trainer, but without the frozen weights that it lets DeepSpeed and FSDP write."""
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save, mark the checkpoint as whole, and only then delete older ones."""
@@ -225,18 +259,39 @@ class BehaviorTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             run = self._get_output_dir(trial)
-            marker = Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", COMPLETE)
-            with marker.open("w") as file:
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._mark_whole(Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
             rotate_checkpoints(
                 output_dir=run, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+                use_mtime=False,
             )  # fmt: skip
 
+    def _mark_whole(self, directory: Path) -> None:
+        """Write the last file of a checkpoint, once all others of all ranks are on the disk."""
+        for path in directory.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        with (directory / COMPLETE).open("w") as file:
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self._load_trained(resume_from_checkpoint)
+        """Nothing here: `_prepare_for_training` loads, on every backend alike."""
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Make the model ready with its first weights, and only then load a checkpoint."""
+        found = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self._on_ready is not None:
+            self._on_ready()
+        if resume_from_checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+            else:
+                self._load_trained(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return found
 
     def _init_training_state(self, *args, **kwargs):
         """Find the best checkpoint by its step: the path that the state holds is wrong once a run has been moved."""

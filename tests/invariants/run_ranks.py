@@ -1,4 +1,4 @@
-"""Run under torchrun: trains the small problem on every rank and leaves weights, losses and validation answers.
+"""Run by a launcher of several processes: trains the small problem and leaves weights, losses and validation answers.
 
 Arguments: base directory, output directory, then a JSON list of [name, settings of make_trainer].
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.models.base import load_tokenizer
+from llmrec_peft.training.processes import joined
 from tests.invariants.setup_run import DOMAIN, losses_of, make_trainer, splits, trained
 
 
@@ -23,22 +23,24 @@ def main() -> None:
     """Run the cases one after another."""
     torch.set_num_threads(1)
     base, output, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    tokenizer = load_tokenizer(base)
-    valid = build_streams(splits().valid, Domain.from_dict(DOMAIN), tokenizer)
-    for name, settings in cases:
-        trainer = make_trainer(base, tokenizer, output / name, **settings)
-        trainer.train()
-        predictions = trainer.predict_streams(valid)
-        np.savez(
-            output / f"{name}.{PartialState().process_index}.npz",
-            losses=losses_of(trainer),
-            world=PartialState().num_processes,
-            logits=predictions.logits,
-            targets=predictions.targets,
-            **{f"weight {key}": value for key, value in trained(trainer).items()},
-        )
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
+    with joined() as state:
+        tokenizer = load_tokenizer(base)
+        valid = build_streams(splits().valid, Domain.from_dict(DOMAIN), tokenizer)
+        for name, settings in cases:
+            trainer = make_trainer(base, tokenizer, output / name, **settings)
+            held = sum(value.numel() for value in trainer.model.parameters())
+            trainer.train()
+            predictions = trainer.predict_streams(valid)
+            np.savez(
+                output / f"{name}.{state.process_index}.npz",
+                losses=losses_of(trainer),
+                world=state.num_processes,
+                held=held,
+                total=trainer.model.trainable_parameters()[1],
+                logits=predictions.logits,
+                targets=predictions.targets,
+                **{f"weight {key}": value for key, value in trained(trainer).items()},
+            )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,22 @@ import torch
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
-from tests.invariants.setup_run import DOMAIN, LEARNING_RATE, LOSSES, gap, losses_of, make_trainer, splits, trained
+from tests.conftest import TWO_PROCESSES
+from tests.invariants.setup_run import (
+    CASES,
+    DOMAIN,
+    LEARNING_RATE,
+    LOSSES,
+    METHODS,
+    gap,
+    losses_of,
+    make_trainer,
+    shared_out,
+    splits,
+    trained,
+)
 from tests.reference import NaiveStreams, sampled_items
 
-ROOT = Path(__file__).parents[2]
 MAX_GAP, MEAN_GAP = 5e-6, 1e-7
 CUTS = {
     "micro-batches of one stream": {"micro_tokens": 1},
@@ -97,37 +107,52 @@ def test_first_step_is_the_gradient_of_the_plain_prompts(loss, tiny_base, tiny_t
     assert losses_of(trainer)[0] == pytest.approx(value.item(), abs=1e-4)
 
 
-def test_two_ranks_follow_one(run, tiny_base, tiny_tokenizer, tmp_path):
-    """Two ranks give one rank's trajectory, with a last batch of one stream that leaves a rank without any."""
-    cases = {
-        "plain": ({}, {"per_device_train_batch_size": 4}),
-        "listwise": ({"loss": "listwise", "micro_tokens": 200}, {"per_device_train_batch_size": 4}),
-        "accumulated": (
-            {"loss": "weighted"},
-            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "micro_tokens": 1},
-        ),
-        "last batch of one": (
-            {"windows": 7, "per_device_train_batch_size": 6, "num_train_epochs": 1, "max_steps": -1},
-            {"per_device_train_batch_size": 3},
-        ),
-    }
-    launched = [[name, {**one, **two}] for name, (one, two) in cases.items()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(Path(__file__).with_name("run_ranks.py")), str(tiny_base()), str(tmp_path), json.dumps(launched)]
-    done = subprocess.run(command + script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_the_same_under_accumulation(method, accumulation, run):
+    plain, cut = run(**CASES[method]), run(**shared_out(CASES[method], 1, accumulation))
+    largest, mean = gap(trained(plain), trained(cut))
+    assert largest < MAX_GAP and abs(mean) < MEAN_GAP
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_base, tiny_tokenizer, tmp_path_factory):
+    """`alone(case)`: how far one process moved the weights, their end, the losses, and the validation answers."""
     valid = build_streams(splits().valid, Domain.from_dict(DOMAIN), tiny_tokenizer)
-    for name, (one, _) in cases.items():
-        alone = run(**one)
-        assert len(losses_of(alone)) == (2 if "windows" in one else 4)
-        answers = alone.predict_streams(valid)
+
+    @cache
+    def factory(case):
+        trainer = make_trainer(tiny_base(), tiny_tokenizer, tmp_path_factory.mktemp("alone"), **CASES[case])
+        start = trained(trainer)
+        trainer.train()
+        moved = gap(trained(trainer), start)[0]
+        return moved, trained(trainer), losses_of(trainer), trainer.predict_streams(valid)
+
+    return factory
+
+
+@pytest.mark.parametrize("launcher", TWO_PROCESSES)
+def test_two_processes_follow_one(launcher, launch, alone, tiny_base, tmp_path):
+    """DDP and ZeRO give one process's trajectory, with accumulation and with a last batch that leaves a rank none."""
+    runs = {
+        name: (name, shared_out(settings, 2))
+        for name, settings in CASES.items()
+        if not (launcher == "zero3" and name == "qlora")  # which the recipes refuse
+    }
+    runs |= {f"listwise, accumulation {n}": ("listwise", shared_out(CASES["listwise"], 2, n)) for n in (2, 4)}
+    settings = json.dumps([[name, split] for name, (_, split) in runs.items()])
+    done = launch(launcher, Path(__file__).with_name("run_ranks.py"), str(tiny_base()), str(tmp_path), settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (case, _) in runs.items():
+        moved, weights, losses, answers = alone(case)
+        assert moved > 1e-3 and len(losses) == (2 if case == "a last batch of one stream" else 4)
         for rank in (0, 1):
-            ranks = np.load(tmp_path / f"{name}.{rank}.npz")
-            assert ranks["world"] == 2
-            weights = {key.removeprefix("weight "): ranks[key] for key in ranks.files if key.startswith("weight ")}
-            largest, mean = gap(trained(alone), weights)
+            found = np.load(tmp_path / f"{name}.{rank}.npz")
+            assert found["world"] == 2
+            assert found["held"] < found["total"] / 2 if launcher == "zero3" else found["held"] > 0
+            ours = {key.removeprefix("weight "): found[key] for key in found.files if key.startswith("weight ")}
+            largest, mean = gap(weights, ours)
             assert largest < MAX_GAP and abs(mean) < MEAN_GAP, (name, rank, largest, mean)
-            assert ranks["targets"].tolist() == answers.targets.tolist()
-            assert np.abs(ranks["logits"] - answers.logits).max() < 1e-4
-        assert np.allclose(losses_of(alone), np.load(tmp_path / f"{name}.0.npz")["losses"], atol=1e-4), name
+            assert found["targets"].tolist() == answers.targets.tolist()
+            assert np.abs(found["logits"] - answers.logits).max() < 1e-4
+        assert np.allclose(losses, np.load(tmp_path / f"{name}.0.npz")["losses"], atol=1e-4), name

@@ -208,9 +208,9 @@ def test_what_only_selection_reads_may_change_without_it(unbroken, arguments, tm
 def test_a_started_run_is_not_whole(resume, unbroken, arguments, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
-    streams = json.loads((out / "checkpoints" / "streams.json").read_text("utf-8"))["streams"]
+    record = json.loads((out / "checkpoints" / "streams.json").read_text("utf-8"))
     (out / "checkpoints" / "checkpoint-4" / "complete").unlink()
-    begin_run(prepare_run(resumed(arguments, out, f"--train.resume={resume}")), streams)
+    begin_run(prepare_run(resumed(arguments, out, f"--train.resume={resume}")), record["streams"], record["launch"])
     assert not (out / "metrics.json").exists()
     assert steps_of(out) == ({6} if resume == "true" else set())
     assert not (out / "checkpoints" / "checkpoint-4").exists()
