@@ -31,9 +31,10 @@ TWO_PROCESSES = {
     **{
         name: ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{name}.yaml"]
         + ["--num_processes", "2"]
-        for name in ("zero1", "zero2", "zero3")
+        for name in ("zero1", "zero2", "zero3", "fsdp2")
     },
 }
+TWO_PROCESSES["fsdp2"].append("tests/fsdp_on_cpu.py")
 """Launchers of two CPU processes, as users type them, by name."""
 
 SENTENCES = (
@@ -137,7 +138,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess
     extensions = tmp_path_factory.mktemp("extensions")
 
     def run(launcher: str, script: str | Path, *args: str, timeout: int = 600) -> subprocess.CompletedProcess:
-        if launcher != "ddp" and importlib.util.find_spec("deepspeed") is None:
+        if launcher.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed")
         environment = {
             **os.environ,

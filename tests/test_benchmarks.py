@@ -9,6 +9,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+DOMAIN = BENCHMARKS.parent / "recipes" / "configs" / "movies" / "domain.yaml"
 TRAIN_SPEED = ["--rounds", "2", "--batch-size", "2", "--peer-targets", "3", "--peer-batch-sizes", "1", "2"]
 
 
@@ -19,17 +20,23 @@ def train_speed(monkeypatch):
 
 
 @pytest.fixture
-def run(train_speed, tiny_base, small_tables, tmp_path):
-    """`run(*arguments)`: the result of a short run on a tiny base and log; its file is result.json."""
+def log_directory(small_tables, tmp_path):
+    """Directory of the small log."""
     interactions, items = small_tables
     data = tmp_path / "log"
     data.mkdir()
     pq.write_table(interactions, data / "interactions.parquet")
     pq.write_table(items, data / "items.parquet")
+    return data
+
+
+@pytest.fixture
+def run(train_speed, tiny_base, log_directory, tmp_path):
+    """`run(*arguments)`: the result of a short run on a tiny base and log; its file is result.json."""
 
     def short(*arguments: str) -> dict:
         return train_speed.main(
-            ["--data", str(data), "--base", str(tiny_base("llama")), "--output", str(tmp_path / "result.json")]
+            ["--data", str(log_directory), "--base", str(tiny_base("llama")), "--output", str(tmp_path / "result.json")]
             + [*TRAIN_SPEED, "--matmul-sizes", "32", *arguments]
         )
 
@@ -92,3 +99,75 @@ def test_batch_tokens_measures_every_size(run, train_speed, tiny_base, tmp_path)
     )
     assert result["train"].keys() == {300, 900} and result["evaluate"].keys() == {500}
     assert all(entry["targets_per_s"]["min"] > 0 for entry in result["train"].values())
+
+
+@pytest.fixture
+def invariance(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("invariance")
+
+
+@pytest.mark.slow
+def test_invariance_holds_for_the_package_and_not_for_the_plain_trainer(invariance, log_directory, tiny_base, tmp_path):
+    output = tmp_path / "result.json"
+    result = invariance.main(
+        ["--data", str(log_directory), "--domain", str(DOMAIN), "--base", str(tiny_base("llama"))]
+        + ["--methods", "lora", "head", "--launchers", "accumulate2", "ddp", "--steps", "1"]
+        + ["--learning-rate", "0.01", "--output", str(output)]
+    )
+    cells = result["cells"]
+    assert cells.keys() == {"lora", "lora, weighted", "lora, listwise", "head", "plain"}
+    assert all(row.keys() == {"one", "accumulate2", "ddp"} for row in cells.values())
+    assert result["failures"] == []
+    assert len(set(result["data"]["targets"])) > 1
+    for name in ("accumulate2", "ddp"):
+        # The plain gradient counts twice, so one step of SGD goes twice as far.
+        assert cells["plain"][name]["moved"] == pytest.approx(2 * cells["plain"]["one"]["moved"], rel=1e-3)
+        assert cells["plain"][name]["max"] > 1e-3
+    assert str(tmp_path) not in output.read_text()
+    # The same cells under a tolerance that rounding alone exceeds: each that differs is named.
+    strict = invariance.failures(cells, 1e-12)
+    assert any(line.startswith("lora x ddp: differs by") for line in strict)
+    assert not any(line.startswith("plain") for line in strict)
+
+
+ONE = {"max": 0.0, "mean": 0.0, "moved_max": 2e-2, "moved": 1.0}
+
+
+@pytest.mark.parametrize(
+    "one, other, line",
+    [
+        (ONE, {"max": 2e-5, "mean": -1e-6}, "lora x ddp: differs by 2.0e-05 at most and -1.0e-06 in the mean"),
+        (ONE, {"max": float("nan"), "mean": float("nan")}, "lora x ddp: differs by nan"),
+        ({**ONE, "moved_max": 1e-4}, {"max": 0.0, "mean": 0.0}, "lora x one: moves weights by 1.0e-04 at most"),
+        ({**ONE, "moved_max": float("nan")}, {"max": 0.0, "mean": 0.0}, "lora x one: moves weights by nan at most"),
+        ({"refused": "no"}, {"refused": "no"}, "lora x one: is refused"),
+    ],
+)
+def test_invariance_names_the_cell_that_does_not_hold(invariance, one, other, line):
+    (found,) = invariance.failures({"lora": {"one": one, "ddp": other}}, 1e-5)
+    assert found.startswith(line)
+
+
+def test_invariance_passes_over_the_plain_trainer_and_what_is_refused(invariance):
+    cells = {
+        "qlora": {"one": ONE, "zero3": {"refused": "no"}},
+        "plain": {"one": ONE, "zero3": {"max": 1.0, "mean": 1.0}},
+    }
+    assert invariance.failures(cells, 1e-5) == []
+
+
+def test_invariance_takes_the_worst_of_the_ranks(invariance):
+    cells = [{"max": number} for number in (1e-8, 3e-5, 2e-5)]
+    assert invariance.worst(cells) == {"max": 3e-5}
+    assert str(invariance.worst([{"max": 3e-5}, {"max": float("nan")}, {"max": 1.0}])) == "{'max': nan}"
+
+
+def test_invariance_compares_signed_numbers_and_keeps_what_is_no_number(invariance):
+    worker = importlib.import_module("invariance_worker")
+    one, other = {"a": torch.zeros(3), "b": torch.zeros(1)}, {"a": torch.tensor([1.0, -3.0, 0.0]), "b": torch.ones(1)}
+    assert worker.differences(one, other) == {"max": 3.0, "mean": -0.25, "numbers": 4}
+    other["a"][2] = torch.nan
+    assert str(worker.differences(one, other)["max"]) == "nan"
+    with pytest.raises(SystemExit):
+        worker.differences(one, {"a": one["a"]})

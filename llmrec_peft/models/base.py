@@ -26,7 +26,7 @@ from torch import nn
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.fingerprints import fingerprint_of
-from llmrec_peft.models.sharding import gathered, make_whole
+from llmrec_peft.models.sharding import gathered, make_whole, splitting_in
 from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, read_headers, read_rows
 
 _CONVERSION = 1  # raised when converted copies in users' caches must be made again
@@ -243,7 +243,7 @@ def load_model(
         # An encoder's own stays: RoBERTa counts positions from it.
         pad_token_id = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
     config.pad_token_id = text.pad_token_id = pad_token_id[0] if isinstance(pad_token_id, list) else pad_token_id
-    with _base_errors(base), _quiet_report():
+    with _base_errors(base), _quiet_report(), splitting_in(dtype):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             resolve_base(base),
             config=config,

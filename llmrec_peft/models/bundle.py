@@ -38,6 +38,7 @@ from llmrec_peft.models.manifest import (
     weights_metadata,
 )
 from llmrec_peft.models.options import LoraOptions, ModelOptions, changes_base, from_mapping, method_options
+from llmrec_peft.models.sharding import is_split, whole_shape
 from llmrec_peft.models.tensors import TensorEntry, read_header
 
 _PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "adapter": "BOTTLENECK", "head": "HEAD", "full": "FULL"}
@@ -79,7 +80,7 @@ def save_bundle(
         state: tensors to write in place of the classifier's (names of `trainable_state_dict`), for sharded training.
 
     Raises BundleError if the directory holds something else, if labels and domain differ, if the calibration is
-    unsound, or if the head cannot be read back from what was written.
+    unsound, if a tensor is not whole, or if what was written cannot be read back.
     """
     from safetensors.torch import save_file
 
@@ -96,13 +97,14 @@ def save_bundle(
     if directory.exists() and not (directory / MANIFEST).is_file() and any(directory.iterdir()):
         raise BundleError(f"{directory} exists and is no bundle, so it is not replaced; choose another directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
+    _check_whole(classifier, state)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         base = base or classifier.base
         tensors = adapter_tensors(classifier, state)
         save_file(tensors, scratch / WEIGHTS, metadata=weights_metadata(classifier.labels, domain, calibration))
         write_json(scratch / CONFIG, adapter_config(classifier, base))
-        _check_head(scratch / WEIGHTS, tensors, classifier)
+        _check_written(scratch / WEIGHTS, tensors, classifier)
         manifest = _manifest(classifier, tokenizer, dict(domain), base, calibration, counts, metrics)
         manifest["files"] = {name: sha256(scratch / name) for name in (CONFIG, WEIGHTS)}
         write_json(scratch / MANIFEST, manifest)
@@ -223,10 +225,34 @@ def _manifest(
     }
 
 
-def _check_head(path: Path, tensors: dict[str, torch.Tensor], classifier: BehaviorClassifier) -> None:
-    """Read the head back from disk: an adapter without its head loads without a word and answers at random."""
+def _check_whole(classifier: BehaviorClassifier, state: Mapping[str, torch.Tensor] | None) -> None:
+    """Refuse tensors that are a rank's part, or that are missing: they load without a word and answer at random."""
+    trained = {name: value for name, value in classifier.model.named_parameters() if value.requires_grad}
+    if state is None:
+        parts = [name for name, value in trained.items() if is_split(value)]
+        if parts:
+            raise BundleError(
+                f"tensor {parts[0]!r} is split over ranks ({len(parts)} in all); call trainable_state_dict() on all "
+                "ranks and pass its result as state"
+            )
+        return
+    for name, value in trained.items():
+        found = tuple(state[name].shape) if name in state else None
+        if found != tuple(whole_shape(value)):
+            raise BundleError(
+                f"state has tensor {name!r} of shape {found}, and the classifier's is {tuple(whole_shape(value))}; "
+                "pass what trainable_state_dict() returned on all ranks"
+            )
+
+
+def _check_written(path: Path, tensors: dict[str, torch.Tensor], classifier: BehaviorClassifier) -> None:
+    """Read shapes and the head back from disk."""
     from safetensors import safe_open
 
+    shapes = {name: entry.shape for name, entry in read_header(path).items()}
+    for name in shapes.keys() | tensors.keys():
+        if tuple(shapes.get(name, ())) != tuple(tensors[name].shape):
+            raise BundleError(f"{path.name} does not hold {name} as trained; check the disk and save again")
     name = _head_tensor(classifier, tensors)
     rows = len(classifier.labels)
     if name is None or tensors[name].shape[0] != rows:

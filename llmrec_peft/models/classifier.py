@@ -66,6 +66,11 @@ class BehaviorClassifier(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     @property
+    def _no_split_modules(self) -> Any:
+        """Names of the classes of the base's layers; Accelerate shares them out one by one under FSDP."""
+        return self.stock._no_split_modules
+
+    @property
     def head(self) -> nn.Module:
         """The head as the forward pass calls it (PEFT wraps it)."""
         return getattr(self.stock, head_name(self.stock))
@@ -358,7 +363,7 @@ def _check_precision(model_options: ModelOptions, tuning: MethodOptions) -> None
     if isinstance(tuning, FullOptions):
         raise ConfigError(
             f"model.dtype must be float32 with method full, not {model_options.dtype!r}, which rounds most updates "
-            "away; keep float32 and set mixed_precision: bf16 in the accelerate configuration"
+            "away; keep float32 and launch with --mixed_precision bf16 (under ZeRO: accelerate_configs/zero3_bf16.yaml)"
         )
     if isinstance(tuning, LoraOptions) and changes_base(tuning):
         raise ConfigError(

@@ -18,6 +18,11 @@ def _in_zero3(value: torch.Tensor) -> bool:
     return hasattr(value, "ds_id")
 
 
+def is_split(value: torch.Tensor) -> bool:
+    """Whether this rank holds a part of the parameter alone."""
+    return _in_zero3(value) or isinstance(value, DTensor)
+
+
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
     """Inside, the ZeRO-3 parameters among these are whole on every rank; with `write`, rank 0's changes are kept."""
@@ -54,6 +59,30 @@ def assign(value: nn.Parameter, new: torch.Tensor) -> None:
             return
         with gathered([value], write=True):
             value.copy_(new)
+
+
+@contextmanager
+def splitting_in(dtype: str) -> Iterator[None]:
+    """Inside, ZeRO-3 splits a model that is being loaded in `dtype`.
+
+    DeepSpeed reads the format from its own bf16 and fp16 sections, and would make every weight float32 without them.
+    """
+    from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+
+    section = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    if section is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = deepspeed_config()
+    before = config.get(section)
+    config[section] = {"enabled": True}
+    try:
+        yield
+    finally:
+        if before is None:
+            del config[section]
+        else:
+            config[section] = before
 
 
 def make_whole(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from accelerate import PartialState
 from accelerate.utils import save_fsdp_optimizer
+from torch.distributed.fsdp import FSDPModule
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
@@ -211,9 +212,13 @@ class BehaviorTrainer(Trainer):
                 description=description,
             )
         finally:
+            # Both keep weights whole for a backward pass that does not come, and nothing else could gather them then.
             if self.deepspeed is not None:
-                # ZeRO-3 has weights under way for a backward pass that does not come; nothing else could gather them.
                 self.deepspeed.empty_partition_cache()
+            if self.is_fsdp_enabled:
+                for module in model.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Answer every target of the validation streams and report the metrics, each under `eval_<name>`."""

@@ -133,12 +133,14 @@ def alone(tiny_base, tiny_tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("launcher", TWO_PROCESSES)
 def test_two_processes_follow_one(launcher, launch, alone, tiny_base, tmp_path):
-    """DDP and ZeRO give one process's trajectory, with accumulation and with a last batch that leaves a rank none."""
+    """Every launcher gives one process's trajectory, with accumulation and a last batch that leaves a rank none."""
     runs = {
         name: (name, shared_out(settings, 2))
         for name, settings in CASES.items()
         if not (launcher == "zero3" and name == "qlora")  # which the recipes refuse
     }
+    if launcher == "fsdp2":  # which shares out whole numbers of one format
+        runs["qlora"][1]["options"] = {"quant_storage": "float32"}
     runs |= {f"listwise, accumulation {n}": ("listwise", shared_out(CASES["listwise"], 2, n)) for n in (2, 4)}
     settings = json.dumps([[name, split] for name, (_, split) in runs.items()])
     done = launch(launcher, Path(__file__).with_name("run_ranks.py"), str(tiny_base()), str(tmp_path), settings)
@@ -149,7 +151,8 @@ def test_two_processes_follow_one(launcher, launch, alone, tiny_base, tmp_path):
         for rank in (0, 1):
             found = np.load(tmp_path / f"{name}.{rank}.npz")
             assert found["world"] == 2
-            assert found["held"] < found["total"] / 2 if launcher == "zero3" else found["held"] > 0
+            # ZeRO-3 has split the weights while they were loaded; packed 4-bit ones are few in any case.
+            assert name == "qlora" or (found["held"] < found["total"] / 2) == (launcher == "zero3")
             ours = {key.removeprefix("weight "): found[key] for key in found.files if key.startswith("weight ")}
             largest, mean = gap(weights, ours)
             assert largest < MAX_GAP and abs(mean) < MEAN_GAP, (name, rank, largest, mean)

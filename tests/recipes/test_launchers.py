@@ -165,7 +165,7 @@ def test_fsdp_is_version_2_with_whole_tensors_in_checkpoints(path, monkeypatch):
             monkeypatch.setenv(name, value)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.state_dict_type.name == "FULL_STATE_DICT"
-    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+    assert plugin.transformer_cls_names_to_wrap is None  # the classifier names the classes of its base's layers
     assert plugin.reshard_after_forward is True and not isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
 
