@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate.utils import gather_object
 
 from ..data.files import write_json, write_parquet
 from ..evaluation.baselines import past_rates, rate_baselines
@@ -137,7 +138,8 @@ def _cost(trainer: BehaviorTrainer, costs: Costs) -> dict[str, float | str]:
         found["training targets per second"] = targets / trainer.step_seconds
     # Linux counts in KiB, macOS in bytes.
     scale = 1 if platform.system() == "Darwin" else 1024
-    found["peak memory, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+    peaks = gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9])
+    found["peak memory, GB"] = max(peaks)  # of the process that had the most
     found["device"] = f"{trainer.args.device.type}, {trainer.accelerator.num_processes} process(es)"
     return found
 

@@ -56,8 +56,8 @@ def processes() -> PartialState:
     if uses_deepspeed():
         if _flag("ACCELERATE_USE_CPU"):
             raise ConfigError(
-                "use_cpu: true cannot go with DeepSpeed, which Accelerate would leave out; set use_cpu: false and "
-                "DS_ACCELERATOR=cpu in the environment"
+                "ACCELERATE_USE_CPU=true (--cpu) cannot go with DeepSpeed, which Accelerate would leave out; set "
+                "DS_ACCELERATOR=cpu instead"
             )
         _require_deepspeed()
         # DeepSpeed calls what torch has renamed, in every exchange.

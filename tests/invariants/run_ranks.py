@@ -29,6 +29,7 @@ def main() -> None:
         for name, settings in cases:
             trainer = make_trainer(base, tokenizer, output / name, **settings)
             held = sum(value.numel() for value in trainer.model.parameters())
+            dtypes = {str(getattr(value, "ds_tensor", value).dtype) for value in trainer.model.parameters()}
             trainer.train()
             predictions = trainer.predict_streams(valid)
             np.savez(
@@ -36,6 +37,7 @@ def main() -> None:
                 losses=losses_of(trainer),
                 world=state.num_processes,
                 held=held,
+                dtypes=sorted(dtypes),
                 total=trainer.model.trainable_parameters()[1],
                 logits=predictions.logits,
                 targets=predictions.targets,

@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
     "full": {"method": "full", "learning_rate": 0.005},
     **{loss: {"loss": loss, "micro_tokens": 200} for loss in LOSSES if loss != "cross_entropy"},
+    "bfloat16 base": {"options": {"dtype": "bfloat16"}},
     "activation checkpointing": {"options": {"activation_checkpointing": True}},
     "clipped AdamW": {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 0.5, "loss": "weighted"},
     "a last batch of one stream": {

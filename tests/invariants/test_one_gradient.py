@@ -29,6 +29,7 @@ from tests.invariants.setup_run import (
 from tests.reference import NaiveStreams, sampled_items
 
 MAX_GAP, MEAN_GAP = 5e-6, 1e-7
+BF16_GAP = 5e-3  # weights move by .07, and a product of bfloat16 has 3 digits
 CUTS = {
     "micro-batches of one stream": {"micro_tokens": 1},
     "one micro-batch": {"micro_tokens": 10**6},
@@ -155,7 +156,11 @@ def test_two_processes_follow_one(launcher, launch, alone, tiny_base, tmp_path):
             assert name == "qlora" or (found["held"] < found["total"] / 2) == (launcher == "zero3")
             ours = {key.removeprefix("weight "): found[key] for key in found.files if key.startswith("weight ")}
             largest, mean = gap(weights, ours)
-            assert largest < MAX_GAP and abs(mean) < MEAN_GAP, (name, rank, largest, mean)
+            half = name == "bfloat16 base"
+            assert ("torch.bfloat16" in found["dtypes"]) == half and "torch.float32" in found["dtypes"]
+            assert largest < (BF16_GAP if half else MAX_GAP) and abs(mean) < (BF16_GAP / 100 if half else MEAN_GAP), (
+                name, rank, largest, mean,
+            )  # fmt: skip
             assert found["targets"].tolist() == answers.targets.tolist()
-            assert np.abs(found["logits"] - answers.logits).max() < 1e-4
-        assert np.allclose(losses, np.load(tmp_path / f"{name}.0.npz")["losses"], atol=1e-4), name
+            assert np.abs(found["logits"] - answers.logits).max() < (0.1 if half else 1e-4)
+        assert np.allclose(losses, np.load(tmp_path / f"{name}.0.npz")["losses"], atol=0.02 if half else 1e-4), name
