@@ -122,7 +122,7 @@ def test_invariance_holds_for_the_package_and_not_for_the_plain_trainer(invarian
     assert len(set(result["data"]["targets"])) > 1
     for name in ("accumulate2", "ddp"):
         # The plain gradient counts twice, so one step of SGD goes twice as far.
-        assert cells["plain"][name]["moved"] == pytest.approx(2 * cells["plain"]["one"]["moved"], rel=1e-3)
+        assert cells["plain"][name]["first_step"] == pytest.approx(2 * cells["plain"]["one"]["first_step"], rel=1e-3)
         assert cells["plain"][name]["max"] > 1e-3
     assert str(tmp_path) not in output.read_text()
     # The same cells under a tolerance that rounding alone exceeds: each that differs is named.

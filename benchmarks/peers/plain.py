@@ -6,6 +6,7 @@ longest prompt, and prompts of like length come together.
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -71,25 +72,26 @@ def load_plain(base: str, num_labels: int, *, r: int = 16, alpha: int = 32, seed
 
 def plain_trainer(
     model, tokenizer, prompts: PromptDataset, output_dir: str | Path, *, batch_size: int, accumulation: int = 1,
-    learning_rate: float = 3e-4, seed: int = 0,
+    learning_rate: float = 3e-4, seed: int = 0, **changes: Any,
 ) -> tuple[Trainer, StepClock]:  # fmt: skip
-    """The stock Trainer for one epoch over `prompts`, and the clock of its steps."""
+    """The stock Trainer for one epoch over `prompts`, and the clock of its steps; `changes` are its arguments."""
     clock = StepClock()
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        num_train_epochs=1,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        train_sampling_strategy="group_by_length",
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=seed,
-    )
+    settings = {
+        "output_dir": str(output_dir),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_sampling_strategy": "group_by_length",
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+    }
+    arguments = TrainingArguments(**{**settings, **changes})
     trainer = Trainer(
         model=model,
         args=arguments,

@@ -156,7 +156,7 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
     """Configuration of a base. Raises ModelError if there is none or if it is an encoder-decoder."""
     from transformers import AutoConfig
 
-    with _base_errors(base):
+    with base_errors(base):
         config = AutoConfig.from_pretrained(resolve_base(base), trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ModelError(
@@ -170,7 +170,7 @@ def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> Any:
     """Tokenizer of a base, with a pad token that the vocabulary has already. Raises ModelError if there is none."""
     from transformers import AutoTokenizer
 
-    with _base_errors(base):
+    with base_errors(base):
         tokenizer = AutoTokenizer.from_pretrained(resolve_base(base), trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
@@ -243,19 +243,19 @@ def load_model(
         # An encoder's own stays: RoBERTa counts positions from it.
         pad_token_id = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
     config.pad_token_id = text.pad_token_id = pad_token_id[0] if isinstance(pad_token_id, list) else pad_token_id
-    with _base_errors(base), _quiet_report(), splitting_in(dtype):
+    with base_errors(base), _quiet_report(), splitting_in(dtype):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             resolve_base(base),
             config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
-            quantization_config=_bnb_config(quantization),
+            quantization_config=bnb_config(quantization),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # of a head with other labels; any other is refused below
             output_loading_info=True,
         )
-    _check_layout(base, model)
+    check_layout(base, model)
     head = head_name(model)
     other = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
     if any(not name.startswith(f"{head}.") for name in other):
@@ -287,7 +287,8 @@ def _as_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
-def _check_layout(base: str, model: nn.Module) -> None:
+def check_layout(base: str, model: nn.Module) -> None:
+    """Raise ModelError unless a stock classifier has a backbone and a head that streams can use."""
     kind, backbone = type(model).__name__, backbone_of(model, missing_ok=True)
     if backbone is None:
         raise ModelError(f"base {base}: {kind} has no backbone under its prefix; use another architecture")
@@ -401,7 +402,7 @@ def _weight_files(base: str) -> list[Path]:
     from transformers.utils import cached_file
 
     source = resolve_base(base)
-    with _base_errors(base):
+    with base_errors(base):
         options = {"_raise_exceptions_for_missing_entries": False}
         single = cached_file(source, "model.safetensors", **options)
         if single is not None:
@@ -413,7 +414,8 @@ def _weight_files(base: str) -> list[Path]:
         return [Path(cached_file(source, shard)) for shard in shards]
 
 
-def _bnb_config(quantization: Quantization | None) -> Any:
+def bnb_config(quantization: Quantization | None) -> Any:
+    """Transformers' configuration of 4-bit layers, which leaves every head whole; None for None."""
     if quantization is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -461,7 +463,7 @@ def _quiet_report() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _base_errors(base: str) -> Iterator[None]:
+def base_errors(base: str) -> Iterator[None]:
     """Turn what the loaders raise about a base into one line."""
     from safetensors import SafetensorError
 

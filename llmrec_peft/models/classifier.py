@@ -329,7 +329,7 @@ def build_classifier(
     a method that the base's dtype does not serve.
     """
     if not trained:
-        _check_precision(model_options, tuning)
+        check_precision(model_options, tuning)
     base = resolve_base(model_options.base, model_options.gguf_file)
     if tokenizer is None:
         tokenizer = load_tokenizer(base, trust_remote_code=model_options.trust_remote_code)
@@ -340,7 +340,7 @@ def build_classifier(
         id2label=dict(enumerate(labels)),
         dtype=model_options.dtype,
         attn_implementation=model_options.attn,
-        quantization=_quantization(tuning, model_options),
+        quantization=quantization_of(tuning, model_options),
         trust_remote_code=model_options.trust_remote_code,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -348,7 +348,7 @@ def build_classifier(
         start_head(model, base, tokenizer, outcomes, model_options)
     if model_options.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    classifier = _tuned(model, tuning, labels, base, trained)
+    classifier = with_method(model, tuning, labels, base, trained)
     classifier.tokenizer = tokenizer
     classifier.base = model_options.base
     classifier.model_options = model_options
@@ -356,7 +356,7 @@ def build_classifier(
     return classifier.eval()
 
 
-def _check_precision(model_options: ModelOptions, tuning: MethodOptions) -> None:
+def check_precision(model_options: ModelOptions, tuning: MethodOptions) -> None:
     """Refuse to train what 8 bits of mantissa or fewer would round away."""
     if model_options.dtype == "float32":
         return
@@ -372,7 +372,8 @@ def _check_precision(model_options: ModelOptions, tuning: MethodOptions) -> None
         )
 
 
-def _quantization(tuning: MethodOptions, model_options: ModelOptions) -> Quantization | None:
+def quantization_of(tuning: MethodOptions, model_options: ModelOptions) -> Quantization | None:
+    """How the base's linear layers are held; None for whole numbers."""
     if not isinstance(tuning, QloraOptions):
         return None
     return Quantization(
@@ -383,7 +384,10 @@ def _quantization(tuning: MethodOptions, model_options: ModelOptions) -> Quantiz
     )
 
 
-def _tuned(model: nn.Module, tuning: MethodOptions, labels: list[str], base: str, trained: bool) -> BehaviorClassifier:
+def with_method(
+    model: nn.Module, tuning: MethodOptions, labels: list[str], base: str, trained: bool
+) -> BehaviorClassifier:
+    """The classifier of a stock model: its frozen and trained parts set, and the method's modules put in."""
     method = name_of(tuning)
     if isinstance(tuning, LoraOptions):
         from llmrec_peft.models.lora import add_lora

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -154,11 +155,18 @@ def test_saving_replaces_a_bundle_and_nothing_else(make, shake, save, answer, pr
     ]
 
 
-def test_saving_refuses_an_empty_head(make, save, tmp_path):
-    classifier = make("llama", "head")
-    state = {name: torch.empty(0) for name in classifier.trainable_state_dict()}
-    with pytest.raises(BundleError, match=r"head of 2 rows is not among the trained tensors \(found \(0,\)\)"):
-        save(classifier, state=state)
+@pytest.mark.parametrize("method", ["lora", "adapter", "head"])
+def test_saving_refuses_what_one_rank_holds(method, make, save, tmp_path):
+    """Each tensor alone, empty or cut or missing, is seen."""
+    classifier = make("llama", method)
+    whole = classifier.trainable_state_dict()
+    for name, value in whole.items():
+        for part in (torch.empty(0), value[: len(value) // 2], None):
+            state = {key: part if key == name else kept for key, kept in whole.items()}
+            if part is None:
+                del state[name]
+            with pytest.raises(BundleError, match=rf"state has tensor '{re.escape(name)}' of shape"):
+                save(classifier, state=state)
     assert not list(tmp_path.iterdir())
 
 

@@ -244,7 +244,7 @@ def test_low_precision_encoder(method, dtype, make, shake, prompt):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_full_trains_float32_only(dtype, make):
-    with pytest.raises(ConfigError, match=f"must be float32 with method full, not '{dtype}'.*mixed_precision: bf16"):
+    with pytest.raises(ConfigError, match=f"must be float32 with method full, not '{dtype}'.*mixed_precision bf16"):
         make("llama", "full", dtype=dtype)
 
 

@@ -1,0 +1,23 @@
+"""Estimate the peak memory of training per device, without loading weights.
+
+python -m llmrec_peft.memory --base meta-llama/Llama-3.1-8B --method qlora --gpus 8 [--json]
+"""
+
+import json
+import sys
+
+from llmrec_peft.config import exit_on_error, parse_config
+from llmrec_peft.memory import MemoryConfig, estimate_memory
+
+
+def main(args: list[str] | None = None) -> None:
+    given = list(sys.argv[1:] if args is None else args)
+    as_json = "--json" in given
+    config = parse_config(MemoryConfig, [word for word in given if word != "--json"])
+    with exit_on_error():
+        estimate = estimate_memory(config)
+    print(json.dumps(estimate.to_dict(), indent=1) if as_json else f"{estimate.summary}\n\n{estimate.table()}")
+
+
+if __name__ == "__main__":
+    main()
