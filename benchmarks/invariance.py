@@ -163,8 +163,8 @@ def described(result: dict) -> str:
         f"({data['streams']} streams of {min(data['targets'])} to {max(data['targets'])} targets, "
         f"{sum(data['targets'])} in all, {sum(data['tokens'])} tokens)\n"
         "moved: largest change of a number in one process. Then, for each launch, the largest difference from one\n"
-        "process, and the mean one. / moved: in units of the largest change. gradient x: length of the first step's change,\n"
-        "in units of that in one process."
+        "process, and the mean one. / moved: in units of the largest change. gradient x: length of the first step's\n"
+        "change, in units of that in one process."
     )
 
 
