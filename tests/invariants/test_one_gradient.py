@@ -132,7 +132,13 @@ def alone(tiny_base, tiny_tokenizer, tmp_path_factory):
     return factory
 
 
-@pytest.mark.parametrize("launcher", TWO_PROCESSES)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("zero1", "zero2") else [])  # ZeRO-3 exchanges the most
+        for name in TWO_PROCESSES
+    ],
+)
 def test_two_processes_follow_one(launcher, launch, alone, tiny_base, tmp_path):
     """Every launcher gives one process's trajectory, with accumulation and a last batch that leaves a rank none."""
     runs = {

@@ -72,7 +72,7 @@ def test_two_processes_leave_what_one_leaves(launcher, method, run, trained, rec
     assert np.abs(again["p_click"].to_numpy() - kept["p_click"].to_numpy()).max() < 1e-4
 
 
-@pytest.mark.parametrize("mode", ["stream", "independent"])
+@pytest.mark.parametrize("mode", ["stream", pytest.param("independent", marks=pytest.mark.slow)])
 def test_evaluation_on_two_processes_leaves_the_file_of_one(mode, launch, trained, recipe, data, tmp_path):
     arguments = ["--bundle", str(trained("lora") / "bundle"), "--data.path", str(data), "--mode", mode]
     arguments += ["--limit", "17", "--batch_tokens", "300"]
