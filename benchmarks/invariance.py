@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import header, stop, write_result
+from measuring import accelerate_command, header, launch_environment, stop, write_result
 
 ROOT = Path(__file__).resolve().parent
 BATCH = 4  # streams of a global batch
@@ -89,16 +89,13 @@ def command_of(name: str, processes: int) -> list[str]:
         return [sys.executable]
     if name == "ddp":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    config = ROOT.parent / "accelerate_configs" / f"{name}.yaml"
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
-            "--num_processes", str(processes)]  # fmt: skip
+    return accelerate_command(name, processes)
 
 
 def environment(processes: int, scratch: Path) -> dict[str, str]:
-    """The CPU alone, its cores shared out, and one place for what DeepSpeed compiles at its first use."""
-    found = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    """The CPU alone, and its cores shared out."""
+    found = launch_environment(scratch, CUDA_VISIBLE_DEVICES="")
     found.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate leaves DeepSpeed out
-    found.setdefault("TORCH_EXTENSIONS_DIR", str(scratch / "extensions"))
     found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     return found
 

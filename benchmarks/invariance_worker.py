@@ -28,7 +28,7 @@ from llmrec_peft.models.sharding import assign, whole
 from llmrec_peft.pipeline.launch import check_launch
 from llmrec_peft.pipeline.streams import read_log, split_of, streams_of
 from llmrec_peft.training.losses import BehaviorLoss
-from llmrec_peft.training.processes import device_arguments, processes
+from llmrec_peft.training.processes import device_arguments, joined
 from llmrec_peft.training.trainer import BehaviorTrainer
 
 Tensors = dict[str, torch.Tensor]
@@ -53,8 +53,8 @@ class FirstStep(transformers.TrainerCallback):
 class Launch:
     """One launch: the data that all have in common, and this one's way of cutting a batch up."""
 
-    def __init__(self, settings: dict[str, Any]):
-        self.settings, self.state = settings, processes()
+    def __init__(self, settings: dict[str, Any], state: PartialState):
+        self.settings, self.state = settings, state
         self.base = resolve_base(settings["base"])
         self.domain = small_domain(settings["domain"])
         split = split_of(read_log(DataConfig(path=settings["data"])), self.domain)
@@ -204,11 +204,12 @@ def main() -> None:
     found: dict[str, Any] = {"cases": {}}
     with quiet():
         try:
-            launch = Launch(settings)
-            for case in settings["cases"]:
-                train = launch.plain if case["method"] == "plain" else launch.ours
-                found["cases"][case["name"]] = train(case)
-                release_memory()
+            with joined() as state:
+                launch = Launch(settings, state)
+                for case in settings["cases"]:
+                    train = launch.plain if case["method"] == "plain" else launch.ours
+                    found["cases"][case["name"]] = train(case)
+                    release_memory()
         except LLMRecError as error:
             stop(str(error))
     counts = np.diff(launch.train.target_offsets)[launch.windows.windows]
@@ -218,10 +219,8 @@ def main() -> None:
         "targets": counts.tolist(),
         "tokens": launch.windows.lengths.tolist(),
     }
-    found["world"] = launch.state.num_processes
-    Path(f"{settings['output']}.{launch.state.process_index}.json").write_text(json.dumps(found))
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
+    found["world"] = state.num_processes
+    Path(f"{settings['output']}.{state.process_index}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

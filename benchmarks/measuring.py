@@ -97,6 +97,20 @@ def memory_mib(key: str = "VmHWM") -> float | None:
     return None
 
 
+def accelerate_command(name: str, processes: int) -> list[str]:
+    """The start of a command that launches `processes` by a file of accelerate_configs/."""
+    config = Path(__file__).resolve().parent.parent / "accelerate_configs" / f"{name}.yaml"
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
+            "--num_processes", str(processes)]  # fmt: skip
+
+
+def launch_environment(scratch: Path, **variables: str) -> dict[str, str]:
+    """Of a launch on the CPU; DeepSpeed compiles into `scratch` at its first use, unless the user names a place."""
+    found = {**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **variables}
+    found.setdefault("TORCH_EXTENSIONS_DIR", str(scratch / "extensions"))
+    return found
+
+
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Write JSON under a temporary name and move it into place."""
     path = Path(path)

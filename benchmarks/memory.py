@@ -15,7 +15,6 @@ before the base's weights were made. What could blur that is kept out:
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -147,24 +146,15 @@ def warm_up(classifier) -> None:
 
 def measure(case: dict, options: argparse.Namespace, scratch: Path) -> list[dict]:
     """Run a case in processes of its own; what each found."""
+    from measuring import accelerate_command, launch_environment
+
     result = scratch / "found"
     for old in scratch.glob("found.*"):
         old.unlink()
-    command = [sys.executable]
-    if case["zero"]:
-        config = ROOT.parent / "accelerate_configs" / f"zero{case['zero']}.yaml"
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
-    given = ["--data", options.data, "--domain", options.domain, "--base", options.base]
-    command += [
-        __file__,
-        *given,
-        "--micro-tokens",
-        str(options.micro_tokens),
-        "--case",
-        json.dumps([case, str(result)]),
-    ]
-    environment = {**os.environ, **MALLOC, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    environment.setdefault("TORCH_EXTENSIONS_DIR", str(scratch / "extensions"))
+    command = accelerate_command(f"zero{case['zero']}", case["gpus"]) if case["zero"] else [sys.executable]
+    command += [__file__, "--data", options.data, "--domain", options.domain, "--base", options.base]
+    command += ["--micro-tokens", str(options.micro_tokens), "--case", json.dumps([case, str(result)])]
+    environment = launch_environment(scratch, **MALLOC)
     done = subprocess.run(command, env=environment, cwd=ROOT.parent, capture_output=True, text=True)
     found = [json.loads(path.read_text()) for path in sorted(scratch.glob("found.*"))]
     if done.returncode or len(found) != case["gpus"]:

@@ -18,21 +18,13 @@ from llmrec_peft.memory.shares import Tensors, part_of, share_out
 from llmrec_peft.memory.trace import StorageMeter, trace_optimizer, trace_passes
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.training.losses import BehaviorLoss
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 DOMAIN = {"outcomes": {"skip": " no\n", "click": " yes\n"}}
 METHODS = ("lora", "qlora", "adapter", "head", "full")
 ROWS, LENGTH, TARGETS = 2, 48, 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config_of(base, **settings) -> MemoryConfig:

@@ -44,7 +44,7 @@ class MemoryConfig(ModelOptions):
     probes: bool = False
     """Streams have probes, and with them a mask [rows, 1, length, length]."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """As in the accelerate configuration: autocast, or with ZeRO bfloat16 copies of what trains."""
+    """Products in bfloat16 by autocast: the launcher's --mixed_precision bf16, or zero3_bf16.yaml."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
     """Optimiser, as train.optimizer."""
     device: Literal["gpu", "cpu"] = "gpu"

@@ -12,6 +12,7 @@ from torch import nn
 
 from llmrec_peft.memory.config import MemoryConfig
 from llmrec_peft.models.base import (
+    UNTRAINED,
     base_errors,
     bnb_config,
     check_layout,
@@ -21,9 +22,6 @@ from llmrec_peft.models.base import (
     modules_named,
 )
 from llmrec_peft.models.classifier import BehaviorClassifier, check_precision, quantization_of, with_method
-
-# Modules of encoders that a language model's checkpoint lacks, so that they start untrained, as the head does.
-_UNTRAINED = ("pooler", "pre_classifier")
 
 
 def empty_classifier(config: MemoryConfig) -> BehaviorClassifier:
@@ -73,7 +71,7 @@ def _stock(config: MemoryConfig, model_config: Any) -> nn.Module:
             trust_remote_code=config.trust_remote_code,
         )
     check_layout(config.base, model)
-    untrained = {name.split(".")[-1] for name, _ in model.named_modules()} & set(_UNTRAINED)
+    untrained = {name.split(".")[-1] for name, _ in model.named_modules()} & set(UNTRAINED)
     model.fresh_modules = sorted({head_name(model), *(untrained if is_encoder(model_config) else ())})
     return model
 

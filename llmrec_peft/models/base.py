@@ -50,6 +50,8 @@ BASES: dict[str, EmbeddedBase] = {
 
 HEAD_NAMES = ("score", "classifier")
 """What Transformers calls a sequence classifier's head."""
+UNTRAINED = ("pooler", "pre_classifier")
+"""Modules of encoders between backbone and head that a language model's checkpoint lacks."""
 _NOT_BACKBONE = ("score.", "classifier.", "lm_head.", "cls.", "embed_out.")
 _PADDED_POSITIONS = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod",
@@ -309,7 +311,7 @@ def _fresh_modules(base: str, missing: list[str]) -> list[str]:
     modules = set()
     for name in missing:
         parts = name.split(".")
-        place = next((i for i, part in enumerate(parts) if part in (*HEAD_NAMES, "pooler", "pre_classifier")), None)
+        place = next((i for i, part in enumerate(parts) if part in (*HEAD_NAMES, *UNTRAINED)), None)
         if place is None:
             raise ModelError(
                 f"base {base} lacks the weight {name} and {len(missing) - 1} others; use a complete checkpoint"
@@ -418,8 +420,7 @@ def bnb_config(quantization: Quantization | None) -> Any:
     """Transformers' configuration of 4-bit layers, which leaves every head whole; None for None."""
     if quantization is None:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("method qlora needs the package bitsandbytes; install it with: pip install llmrec_peft[qlora]")
+    _require_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -435,8 +436,7 @@ def bnb_config(quantization: Quantization | None) -> Any:
 
 def check_quantization(quant_type: str, device: torch.device) -> None:
     """Raise ModelError unless bitsandbytes has 4-bit kernels for `device`; it tries them on a small matrix."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("method qlora needs the package bitsandbytes; install it with: pip install llmrec_peft[qlora]")
+    _require_bitsandbytes()
     import bitsandbytes.functional as functional
 
     try:
@@ -447,6 +447,11 @@ def check_quantization(quant_type: str, device: torch.device) -> None:
             f"method qlora: bitsandbytes cannot quantise to {quant_type} on {device.type} ({_one_line(error)}); "
             "use method lora, or another device"
         ) from error
+
+
+def _require_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("method qlora needs the package bitsandbytes; install it with: pip install llmrec_peft[qlora]")
 
 
 @contextlib.contextmanager

@@ -158,8 +158,13 @@ def test_users_that_act_at_one_moment_stay_apart(small_tables, tiny_tokenizer):
     interactions, items = small_tables
     interactions = interactions.set_column(2, "timestamp", pa.array([5] * len(interactions)))
     domain = Domain.from_dict({**BASE, "simultaneous": "isolate", **CASES["by user"]})
-    for split, streams in parts(BehaviorLog(interactions, items), domain, tiny_tokenizer):
+    log = BehaviorLog(interactions, items)
+    for split, streams in parts(log, domain, tiny_tokenizer):
         check(split, streams, domain, tiny_tokenizer)
+        users = log.user_codes[streams.target_rows]
+        assert len(set(users.tolist())) > 1
+        for begin, end in zip(streams.target_offsets, streams.target_offsets[1:], strict=False):
+            assert len(set(users[begin:end].tolist())) == 1
 
 
 def test_an_isolated_basket_sees_nothing_of_itself(small_tables, tiny_tokenizer):

@@ -28,6 +28,8 @@ from tests.invariants.setup_run import (
 )
 from tests.reference import NaiveStreams, sampled_items
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MAX_GAP, MEAN_GAP = 5e-6, 1e-7
 BF16_GAP = 5e-3  # weights move by .07, and a product of bfloat16 has 3 digits
 CUTS = {

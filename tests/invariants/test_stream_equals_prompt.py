@@ -15,6 +15,8 @@ from llmrec_peft.models import load_classifier
 from llmrec_peft.models.predict import predict
 from tests.reference import NaiveStreams, sampled_items
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("llama", "qwen2", "mistral", "gpt2")
 MODELS = [(kind, "lora", attn) for kind in KINDS for attn in ("sdpa", "eager")]
 MODELS += [

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
+
 CONFIGS = ROOT / "recipes" / "configs"
+
+
+def launch_command(text: str) -> list[str]:
+    """The words of the first launch command of a text, its lines joined; without `accelerate launch`."""
+    lines = iter(re.sub(r"^#[ ]?", "", line) for line in text.splitlines())
+    for line in lines:
+        if "accelerate launch " in line:
+            command = line[line.index("accelerate launch ") :].strip()
+            while command.endswith("\\"):
+                command = command[:-1] + next(lines).strip()
+            return shlex.split(command)[2:]
+    raise AssertionError(f"no launch command in {text[:200]!r}")
+
+
+def opening_comment(path: Path) -> str:
+    text = path.read_text("utf-8")
+    assert text.startswith("#"), f"{path} must open with its launch command"
+    return text[: re.search(r"^(?!#)", text, re.MULTILINE).start()]
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,9 @@ from llmrec_peft.config import CONFIGS, config_to_yaml, read_config
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
+from tests.conftest import ROOT
+from tests.recipes.conftest import launch_command, opening_comment
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 CONFIG_FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 DOMAIN_FILES = [path for path in CONFIG_FILES if path.name == "domain.yaml"]
@@ -31,24 +31,6 @@ PLACES = ("DIR", "FILE.jsonl", "OUT", "OUT/bundle")
 
 def named(paths: list[Path]):
     return [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in paths]
-
-
-def launch_command(text: str) -> list[str]:
-    """The words of the first launch command of a text, its lines joined; without `accelerate launch`."""
-    lines = iter(re.sub(r"^#[ ]?", "", line) for line in text.splitlines())
-    for line in lines:
-        if "accelerate launch " in line:
-            command = line[line.index("accelerate launch ") :].strip()
-            while command.endswith("\\"):
-                command = command[:-1] + next(lines).strip()
-            return shlex.split(command)[2:]
-    raise AssertionError(f"no launch command in {text[:200]!r}")
-
-
-def opening_comment(path: Path) -> str:
-    text = path.read_text("utf-8")
-    assert text.startswith("#"), f"{path} must open with its launch command"
-    return text[: re.search(r"^(?!#)", text, re.MULTILINE).start()]
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +17,10 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-ROOT = Path(__file__).resolve().parents[2]
+from llmrec_peft.pipeline.launch import flatten
+from tests.conftest import ROOT
+from tests.recipes.conftest import launch_command, opening_comment
+
 LAUNCHERS = sorted((ROOT / "accelerate_configs").rglob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "ds_configs").rglob("*.json"))
 CONTENT = {path: yaml.safe_load(path.read_text("utf-8")) for path in LAUNCHERS}
@@ -65,27 +67,13 @@ def zero_launchers():
     return named([path for path in LAUNCHERS if "deepspeed_config" in CONTENT[path]])
 
 
-def leaves(content: dict, prefix: str = "") -> dict:
-    """Values by dotted path."""
-    found = {}
-    for key, value in content.items():
-        found.update(leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
-
-
-def opening_command(path: Path) -> list[str]:
-    """The words after `accelerate launch` of a file's first lines, a backslash joining two of them."""
-    text = path.read_text("utf-8").replace("\\\n#", " ").splitlines()[0]
-    return shlex.split(text[text.index("accelerate launch ") :])[2:]
-
-
 def launched(path: Path, monkeypatch, *flags: str):
     """What `accelerate launch` makes of a file's own command, up to where it would start processes.
 
     Of many machines this is the second: accelerate looks on the first alone whether the port is free.
     """
     monkeypatch.chdir(ROOT)
-    words = opening_command(path)
+    words = launch_command(opening_comment(path))
     if "--machine_rank" in words:
         words[words.index("--machine_rank") + 1] = "1"
     args = launch.launch_command_parser().parse_args([*flags, *words])
@@ -171,7 +159,7 @@ def test_fsdp_is_version_2_with_whole_tensors_in_checkpoints(path, monkeypatch):
 
 
 def test_a_shared_4_bit_base_is_stored_in_the_type_that_it_computes_in():
-    words = opening_command(ROOT / "accelerate_configs" / "fsdp2_qlora.yaml")
+    words = launch_command(opening_comment(ROOT / "accelerate_configs" / "fsdp2_qlora.yaml"))
     for flag in ("--model.dtype", "--method.compute_dtype", "--method.quant_storage"):
         assert words[words.index(flag) + 1] == "bfloat16"
 
@@ -249,7 +237,7 @@ def test_deepspeeds_own_class_takes_the_file(path, deepspeed):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     filled = HfDeepSpeedConfig(str(path))
-    autos = {name for name, value in leaves(filled.config).items() if value == "auto"}
+    autos = {name for name, value in flatten(filled.config).items() if value == "auto"}
     assert autos <= AUTO.keys()
     for name in autos:
         node, key = filled.find_config_node(name)

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from llmrec_peft.data.simulate import write_simulated_shop
+from tests.conftest import ROOT
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
 LORA = ROOT / "recipes" / "lora.py"
 PROBABILITIES = ("p_skip", "p_click")
 # Six steps with dropout and three checkpoints: what a resumed run has to find again.

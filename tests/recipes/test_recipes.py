@@ -17,8 +17,8 @@ from llmrec_peft.config import CONFIGS, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.splits import split_log
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, compute_metrics
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 METHODS = [name for name in CONFIGS if name != "evaluate"]
 COLUMNS = ["split", "user_id", "item_id", "timestamp", "label", "p_skip", "p_click"]
 

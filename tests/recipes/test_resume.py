@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from llmrec_peft.config import LoraConfig, read_config
 from llmrec_peft.data.simulate import write_simulated_shop
 from llmrec_peft.pipeline.run import begin_run, prepare_run
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGER = ["--train.max_steps=6", "--method.dropout=0.1"]
 # Too high a rate: validation soon gets worse, and two worse ones stop the run.
 STOPPING = ["--train.max_steps=8", "--train.eval_steps=1", "--train.early_stopping=2", "--train.learning_rate=0.5"]

@@ -10,6 +10,8 @@ import torch
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.training.losses import LOSSES, BehaviorLoss, balanced_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(params=[2, 3])
 def batch(request):

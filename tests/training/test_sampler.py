@@ -7,6 +7,8 @@ import pytest
 
 from llmrec_peft.training.sampler import GlobalBatchSampler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = np.random.default_rng(0).integers(20, 900, 101)
 
 

@@ -16,6 +16,8 @@ from llmrec_peft.errors import ConfigError
 from llmrec_peft.training.trainer import last_checkpoint
 from tests.invariants.setup_run import DOMAIN, make_trainer, splits, trained
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAVING = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "learning_rate": 1e-2, "max_steps": 8,
           "save_strategy": "steps", "save_steps": 3, "max_grad_norm": 1.0}  # fmt: skip
 
