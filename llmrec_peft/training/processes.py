@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -119,6 +120,8 @@ def together() -> Iterator[None]:
     shared = (kind if issubclass(kind, LLMRecError) else ConfigError)(text)
     # One line for all of them: the first process speaks.
     shared.said_elsewhere = state.process_index != 0
+    # They are in step, so they can part when they end; a group that is left to the interpreter's end may abort there.
+    atexit.register(state.destroy_process_group)
     raise shared from own
 
 
