@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from .data.log import BehaviorLog
     from .data.streams import build_streams
     from .errors import BundleError, ConfigError, DataError, DomainError, LLMRecError, ModelError, StreamError
+    from .inference.bank import DomainBank
+    from .inference.merge import merge_bundle
+    from .inference.scorer import Scorer
     from .models.classifier import load_classifier
     from .training.trainer import BehaviorTrainer
 
@@ -22,12 +25,15 @@ _PLACES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "Domain": "data.domain",
+    "DomainBank": "inference.bank",
     "DomainError": "errors",
     "LLMRecError": "errors",
     "ModelError": "errors",
+    "Scorer": "inference.scorer",
     "StreamError": "errors",
     "build_streams": "data.streams",
     "load_classifier": "models.classifier",
+    "merge_bundle": "inference.merge",
 }
 
 __all__ = [
@@ -37,12 +43,15 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Domain",
+    "DomainBank",
     "DomainError",
     "LLMRecError",
     "ModelError",
+    "Scorer",
     "StreamError",
     "build_streams",
     "load_classifier",
+    "merge_bundle",
 ]
 
 

@@ -28,7 +28,7 @@ USAGE_ERROR = 2
 """Exit code of a recipe that refuses its input."""
 
 # Keys whose values are mappings of the user's own names; in flags their entries are dotted too.
-_MAPPINGS = ("domain.outcomes", "domain.label.map")
+_MAPPINGS = ("domain.outcomes", "domain.label.map", "bundles", "items", "swap", "quotas", "context")
 
 
 def parse_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:

@@ -6,6 +6,7 @@ files and flags (see arguments.py).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -29,9 +30,14 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "FullConfig",
+    "FuseConfig",
     "HeadConfig",
     "LoraConfig",
+    "MergeConfig",
     "QloraConfig",
+    "RankingConfig",
+    "RecommendConfig",
+    "SwapConfig",
     "TrainConfig",
     "TrainRecipeConfig",
     "config_to_yaml",
@@ -243,11 +249,42 @@ class FullConfig(TrainRecipeConfig):
 
 
 @dataclass(kw_only=True)
+class RankingConfig:
+    """How candidates are ranked for the positives of the split."""
+
+    candidates: int | Literal["all"] | None = None
+    """Items of each list, the positive among them; all for the whole item table; null for no ranking."""
+    sampling: Literal["uniform", "popularity"] = "uniform"
+    """How the others of a list are drawn; by how often training took them, or each alike."""
+    targets: int | None = 200
+    """Positives, at most, drawn at random; null for all."""
+    pool: int | None = None
+    """With all candidates: those that retrieval names for the model to rank; the rest follow in retrieval's order."""
+    retrieval: str | None = None
+    """Directory of what a log says of its items; null for the one in the bundle, if there is one."""
+    bootstrap: int = 1000
+    """Resamples of the users for confidence intervals; 0 for none."""
+    seed: int = 0
+    """Seed of the positives, of their lists and of the intervals."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.candidates, int):
+            _require(self.candidates >= 2, "ranking.candidates", "at least 2, all, or null", self.candidates)
+        for name in ("targets", "pool"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"ranking.{name}", "at least 1, or null", value)
+        _require(self.pool is None or self.candidates == "all", "ranking.candidates", "all with ranking.pool",
+                 self.candidates)  # fmt: skip
+        for name in ("bootstrap", "seed"):
+            _require(getattr(self, name) >= 0, f"ranking.{name}", "at least 0", getattr(self, name))
+
+
+@dataclass(kw_only=True)
 class EvaluateConfig:
-    """Score a trained bundle again."""
+    """Score a trained bundle, or a model merged from it, again."""
 
     bundle: str
-    """Directory of the adapter bundle."""
+    """Directory of the adapter bundle, or of a merged model."""
     data: DataConfig
     base: str | None = None
     """Base model; null for the one that the bundle names."""
@@ -267,6 +304,7 @@ class EvaluateConfig:
     """Tokens that are scored at once, at most."""
     metrics: list[str] | None = None
     """Metrics by name, such as auc or ndcg@10; null for those that training left in the bundle."""
+    ranking: RankingConfig = field(default_factory=RankingConfig)
     output_dir: str | None = None
     """Directory for metrics and predictions; null to print only."""
 
@@ -276,8 +314,196 @@ class EvaluateConfig:
         _require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
 
 
+@dataclass(kw_only=True)
+class FuseConfig:
+    """Fit what a log says of its items beside a bundle's answers, and keep both for recommending."""
+
+    bundle: str
+    """Directory of the adapter bundle, or of a merged model."""
+    data: DataConfig
+    retrieval: str | None = None
+    """Directory for what is fitted; null for `retrieval` in the bundle. What was fitted before is replaced."""
+    valid_targets: int | None = 2000
+    """Validation targets that the fusion is fitted on, at most, in whole streams; null for all."""
+    test_targets: int | None = 2000
+    """Test targets that are measured, at most, in whole streams; null for all."""
+    bootstrap: int = 1000
+    """Resamples of the users for confidence intervals; 0 for none."""
+    seed: int = 0
+    """Seed of the factors, of the folds and of the intervals."""
+    base: str | None = None
+    """Base model; null for the one that the bundle names."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the base; null for the one that it was trained in."""
+    attn: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """Attention implementation; null for the one that it was trained with."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the base to run."""
+    batch_tokens: int = 4000
+    """Tokens that are scored at once, at most."""
+    output_dir: str | None = None
+    """Directory for metrics and predictions; null to print only."""
+
+    def __post_init__(self) -> None:
+        for name in ("valid_targets", "test_targets"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1, or null", value)
+        for name in ("bootstrap", "seed"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+
+
+@dataclass(kw_only=True)
+class MergeDataConfig:
+    """A log whose targets both models answer."""
+
+    path: str | None = None
+    """Directory or file of the log, a Hub data set, or simulated:shop; null for made-up samples."""
+    format: str = "auto"
+    """Name of the reader; auto finds it from the files."""
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    """Merge a bundle, or several LoRA bundles weighted, into a stock checkpoint."""
+
+    bundle: list[str] | str
+    """Directory of the bundle; a list for a weighted merge, whose first bundle's domain goes on."""
+    output_dir: str
+    """Directory of the merged model; an earlier one there is replaced."""
+    weights: list[float] | None = None
+    """Weight of each bundle of a list."""
+    combination: Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "linear"
+    """How the bundles of a list are combined."""
+    density: float | None = None
+    """Share of the numbers that ties, dare_linear, dare_ties and magnitude_prune keep."""
+    data: MergeDataConfig = field(default_factory=MergeDataConfig)
+    split: Literal["valid", "test"] = "test"
+    """Which targets of the log are answered."""
+    limit: int | None = 500
+    """Targets, at most, in whole streams; null for all."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Number format of the weights; null for that of the bundle's base. The head stays float32."""
+    tolerance: float | None = None
+    """Largest difference of a logit that passes; null for the usual one of the number formats."""
+    max_shard_size: str = "2GB"
+    """Size of one weights file, at most."""
+    batch_tokens: int = 1000
+    """Tokens that are answered at once, at most."""
+    base: str | None = None
+    """Base model; null for the one that the bundle names."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the base to run."""
+
+    def __post_init__(self) -> None:
+        many = isinstance(self.bundle, list)
+        _require(bool(self.bundle), "bundle", "a directory, or a list of them", self.bundle)
+        if many:
+            requirement = f"{len(self.bundle)} numbers, one for each bundle"
+            _require(len(self.weights or ()) == len(self.bundle), "weights", requirement, self.weights)
+        else:
+            _require(self.weights is None, "weights", "null for one bundle", self.weights)
+            _require(self.density is None, "density", "null for one bundle", self.density)
+        _require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
+        _require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+        size = re.fullmatch(r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", self.max_shard_size)
+        _require(size is not None, "max_shard_size", "a size such as 500MB or 2GB", self.max_shard_size)
+        _require(self.tolerance is None or 0 <= self.tolerance < float("inf"), "tolerance", "a finite number of at "
+                 "least 0, or null", self.tolerance)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class RecommendConfig:
+    """Rank items for many users by a trained bundle, or by a model merged from it."""
+
+    bundle: str
+    """Directory of the adapter bundle, or of a merged model."""
+    data: DataConfig
+    output_dir: str
+    """Directory for recommendations.parquet; parts of an unfinished job there are gone on with."""
+    users: str | None = None
+    """File with a column user_id and columns that header or event name (parquet, csv, jsonl); null for the log's."""
+    until: float | None = None
+    """Moment of the recommendation, in seconds since 1970: only earlier rows are history; null for all rows."""
+    retrieval: str | None = None
+    """Directory of what a log says of its items; null for the one in the bundle, if there is one."""
+    quotas: dict[str, float] = field(default_factory=dict)
+    """Share of each retrieval source; {} for the usual ones."""
+    candidates: str | None = None
+    """File with a column item_id of the items to rank, in place of retrieval; null for retrieval, or else all items."""
+    context: dict[str, int | float | str] = field(default_factory=dict)
+    """Columns of the moment that the event names and items lack, for all users."""
+    k: int = 10
+    """Items for each user, at most."""
+    pool: int = 100
+    """Candidates that retrieval names for each user."""
+    chunk: int = 64
+    """Users that are answered together, and lost at most if a process is killed."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a user who cannot be answered: stop, or leave the user out and say so in errors.jsonl."""
+    base: str | None = None
+    """Base model; null for the one that the bundle names."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the base; null for the one that it was trained in."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the base to run."""
+    batch_tokens: int = 4000
+    """Tokens of one forward pass, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "pool", "chunk", "batch_tokens"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        finite = self.until is None or abs(self.until) < float("inf")
+        _require(finite, "until", "a finite number of seconds, or null", self.until)
+
+
+@dataclass(kw_only=True)
+class SwapConfig:
+    """Score requests of many domains on one base, and swap a domain's bundle."""
+
+    bundles: dict[str, str]
+    """From a domain's name to the directory of its bundle."""
+    requests: str
+    """File of JSON lines: domain, history ([event, label] pairs), candidates (events), and user where a header asks."""
+    base: str = "smollm2-135m"
+    """Base model that all bundles were trained on."""
+    items: dict[str, str] = field(default_factory=dict)
+    """From a domain's name to its item table, or to the directory of its log."""
+    fallback: str | None = None
+    """Domain that answers for names that the bank does not have; null to refuse them."""
+    swap: dict[str, str] = field(default_factory=dict)
+    """From a domain's name to the bundle that takes its place, and is measured; by default each bundle in its own."""
+    max_gb: float | None = None
+    """Memory that bundles may take, in GB; null for no limit."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the base; null for that of the first bundle."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the base to run."""
+    batch_requests: int = 16
+    """Requests that are answered together."""
+    batch_tokens: int = 4000
+    """Tokens of one forward pass, at most."""
+    output: str | None = None
+    """File of JSON lines for the answers; null to print the throughput only."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.bundles), "bundles", "at least one domain and its bundle", self.bundles)
+        for name in ("items", "swap"):
+            unknown = sorted(set(getattr(self, name)) - set(self.bundles))
+            _require(not unknown, name, f"a mapping of domains among {', '.join(self.bundles)}", unknown)
+        _require(self.fallback is None or self.fallback in self.bundles, "fallback",
+                 f"null or one of {', '.join(self.bundles)}", self.fallback)  # fmt: skip
+        _require(self.max_gb is None or self.max_gb > 0, "max_gb", "above 0, or null", self.max_gb)
+        for name in ("batch_requests", "batch_tokens"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+
+
 CONFIGS: dict[str, type] = {
     **{kind.method_name: kind for kind in (LoraConfig, QloraConfig, AdapterConfig, HeadConfig, FullConfig)},
     "evaluate": EvaluateConfig,
+    "fuse": FuseConfig,
+    "merge": MergeConfig,
+    "recommend": RecommendConfig,
+    "swap": SwapConfig,
 }
 """From a recipe's name (`recipes/NAME.py`, `recipes/configs/*/NAME.yaml`) to its configuration."""

@@ -25,12 +25,15 @@ def test_public_names():
         "ConfigError",
         "DataError",
         "Domain",
+        "DomainBank",
         "DomainError",
         "LLMRecError",
         "ModelError",
+        "Scorer",
         "StreamError",
         "build_streams",
         "load_classifier",
+        "merge_bundle",
     ]
     for name in llmrec_peft.__all__:
         assert getattr(llmrec_peft, name).__name__ == name

@@ -72,6 +72,14 @@ class StreamRule:
 
 
 @dataclass
+class RecommendRule:
+    """What is recommended."""
+
+    exclude: list[str] | None = None
+    """Labels whose items are not recommended again, such as buy; all if not given, [] for none."""
+
+
+@dataclass
 class Domain:
     """One domain's words and rules, as its YAML file says them.
 
@@ -99,6 +107,8 @@ class Domain:
     """Sampled negatives."""
     stream: StreamRule = field(default_factory=StreamRule)
     """Windows."""
+    recommend: RecommendRule = field(default_factory=RecommendRule)
+    """Lists of items."""
 
     def __post_init__(self) -> None:
         _check_texts(self)
@@ -348,7 +358,10 @@ def _from_mapping(cls: type[Rule], content: Any, where: str) -> Rule:
                and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING]  # fmt: skip
     if missing:
         raise DomainError(f"{where}: key '{missing[0]}' is required and missing; add it")
-    rules = {"label": LabelRule, "split": SplitRule, "negatives": NegativeRule, "stream": StreamRule}
+    rules = {
+        "label": LabelRule, "split": SplitRule, "negatives": NegativeRule, "stream": StreamRule,
+        "recommend": RecommendRule,
+    }  # fmt: skip
     values = dict(content)
     if cls is Domain:
         for key, rule in rules.items():
@@ -427,12 +440,13 @@ def _check_rules(domain: Domain) -> None:
         raise DomainError(
             f"{where}: negatives.label '{domain.negatives.label}' is none of the labels {', '.join(labels)}"
         )
-    seen = domain.stream.history_labels
-    if not isinstance(seen, list | None):
-        raise DomainError(f"{where}: stream.history_labels must be a list of labels, or left out; got {seen!r}")
-    unknown = [name for name in seen or [] if name not in labels]
-    if unknown:
-        raise DomainError(f"{where}: stream.history_labels has '{unknown[0]}'; the labels are {', '.join(labels)}")
+    lists = {"stream.history_labels": domain.stream.history_labels, "recommend.exclude": domain.recommend.exclude}
+    for key, named in lists.items():
+        if not isinstance(named, list | None):
+            raise DomainError(f"{where}: {key} must be a list of labels, or left out; got {named!r}")
+        unknown = [name for name in named or [] if name not in labels]
+        if unknown:
+            raise DomainError(f"{where}: {key} has '{unknown[0]}'; the labels are {', '.join(labels)}")
     choices = {
         "simultaneous": (domain.simultaneous, ("order", "isolate")),
         "split.by": (domain.split.by, ("time", "user")),

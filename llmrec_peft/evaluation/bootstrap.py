@@ -80,6 +80,35 @@ def difference(
     return differences([metric], labels, before, after, users, lists, samples=samples, seed=seed, level=level)[metric]
 
 
+def mean_interval(values, users, *, samples: int = 1000, seed: int = 0, level=0.95) -> Interval:
+    """The interval of the mean of values [n], such as metrics of lists, of users [n] (ids).
+
+    With `values` the differences of two systems on the same lists, it is their paired interval; the same seed draws the
+    same users. `samples` 0 gives the mean alone.
+    Raises DataError for arrays that do not match or no value, ConfigError for bad samples or level.
+    """
+    values, users = np.asarray(values, np.float64), np.asarray(users)
+    if values.ndim != 1 or users.shape != values.shape or not len(values):
+        raise DataError(
+            f"a mean needs values [n] and users [n], n at least 1, got {values.shape} and {users.shape}: "
+            "give a user to each value"
+        )
+    if samples < 0 or not 0 < level < 1:
+        raise ConfigError(f"bootstrap needs samples >= 0 and 0 < level < 1, got {samples} and {level}: change them")
+    codes = np.unique(users, return_inverse=True)[1]
+    sums = np.stack([np.bincount(codes, values), np.bincount(codes)], axis=1)
+    count = len(sums)
+    drawn = np.full(1 + samples, np.nan)
+    drawn[0] = values.mean()
+    rng, chunk = np.random.default_rng(seed), max(1, CHUNK_NUMBERS // count)
+    # One user is all there is to draw: the interval would falsely have no width.
+    for start in range(0, samples if count > 1 else 0, chunk):
+        size = min(chunk, samples - start)
+        top, bottom = (_weights(rng, count, size) @ sums).T
+        drawn[1 + start : 1 + start + size] = top / bottom
+    return _interval(drawn, level)
+
+
 def _check(names: Sequence[str], users, lists) -> None:
     if users is None:
         raise DataError("the bootstrap draws users, got none: pass users=ids, one a target")

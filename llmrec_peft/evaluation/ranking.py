@@ -87,6 +87,23 @@ def reciprocal_rank(rows: RankedRows, k: int) -> np.ndarray:
     return np.where(rows.list_relevant > 0, value, np.nan)
 
 
+def one_relevant(above: np.ndarray, tied: np.ndarray, k: int) -> dict[str, np.ndarray]:
+    """ndcg@k, hr@k and mrr@k, each [lists], of lists with one relevant item, from its place alone.
+
+    above: int [lists], items that score higher. tied: int [lists], items that score as high, itself among them. The
+    values are those of the functions above; such a list may be too long to be kept whole.
+    """
+    places = np.arange(k)
+    first, last = np.minimum(above, k), np.minimum(above + tied, k)
+
+    def mean(gains: np.ndarray) -> np.ndarray:
+        sums = np.concatenate([[0.0], np.cumsum(gains)])
+        return (sums[last] - sums[first]) / tied
+
+    gains = {"ndcg": 1 / np.log2(places + 2), "hr": np.ones(k), "mrr": 1 / (places + 1)}
+    return {f"{name}@{k}": mean(gain) for name, gain in gains.items()}
+
+
 def _first_relevant_tie(rows: RankedRows) -> np.ndarray:
     """Mask [ties]: the first tie of its list that holds a relevant row."""
     before = np.cumsum(rows.tie_relevant) - rows.tie_relevant

@@ -27,7 +27,7 @@ from llmrec_peft.errors import ModelError
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.fingerprints import fingerprint_of
 from llmrec_peft.models.sharding import gathered, make_whole, splitting_in
-from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, read_headers, read_rows
+from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, read_headers, read_rows, read_tensor
 
 _CONVERSION = 1  # raised when converted copies in users' caches must be made again
 
@@ -271,12 +271,23 @@ def load_model(
             module.float()
             if is_encoder(config):
                 module.register_forward_pre_hook(_as_float32)
+    if model.trained_head and dtype != "float32":
+        _read_head(model, base)
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer at its first answer in eval mode, for good: to
         # bfloat16 whatever the compute dtype, and without gradients when training goes on.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def _read_head(model: nn.Module, base: str) -> None:
+    """Put the checkpoint's own numbers into its float32 head, which was loaded in the base's format."""
+    entries, head = _headers(base), head_name(model)
+    with torch.no_grad():
+        for name, value in head_of(model).named_parameters():
+            if f"{head}.{name}" in entries:
+                value.copy_(read_tensor(entries[f"{head}.{name}"]))
 
 
 def modules_named(model: nn.Module, name: str) -> list[nn.Module]:

@@ -1,8 +1,9 @@
 """Adapter bundles: what one domain's training yields, written whole and read strictly.
 
-A bundle is a directory of three files. `adapter_config.json` and `adapter_model.safetensors` are PEFT's for `lora` and
-`qlora`, so PEFT alone can load them; the other methods write the same names with their own contents, and a `peft_type`
-of BOTTLENECK, HEAD or FULL. `behavior.json` says what they belong to, and loading checks all that it says.
+A bundle is a directory of three files and a model card. `adapter_config.json` and `adapter_model.safetensors` are
+PEFT's for `lora` and `qlora`, so PEFT alone can load them; the other methods write the same names with their own
+contents, and a `peft_type` of BOTTLENECK, HEAD or FULL. `behavior.json` says what they belong to, and loading checks
+all that it says. The card is for people and the Hub, and is never read.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
 from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
+from llmrec_peft.models.card import CARD, bundle_card
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
-from llmrec_peft.models.files import move_into_place, read_json, sha256, write_json
+from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights, write_json
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
@@ -35,6 +37,7 @@ from llmrec_peft.models.manifest import (
     check_metadata,
     installed,
     read_manifest,
+    refuse_merged,
     weights_metadata,
 )
 from llmrec_peft.models.options import LoraOptions, ModelOptions, changes_base, from_mapping, method_options
@@ -42,11 +45,6 @@ from llmrec_peft.models.sharding import is_split, whole_shape
 from llmrec_peft.models.tensors import TensorEntry, read_header
 
 _PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "adapter": "BOTTLENECK", "head": "HEAD", "full": "FULL"}
-# What holds weights, or runs code when it is read: nothing beside the adapter's own safetensors may.
-_WEIGHT_LIKE = (
-    ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".gguf", ".onnx",
-    ".safetensors",
-)  # fmt: skip
 
 
 @dataclass
@@ -108,11 +106,24 @@ def save_bundle(
         manifest = _manifest(classifier, tokenizer, dict(domain), base, calibration, counts, metrics)
         manifest["files"] = {name: sha256(scratch / name) for name in (CONFIG, WEIGHTS)}
         write_json(scratch / MANIFEST, manifest)
+        (scratch / CARD).write_text(bundle_card(manifest), encoding="utf-8")
         scratch.chmod(0o755)
         move_into_place(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return directory
+
+
+def check_bundle(directory: str | Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """Check a bundle's files against each other; returns its manifest and where its tensors lie. No base is read.
+
+    Raises BundleError as `load_bundle` does for what needs no base.
+    """
+    directory = Path(directory)
+    refuse_merged(directory)
+    _check_files(directory)
+    manifest = read_manifest(directory)
+    return manifest, _check_adapter(directory, manifest)
 
 
 def load_bundle(
@@ -122,6 +133,7 @@ def load_bundle(
     dtype: str | None = None,
     attn: str | None = None,
     trust_remote_code: bool = False,
+    mapped: bool = False,
 ) -> Bundle:
     """Read a bundle, checking everything that it says against its files and the base.
 
@@ -129,13 +141,13 @@ def load_bundle(
         base: where the base lies, if not where the bundle says; its weights must be the same.
         dtype, attn: replace the model options that the bundle was trained with.
         trust_remote_code: allow the base's own code to run; a bundle cannot allow it by itself.
+        mapped: leave the weights of method full in their file's pages, which take no memory of their own. Where they
+            lie decides how kernels round, so that answers may differ in the last bit from those in training.
 
     Raises BundleError naming both values of any mismatch.
     """
     directory = Path(directory)
-    _check_files(directory)
-    manifest = read_manifest(directory)
-    entries = _check_adapter(directory, manifest)
+    manifest, entries = check_bundle(directory)
     overrides = {"base": base, "dtype": dtype, "attn": attn}
     changed = {key: value for key, value in overrides.items() if value is not None}
     if base is not None:
@@ -152,10 +164,10 @@ def load_bundle(
         raise BundleError(f"{directory / MANIFEST}: {error}") from None
     tokenizer = _check_base(directory, manifest, options)
     if isinstance(tuning, LoraOptions):
-        tuning = _plain_options(tuning)
+        tuning = plain_options(tuning)
     classifier = build_classifier(options, tuning, outcomes_of(manifest["domain"]), trained=True, tokenizer=tokenizer)
     _check_config(directory, classifier)
-    _load_tensors(directory, classifier, entries)
+    _load_tensors(directory, classifier, entries, mapped)
     return Bundle(classifier.eval(), classifier.tokenizer, manifest["domain"], manifest, manifest["calibration"])
 
 
@@ -274,26 +286,20 @@ def _head_tensor(classifier: BehaviorClassifier, names: Mapping[str, Any]) -> st
 def _check_files(directory: Path) -> None:
     """Refuse a bundle that lacks a file, holds weights that are not its own, or links out of its directory.
 
-    A Hub cache keeps a snapshot's files as links into the blobs of the same repository; those links are its layout.
     Other files, such as a model card, are left alone: none of them is read.
     """
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a directory; name the bundle that a training run left")
-    root = directory.resolve()
-    homes = [root] if root.parent.name != "snapshots" else [root, root.parent.parent / "blobs"]
-    present = sorted(directory.iterdir())
-    for path in present:
-        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
-            raise BundleError(f"{path} is a link out of the bundle; copy the file itself into the directory")
+    check_links(directory, "bundle")
     for name in FILES:
         if not (directory / name).is_file():
             raise BundleError(f"bundle {directory} has no {name}; copy the whole directory that training left")
-    for path in present:
-        if path.name not in FILES and path.suffix.lower() in _WEIGHT_LIKE:
-            raise BundleError(
-                f"bundle {directory} holds {path.name!r} beside {', '.join(FILES)}; weights lie in {WEIGHTS} alone, so "
-                "remove it"
-            )
+    strange = stray_weights(directory, FILES)
+    if strange:
+        raise BundleError(
+            f"bundle {directory} holds {strange[0]!r} beside {', '.join(FILES)}; weights lie in {WEIGHTS} alone, so "
+            "remove it"
+        )
 
 
 def _check_adapter(directory: Path, manifest: dict[str, Any]) -> dict[str, TensorEntry]:
@@ -366,7 +372,7 @@ def _short(fingerprint: Any) -> str:
     return f"{str(fingerprint).removeprefix('sampled-')[:16]}..."
 
 
-def _plain_options(tuning: LoraOptions) -> LoraOptions:
+def plain_options(tuning: LoraOptions) -> LoraOptions:
     """Options of the adapter as written: no start that changes the base, and the rank that `plain_factors` gave it."""
     if not changes_base(tuning):
         return tuning
@@ -386,7 +392,9 @@ def _check_config(directory: Path, classifier: BehaviorClassifier) -> None:
             )
 
 
-def _load_tensors(directory: Path, classifier: BehaviorClassifier, entries: dict[str, TensorEntry]) -> None:
+def _load_tensors(
+    directory: Path, classifier: BehaviorClassifier, entries: dict[str, TensorEntry], mapped: bool
+) -> None:
     from safetensors.torch import load_file
 
     path, own = directory / WEIGHTS, adapter_tensors(classifier)
@@ -412,6 +420,9 @@ def _load_tensors(directory: Path, classifier: BehaviorClassifier, entries: dict
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(classifier.model, state)
+    elif mapped and classifier.method == "full":
+        for name, value in classifier.model.named_parameters():
+            value.data = state[name].to(value.device, value.dtype)
     else:
         classifier.load_trainable_state_dict(state)
 

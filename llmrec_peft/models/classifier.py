@@ -25,6 +25,7 @@ from llmrec_peft.models.base import (
     resolve_base,
 )
 from llmrec_peft.models.head import outcomes_of, start_head
+from llmrec_peft.models.manifest import MANIFEST, is_merged
 from llmrec_peft.models.options import (
     METHODS,
     AdapterOptions,
@@ -113,16 +114,35 @@ class BehaviorClassifier(nn.Module):
             )
         if self.encoder:
             return self._encoder_logits(input_ids, markers, attention_mask, branch)
+        return self._head_logits(self.hidden_states(input_ids, position_ids, markers, attention_mask, branch))
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        markers: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
+        past: Any = None,
+        past_seen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the head reads: the last hidden state at each marker [T, H], of a decoder; arguments as `forward`'s.
+
+        `past` is a cache of Transformers that holds keys and values of P tokens before these, and takes theirs in; all
+        rows of `branch` see those that `past_seen`, bool [B, P], says.
+        """
         mask, positions = attention_mask, position_ids
         if branch is not None:
-            mask = self._branch_mask(branch, attention_mask)
+            mask = self._branch_mask(branch, attention_mask, past_seen)
         elif attention_mask is None:
             positions = _plain_positions(input_ids, position_ids, markers)
         backbone = backbone_of(self.stock)
-        output = backbone(input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False)
+        output = backbone(
+            input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=past,
+            use_cache=past is not None,
+        )  # fmt: skip
         hidden = output.last_hidden_state  # [B, L, H]
-        answers = hidden.flatten(0, 1).index_select(0, markers)  # [T, H]
-        return self._head_logits(answers)
+        return hidden.flatten(0, 1).index_select(0, markers)
 
     def _head_logits(self, answers: torch.Tensor) -> torch.Tensor:
         """The head's logits in float32, under autocast too, which would round them to 3 digits."""
@@ -156,8 +176,12 @@ class BehaviorClassifier(nn.Module):
             hook.remove()
         return self._head_logits(read[0]).index_select(0, rows)
 
-    def _branch_mask(self, branch: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """4-D mask [B, 1, L, L] of allow(q, k) = k <= q and (branch[k] == 0 or branch[k] == branch[q]).
+    def _branch_mask(
+        self, branch: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """4-D mask [B, 1, L, P + L] of allow(q, k) = k <= q and (branch[k] == 0 or branch[k] == branch[q]).
+
+        The P tokens before these are trunk, as far as `past_seen` [B, P] says that they are there.
 
         A pad token (-1) sees itself alone, so that its softmax has a term, and no real token sees it. The mask goes to
         every layer unchanged: boolean for sdpa, additive in the model's dtype for eager.
@@ -172,6 +196,9 @@ class BehaviorClassifier(nn.Module):
         order = torch.arange(length, device=branch.device)
         allow = (key == 0) | ((key == query) & (key > 0))
         allow = (allow & (order[None, :] <= order[:, None])) | (order[None, :] == order[:, None])
+        if past_seen is not None:
+            earlier = past_seen[:, None, :].expand(-1, length, -1) & (branch >= 0)[:, :, None]
+            allow = torch.cat([earlier, allow], dim=2)
         allow = allow[:, None]
         if kind == "sdpa":
             return allow
@@ -250,7 +277,8 @@ def load_classifier(
     """A classifier ready to train, on a base model; or the trained one of a bundle directory.
 
     Args:
-        source: a base (as `ModelOptions.base`), a `ModelOptions`, or a bundle's directory. None: the default base.
+        source: a base (as `ModelOptions.base`, such as a merged model's directory), a `ModelOptions`, or a bundle's
+            directory. None: the default base.
         domain: a `Domain`, or its mapping; its outcomes give the labels and the words that the head starts from.
         method: `lora` (the default), `qlora`, `adapter`, `head` or `full`, or the options object of one.
         options: fields of `ModelOptions` and of the method's options, by name.
@@ -258,7 +286,7 @@ def load_classifier(
     For a bundle, domain and method must be left out or equal what the bundle holds. Raises ModelError for what a base
     or method cannot do, ConfigError for unknown options and BundleError for a bundle that does not match.
     """
-    if isinstance(source, str | Path) and (Path(source) / "behavior.json").is_file():
+    if isinstance(source, str | Path) and (Path(source) / MANIFEST).is_file() and not is_merged(source):
         return _restored(Path(source), domain, method, options)
     base_options, tuning = _split_options(source, method, options)
     if domain is None:

@@ -8,11 +8,17 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmrec_peft.errors import BundleError
+
+# What holds weights, or runs code when it is read: only a directory's own safetensors may.
+_WEIGHT_LIKE = (
+    ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".gguf", ".onnx",
+    ".safetensors",
+)  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -24,6 +30,28 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_links(directory: Path, what: str) -> None:
+    """Raise BundleError for a link out of a directory; `what` names its kind.
+
+    A Hub cache keeps a snapshot's files as links into the blobs of the same repository; those links are its layout.
+    """
+    root = directory.resolve()
+    homes = [root] if root.parent.name != "snapshots" else [root, root.parent.parent / "blobs"]
+    for path in sorted(directory.iterdir()):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+            raise BundleError(f"{path} is a link out of the {what}; copy the file itself into the directory")
+
+
+def stray_weights(directory: Path, own: Collection[str]) -> list[str]:
+    """Names of files in a directory that hold weights, or that would run code when read, other than its own."""
+    return [name for name in sorted(path.name for path in directory.iterdir()) if name not in own and is_weights(name)]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file's name says that it holds weights, or that it would run code when read."""
+    return Path(name).suffix.lower() in _WEIGHT_LIKE
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from llmrec_peft.models.options import METHODS
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "behavior.json"
 FILES = (CONFIG, WEIGHTS, MANIFEST)
+MERGED = "merged"
+"""What `kind` says in the behavior.json of a merged model; that of a bundle has no `kind`."""
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "method": str,
     "method_options": dict,
@@ -44,6 +46,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 
     Raises BundleError for another format version, and for a part that is missing or not of its type.
     """
+    refuse_merged(directory)
     path = Path(directory) / MANIFEST
     manifest = read_json(path)
     version = manifest.get("format_version")
@@ -60,6 +63,25 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     check_domain(manifest["domain"], str(path))
     check_calibration(manifest["calibration"], len(manifest["domain"]["outcomes"]), str(path))
     return manifest
+
+
+def is_merged(directory: str | Path) -> bool:
+    """Whether a directory's behavior.json says that it is a merged model, sound or not."""
+    path = Path(directory) / MANIFEST
+    try:
+        return path.is_file() and read_json(path).get("kind") == MERGED
+    except BundleError:
+        return False
+
+
+def refuse_merged(directory: str | Path) -> None:
+    """Raise BundleError for a merged model where a bundle belongs."""
+    if is_merged(directory):
+        raise BundleError(
+            f"{directory} is a merged model and no bundle: its adapter is in its weights already; load it with "
+            "load_merged, score it with recipes/evaluate.py, train it further as model.base, or name the bundle that "
+            "it was merged from"
+        )
 
 
 def installed(*packages: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Scoring a trained bundle again."""
+"""Scoring a trained bundle, or a model merged from it, again."""
 
 from pathlib import Path
 from typing import Any
@@ -8,25 +8,25 @@ from accelerate import PartialState
 from ..config import EvaluateConfig
 from ..data.collator import StreamCollator
 from ..data.domain import Domain
-from ..data.files import write_json, write_parquet
 from ..data.streams import IndependentPrompts
-from ..errors import BundleError, ConfigError
+from ..errors import ModelError
 from ..evaluation.calibration import Calibration
+from ..inference.merged import load_answering, read_answering
 from ..models.base import check_positions
-from ..models.bundle import load_bundle
-from ..models.manifest import MANIFEST, read_manifest
+from ..models.manifest import MANIFEST
 from ..models.predict import predict
 from ..training.processes import joined, together
 from .answers import measure, metric_names, prediction_table
-from .run import check_place, holds_run
+from .ranking import Lists, check_ranking, rank
+from .results import check_output, write_results
 from .streams import check_split, read_log, split_of, streams_of
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score a bundle on one split of a log, by streams or by independent prompts.
+    """Score a bundle or a merged model on one split of a log, by streams or by independent prompts.
 
     Returns:
-        Metrics by name.
+        Metrics by name; under "ranking" what `rank` gives, if the configuration asks for it.
 
     Raises:
         LLMRecError: with one line on what cannot be used.
@@ -38,15 +38,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
     with together():
-        manifest = _manifest(config.bundle)
+        manifest = read_answering(config.bundle)
         domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
         if config.output_dir is not None:
-            _check_output(Path(config.output_dir))
+            check_output(Path(config.output_dir))
         show(f"reading {config.data.path}", flush=True)
         splits = split_of(read_log(config.data), domain)
         check_split(splits, config.split, manifest["counts"].get("split"))
+        wanted = config.ranking.candidates is not None
+        if wanted:
+            check_ranking(config)
+        lists = Lists(splits, config.split, domain, config.ranking) if wanted else None
         show(f"loading {config.bundle}", flush=True)
-        bundle = load_bundle(
+        bundle = load_answering(
             config.bundle, base=config.base, dtype=config.dtype, attn=config.attn,
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
@@ -56,6 +60,10 @@ def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
         if config.mode == "independent" or bundle.classifier.encoder:
             part = IndependentPrompts(part)
         model = bundle.classifier.to(state.device)
+        if wanted and model.encoder:
+            raise ModelError(
+                f"{config.bundle} reads both ways, so candidates cannot share a history; leave ranking out"
+            )
         collator = StreamCollator(bundle.tokenizer.pad_token_id, config.batch_tokens, mask=model.encoder)
     predictions = predict(
         model, part, collator, batch_tokens=config.batch_tokens, processes=state,
@@ -67,29 +75,11 @@ def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
     metrics = measure(predictions, streams, names, calibration=calibration)
     for name, value in metrics.items():
         show(f"{name:<22}{value:>14.6f}" if isinstance(value, float) else f"{name:<22}{value:>14,}")
+    found, tables = {config.split: metrics}, {"predictions": prediction_table(predictions, streams, calibration)}
+    if lists is not None:
+        del bundle, model  # ranking loads the bundle as it is served
+        found["ranking"], tables["ranking"] = rank(config, lists, state)
+        metrics = metrics | {"ranking": found["ranking"]}
     if state.is_main_process and config.output_dir is not None:
-        _write(Path(config.output_dir), prediction_table(predictions, streams, calibration), {config.split: metrics})
+        write_results(Path(config.output_dir), found, tables)
     return metrics
-
-
-def _manifest(bundle: str) -> dict[str, Any]:
-    if not (Path(bundle) / MANIFEST).is_file():
-        raise BundleError(f"bundle {bundle} has no {MANIFEST}; name the directory `bundle` that a training run left")
-    return read_manifest(bundle)
-
-
-def _check_output(directory: Path) -> None:
-    """Before the minutes that scoring takes: the directory can be written, and is not that of a training run."""
-    check_place(directory)
-    if holds_run(directory):
-        raise ConfigError(f"output_dir {directory} is a training run's, whose metrics.json would go; choose another")
-
-
-def _write(directory: Path, predictions, metrics: dict[str, Any]) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_parquet(predictions, directory / "predictions.parquet")
-        write_json(metrics, directory / "metrics.json")
-    except OSError as error:
-        raise ConfigError(f"output_dir {directory} cannot be written ({error.strerror}); choose another") from None
-    print(f"written to {directory}: metrics.json, predictions.parquet")

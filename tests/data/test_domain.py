@@ -22,6 +22,7 @@ simultaneous: isolate
 split: {by: user, valid: 0.2, test: 0.3}
 negatives: {per_positive: 2, sampling: uniform, label: dislike}
 stream: {context: 5, targets: 7, max_length: 512, history_labels: [like]}
+recommend: {exclude: [like]}
 """
 SMALL = {"name": "movies", "event": "{title}", "outcomes": {"dislike": " no\n", "like": " yes\n"}}
 
@@ -43,6 +44,7 @@ def test_defaults():
     assert (domain.split.by, domain.split.valid, domain.split.test) == ("time", 0.1, 0.1)
     assert (domain.stream.context, domain.stream.targets, domain.stream.max_length) == (10, 30, 1024)
     assert domain.negatives.per_positive == 0 and domain.stream.history_labels is None
+    assert domain.recommend.exclude is None
 
 
 def test_order_of_labels_is_the_order_of_the_file(tmp_path):
@@ -81,6 +83,8 @@ WRONG = [
     ({"stream": {"targets": 0}}, "stream.targets must be a whole number of at least 1; got 0"),
     ({"stream": {"targets": True}}, "stream.targets must be a whole number of at least 1; got True"),
     ({"stream": {"max_length": 2.5}}, "stream.max_length must be a whole number of at least 8; got 2.5"),
+    ({"recommend": {"exclude": ["no"]}}, "recommend.exclude has 'no'; the labels are dislike, like"),
+    ({"recommend": {"include": []}}, "unknown key 'include'"),
     ({"stream": {"history_labels": ["no"]}}, "stream.history_labels has 'no'; the labels are dislike, like"),
     ({"stream": {"history_labels": "like"}}, "stream.history_labels must be a list of labels, or left out; got 'like'"),
     ({"event": "{title} -> {genres}"}, "event contains the marker ' ->', which only closes events; reword"),

@@ -129,3 +129,21 @@ def test_bad_requests_are_refused():
         bootstrap.interval("auc", labels, p, None)
     with pytest.raises(DataError, match="'hr@1' needs lists, got none"):
         bootstrap.interval("hr@1", labels, p, who)
+
+
+def test_a_mean_draws_users_as_metrics_do():
+    labels, p, who, _ = answers()
+    hits = (p.argmax(axis=1) == labels).astype(float)
+    found = bootstrap.mean_interval(hits, who, samples=200, seed=3)
+    wanted = bootstrap.interval("accuracy", labels, p, who, samples=200, seed=3)
+    assert found.to_dict() == pytest.approx(wanted.to_dict(), abs=1e-12)
+    alone = bootstrap.mean_interval(hits, who, samples=0)
+    assert alone.value == hits.mean() and np.isnan([alone.low, alone.high]).all() and alone.undefined == 0
+    one = bootstrap.mean_interval(hits, ["one"] * len(hits), samples=30)
+    assert one.value == hits.mean() and np.isnan([one.low, one.high]).all() and one.undefined == 30
+    with pytest.raises(DataError, match="a mean needs values"):
+        bootstrap.mean_interval([], [])
+    with pytest.raises(DataError, match="a mean needs values"):
+        bootstrap.mean_interval([1.0, 2.0], ["a"])
+    with pytest.raises(ConfigError, match="samples >= 0"):
+        bootstrap.mean_interval([1.0], ["a"], samples=-1)

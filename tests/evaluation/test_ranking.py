@@ -8,6 +8,7 @@ from sklearn.metrics import ndcg_score
 
 from llmrec_peft.errors import DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
+from llmrec_peft.evaluation.ranking import one_relevant
 
 
 def candidates(seed=0, lists=30, grid=5):
@@ -79,3 +80,21 @@ def test_a_list_of_two_users_is_refused():
     p = np.full((2, 2), 0.5)
     with pytest.raises(DataError, match="a list belongs to one user, but 1 of 2 rows do not: row 1 is 7"):
         compute_metrics([0, 1], p, ["a", "b"], lists=[7, 7], names=["hr@1"])
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_one_relevant_item_is_known_by_its_place(k):
+    """For every place and tie, what the whole list gives."""
+    pairs = [(above, tied) for above in range(13) for tied in range(1, 6)]
+    scores, right, lists = [], [], []
+    for number, (above, tied) in enumerate(pairs):
+        scores += [0.9] * above + [0.5] * tied + [0.1] * 2
+        right += [0] * above + [1] + [0] * (tied - 1) + [0, 0]
+        lists += [number] * (above + tied + 2)
+    p, right, lists = np.column_stack([1 - np.array(scores), scores]), np.array(right), np.array(lists)
+    found = one_relevant(*np.array(pairs).T, k)
+    assert list(found) == [f"ndcg@{k}", f"hr@{k}", f"mrr@{k}"]
+    for number in range(len(pairs)):
+        own = lists == number
+        wanted = compute_metrics(right[own], p[own], lists=lists[own], names=list(found))
+        assert {name: value[number] for name, value in found.items()} == pytest.approx(wanted, abs=1e-12)

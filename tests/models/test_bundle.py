@@ -1,4 +1,4 @@
-"""Bundles: what is saved comes back, PEFT alone can read LoRA's, and nothing that does not fit is loaded."""
+"""Bundles: what is saved comes back, and nothing that does not fit is loaded."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
 from llmrec_peft.models import base as base_module
 from llmrec_peft.models import bundle as bundle_module
 from llmrec_peft.models import load_classifier
 from llmrec_peft.models.bundle import adapter_config, load_bundle, save_bundle
+from llmrec_peft.models.card import CARD
 from llmrec_peft.models.files import sha256
 from llmrec_peft.models.manifest import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_metadata
 
@@ -74,23 +74,6 @@ def test_saved_and_loaded_equals_in_memory_and_not_the_base(kind, method, make, 
     assert loaded.classifier.method == method and loaded.classifier.labels == ["dislike", "like"]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own call
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"dora": True}, {"rslora": True}, {"init": "pissa"}, {"init": "gaussian", "layers": [1]}],
-)
-def test_peft_alone_gives_the_same_answer(kind, options, tiny_base, make, shake, save, answer, prompt):
-    trained = shake(make(kind, r=4, **options))
-    directory = save(trained)
-    torch.manual_seed(99)
-    stock = AutoModelForSequenceClassification.from_pretrained(tiny_base(kind), num_labels=2, dtype=torch.float32)
-    model = PeftModel.from_pretrained(stock, directory).eval()
-    with torch.no_grad():
-        logits = model(input_ids=prompt["input_ids"], attention_mask=torch.ones_like(prompt["input_ids"])).logits
-    assert torch.allclose(logits, answer(trained, with_mask(prompt)), atol=2e-4)
-
-
 @pytest.mark.parametrize(
     "options",
     [{"init": "pissa"}, {"init": "pissa_niter_4"}, {"init": "olora", "rslora": True}, {"init": "pissa", "dora": True}],
@@ -127,7 +110,7 @@ def test_manifest_says_what_the_contract_says(make, save, domain):
     metrics = {"test": {"auc": np.float64(0.75), "gauc": float("nan"), "targets": np.int64(3)}}
     directory = save(make("llama"), calibration=calibration, counts={"train": 7}, metrics=metrics)
     manifest = read_manifest(directory)
-    assert sorted(path.name for path in directory.iterdir()) == sorted((CONFIG, MANIFEST, WEIGHTS))
+    assert sorted(path.name for path in directory.iterdir()) == sorted((CARD, CONFIG, MANIFEST, WEIGHTS))
     assert manifest["format_version"] == 1 and manifest["method"] == "lora"
     assert manifest["labels"] == ["dislike", "like"] and manifest["words"] == [" no\n", " yes\n"]
     assert manifest["domain"] == domain and manifest["stream"] == domain["stream"]
@@ -433,11 +416,10 @@ def test_tokenizer_object_is_the_bases_own(bundle):
 
 
 def test_bundle_in_a_hub_cache(bundle, tmp_path, answer, prompt, make, shake):
-    """A snapshot's files are links into the blobs beside it, and a model card comes with them."""
+    """A snapshot's files are links into the blobs beside it, and the Hub's own file comes with them."""
     blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
-    (bundle / "README.md").write_text("card")
     (bundle / ".gitattributes").write_text("*.safetensors filter=lfs")
     for number, path in enumerate(sorted(bundle.iterdir())):
         path.rename(blobs / str(number))

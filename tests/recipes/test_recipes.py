@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from llmrec_peft.config import CONFIGS, read_config
+from llmrec_peft.config import CONFIGS, TrainRecipeConfig, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.splits import split_log
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, compute_metrics
 from tests.conftest import ROOT
 
-METHODS = [name for name in CONFIGS if name != "evaluate"]
+METHODS = [name for name, kind in CONFIGS.items() if issubclass(kind, TrainRecipeConfig)]
 COLUMNS = ["split", "user_id", "item_id", "timestamp", "label", "p_skip", "p_click"]
 
 
@@ -47,8 +47,8 @@ def files_below(directory: Path) -> set[str]:
 def test_a_run_leaves_the_files_of_its_contract(method, trained):
     out = trained(method)
     files = files_below(out)
-    wanted = {"bundle/adapter_config.json", "bundle/adapter_model.safetensors", "bundle/behavior.json", "config.yaml",
-              "metrics.json", "predictions.parquet", "report.md"}  # fmt: skip
+    wanted = {"bundle/README.md", "bundle/adapter_config.json", "bundle/adapter_model.safetensors",
+              "bundle/behavior.json", "config.yaml", "metrics.json", "predictions.parquet", "report.md"}  # fmt: skip
     assert wanted <= files
     assert not [name for name in files if ".part" in name or ".tmp" in name]
     assert [name for name in files if name.startswith("logs/") and "tfevents" in name]

@@ -1,0 +1,1 @@
+"""Using what was trained: merging, scoring, many domains on one base, recommending."""

@@ -1,0 +1,239 @@
+"""One bundle in memory, ready to share a base with others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.errors import BundleError, ConfigError
+from llmrec_peft.evaluation.calibration import Calibration
+from llmrec_peft.inference.deltas import Bias, Bottleneck, Delta, LowRank, count_bytes, dora_ratio
+from llmrec_peft.models.base import head_name
+from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transformer_layers
+from llmrec_peft.models.bundle import check_bundle, plain_options
+from llmrec_peft.models.classifier import quantization_of
+from llmrec_peft.models.files import read_json
+from llmrec_peft.models.manifest import CONFIG, FILES, MANIFEST, WEIGHTS
+from llmrec_peft.models.options import AdapterOptions, HeadOptions, LoraOptions, ModelOptions, from_mapping
+from llmrec_peft.models.options import method_options as read_options
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One version of one bundle.
+
+    Attributes:
+        directory: where it was read.
+        version: digest of what was read; another digest is another version.
+        vocabulary: the domain's tokens.
+        head: float32 [labels, hidden].
+        deltas: from a module's path in the stock classifier to what changes its output, in order.
+        size: bytes of all its tensors.
+    """
+
+    directory: Path
+    version: str
+    vocabulary: Vocabulary
+    calibration: Calibration
+    head: torch.Tensor
+    deltas: Mapping[str, list[Delta]]
+    size: int
+
+    @property
+    def domain(self) -> Domain:
+        """The domain that it was trained on."""
+        return self.vocabulary.domain
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names in class order."""
+        return self.domain.labels
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a bundle is compared with: the base's stock classifier, its fingerprints and its precision."""
+
+    stock: nn.Module
+    tokenizer: Any
+    name: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    precision: dict[str, Any]
+
+
+def precision_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How a bundle's base was held while it was trained: the dtype, and the 4-bit storage if any."""
+    options = from_mapping(ModelOptions, manifest["model_options"], "model")
+    tuning = read_options(manifest["method"], manifest["method_options"])
+    quantization = quantization_of(tuning, options)
+    return {"dtype": options.dtype, "quantization": None if quantization is None else dataclasses.asdict(quantization)}
+
+
+def stamp(directory: Path) -> tuple[Any, ...]:
+    """What tells without reading them that a bundle's files are those that were read: place, size, time of change."""
+    found = [(directory / name).stat() for name in FILES]
+    return (str(directory.resolve()), *((part.st_ino, part.st_size, part.st_mtime_ns) for part in found))
+
+
+def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -> Member:
+    """Read a bundle for a base that is loaded already, with all the checks of `load_bundle`; the base is left alone.
+
+    `any_dtype` lets the base be in another number format than the bundle was trained with.
+
+    Raises:
+        BundleError: a damaged bundle, another base, tokenizer or precision, or a method that has weights of its own.
+    """
+    directory = Path(directory)
+    manifest, _ = check_bundle(directory)
+    try:
+        tuning = read_options(manifest["method"], manifest["method_options"])
+        precision = precision_of(manifest)
+    except (ConfigError, TypeError) as error:
+        raise BundleError(f"{directory / MANIFEST}: {error}") from None
+    _check_fits(directory, manifest, base, precision | ({"dtype": base.precision["dtype"]} if any_dtype else {}))
+    from safetensors.torch import load_file
+
+    state = load_file(directory / WEIGHTS)
+    if isinstance(tuning, LoraOptions):
+        state = {name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()}
+    head = state.pop(f"{head_name(base.stock)}.weight", None)
+    labels, width = len(manifest["labels"]), base.stock.config.get_text_config().hidden_size
+    if head is None or tuple(head.shape) != (labels, width):
+        raise BundleError(
+            f"{directory / WEIGHTS} must hold a head of shape {(labels, width)}, not "
+            f"{None if head is None else tuple(head.shape)}; restore the files that training wrote"
+        )
+    if isinstance(tuning, LoraOptions):
+        deltas = _low_rank(directory, state, tuning, base.stock)
+    elif isinstance(tuning, AdapterOptions):
+        deltas = _bottlenecks(directory, state, tuning, base.stock)
+    elif isinstance(tuning, HeadOptions):
+        deltas = {}
+        _refuse_rest(directory, state)
+    else:
+        raise BundleError(
+            f"bundle {directory} was trained by method {manifest['method']}, which has a base of its own and cannot "
+            "share one; merge it and serve the merged model"
+        )
+    domain = Domain.from_dict(manifest["domain"], source=str(directory / MANIFEST))
+    device = next(base.stock.parameters()).device
+    head = head.float().to(device)
+    return Member(
+        directory=directory,
+        version=manifest["files"][WEIGHTS],
+        vocabulary=Vocabulary(domain, base.tokenizer),
+        calibration=Calibration.from_dict(manifest["calibration"]),
+        head=head,
+        deltas=deltas,
+        size=count_bytes(deltas, head),
+    )
+
+
+def _check_fits(directory: Path, manifest: Mapping[str, Any], base: Base, precision: Mapping[str, Any]) -> None:
+    said = str(manifest["base"].get("fingerprint"))
+    if said != base.fingerprint:
+        raise BundleError(
+            f"bundle {directory} was trained on {manifest['base'].get('name')} with fingerprint {said[:16]}..., but "
+            f"base {base.name} has {base.fingerprint[:16]}...; serve it on the base that it was trained on"
+        )
+    said = str(manifest["tokenizer"].get("fingerprint"))
+    if said != base.tokenizer_fingerprint:
+        raise BundleError(
+            f"bundle {directory} was trained with a tokenizer of fingerprint {said[:16]}..., but that of base "
+            f"{base.name} has {base.tokenizer_fingerprint[:16]}...; use the base's own tokenizer files"
+        )
+    for key, value in precision.items():
+        if value != base.precision[key]:
+            raise BundleError(
+                f"bundle {directory} was trained on a base with {key} {value!r}, but this one has "
+                f"{base.precision[key]!r}; serve it on a base of its own"
+            )
+
+
+def _low_rank(
+    directory: Path, state: dict[str, torch.Tensor], tuning: LoraOptions, stock: nn.Module
+) -> dict[str, list[Delta]]:
+    """Deltas of a LoRA bundle, whose adapter_config.json must say what its manifest says."""
+    config = read_json(directory / CONFIG)
+    if (config.get("use_dora"), config.get("use_rslora")) != (tuning.dora, tuning.rslora):
+        raise BundleError(
+            f"{directory / CONFIG} has use_dora {config.get('use_dora')!r}, use_rslora {config.get('use_rslora')!r}, "
+            f"but {MANIFEST} has {tuning.dora!r} and {tuning.rslora!r}; restore the files that training wrote"
+        )
+    plain = plain_options(tuning)
+    rank, alpha = plain.r, plain.alpha
+    if config.get("r") != rank or abs(config.get("lora_alpha", 0) - alpha) > 1e-9 * alpha:
+        raise BundleError(
+            f"{directory / CONFIG} has r {config.get('r')!r} and lora_alpha {config.get('lora_alpha')!r}, but "
+            f"{MANIFEST} gives {rank} and {alpha}; restore the files that training wrote"
+        )
+    scale = alpha / (rank**0.5 if tuning.rslora else rank)
+    modules, device = dict(stock.named_modules()), next(stock.parameters()).device
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for path in sorted({name.rsplit(".lora_", 1)[0] for name in state if ".lora_" in name}):
+        a, b = (state.pop(f"{path}.lora_{part}.weight", None) for part in "AB")
+        if path not in modules or a is None or b is None or a.shape[0] != rank or tuple(b.shape)[1:] != (rank,):
+            shapes = [None if part is None else tuple(part.shape) for part in (a, b)]
+            raise BundleError(
+                f"{directory / WEIGHTS} has for {path!r} the low-rank factors {shapes}, and rank {rank} of a module of "
+                "the base belongs there; restore the files that training wrote"
+            )
+        factors[path] = (a.float().to(device), b.float().to(device))
+    deltas: dict[str, list[Delta]] = {}
+    for path, (a, b) in factors.items():
+        ratio, bias = None, getattr(modules[path], "bias", None)
+        if tuning.dora:
+            magnitude = state.pop(f"{path}.lora_magnitude_vector").float().to(device)
+            ratio = dora_ratio(modules[path], a, b, scale, magnitude)
+        deltas[path] = [LowRank(a, b, scale, ratio, None if bias is None else bias.detach().float())]
+    for name in [name for name in state if name.endswith(".bias")]:
+        path = name.removesuffix(".bias").removesuffix(".base_layer")
+        own = getattr(modules.get(path), "bias", None)
+        value = state.pop(name)
+        if own is None or own.shape != value.shape:
+            raise BundleError(f"{directory / WEIGHTS} has {name!r}, which the base lacks; restore the file")
+        deltas.setdefault(path, []).append(Bias(value.float().to(device) - own.detach().float()))
+    _refuse_rest(directory, state)
+    return deltas
+
+
+def _bottlenecks(
+    directory: Path, state: dict[str, torch.Tensor], tuning: AdapterOptions, stock: nn.Module
+) -> dict[str, list[Delta]]:
+    """Deltas of a bottleneck bundle."""
+    width, device = stock.config.get_text_config().hidden_size, next(stock.parameters()).device
+    find_layout(transformer_layers(stock)[0])
+    modules, deltas = dict(stock.named_modules()), {}
+    for path in sorted({name.split(".adapter.")[0] for name in state if ".adapter." in name}):
+        adapter = BottleneckAdapter(width, tuning)
+        own = {name: state.pop(f"{path}.adapter.{name}", None) for name in adapter.state_dict()}
+        wrong = {name for name, value in adapter.state_dict().items()
+                 if own[name] is None or own[name].shape != value.shape}  # fmt: skip
+        if wrong or path not in modules:
+            raise BundleError(
+                f"{directory / WEIGHTS} has no adapter of width {width} and size {tuning.size} for {path!r}; restore "
+                "the files that training wrote"
+            )
+        adapter.load_state_dict(own)
+        deltas[path] = [Bottleneck(adapter.to(device), tuning.placement == "parallel")]
+    _refuse_rest(directory, state)
+    return deltas
+
+
+def _refuse_rest(directory: Path, state: Mapping[str, torch.Tensor]) -> None:
+    if state:
+        raise BundleError(
+            f"{directory / WEIGHTS} has an unknown tensor {min(state)!r} ({len(state)} in all); train again or copy it "
+            "again"
+        )

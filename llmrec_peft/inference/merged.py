@@ -1,0 +1,391 @@
+"""Merged models: a stock sequence classifier in a directory, and the behavior.json that says where it comes from.
+
+Transformers alone loads such a directory with `AutoModelForSequenceClassification`. Its `behavior.json` differs from a
+bundle's: `kind` is "merged", it has the fingerprint of all weights, the head's among them, and it seals itself, so that
+an edit of the domain or of the calibration shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from llmrec_peft.errors import BundleError, ModelError
+from llmrec_peft.models.base import load_model, load_tokenizer
+from llmrec_peft.models.bundle import Bundle, load_bundle
+from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights, write_json
+from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.head import outcomes_of
+from llmrec_peft.models.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MERGED,
+    check_calibration,
+    check_domain,
+    digest,
+    is_merged,
+    read_manifest,
+)
+from llmrec_peft.models.options import ModelOptions
+from llmrec_peft.models.tensors import fingerprint, read_headers
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "merged_from": list,
+    "combination": (dict, type(None)),
+    "base": dict,
+    "dtype": str,
+    "weights": dict,
+    "tokenizer": dict,
+    "domain": dict,
+    "labels": list,
+    "words": list,
+    "stream": dict,
+    "calibration": (dict, type(None)),
+    "counts": dict,
+    "metrics": dict,
+    "measured": dict,
+    "versions": dict,
+    "files": dict,
+    "seal": str,
+}
+_RESTORE = "restore the file that merging wrote, or merge again"
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def load_answering(
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+) -> Bundle:
+    """A bundle or a merged model, whichever lies there, ready to answer; arguments as `load_bundle` takes them.
+
+    Raises BundleError if it is damaged, does not match its base, or if `base` is given for a merged model.
+    """
+    options = {"dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
+    if not is_merged(directory):
+        return load_bundle(directory, base=base, **options)
+    if base is not None:
+        raise BundleError(
+            f"{directory} is a merged model, which holds its base's weights already; leave base {base!r} out"
+        )
+    return load_merged(directory, **options)
+
+
+def read_answering(directory: str | Path) -> dict[str, Any]:
+    """behavior.json of a bundle or of a merged model. Raises BundleError where there is none, or an unsound one."""
+    if not (Path(directory) / MANIFEST).is_file():
+        raise BundleError(
+            f"bundle {directory} has no {MANIFEST}; name the directory `bundle` that a training run left, or a merged "
+            "model"
+        )
+    return read_merged(directory) if is_merged(directory) else read_manifest(directory)
+
+
+def read_merged(directory: str | Path) -> dict[str, Any]:
+    """behavior.json of a merged model, its parts' types and its seal checked; no weight is read.
+
+    Raises BundleError for what is no merged model, another format version, and anything missing or edited.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{directory} has no {MANIFEST}; name the directory that merging wrote")
+    manifest = read_json(path)
+    if manifest.get("kind") != MERGED:
+        raise BundleError(f"{directory} is no merged model (kind {manifest.get('kind')!r}); load it as a bundle")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format_version {manifest.get('format_version')!r}, and this version reads {FORMAT_VERSION}; "
+            "use the package version that wrote it, or merge again"
+        )
+    for key, kind in _TYPES.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise BundleError(f"{path} has no valid entry {key!r}; {_RESTORE}")
+    check_domain(manifest["domain"], str(path))
+    outcomes = outcomes_of(manifest["domain"])
+    if manifest["labels"] != list(outcomes) or manifest["words"] != list(outcomes.values()):
+        raise BundleError(
+            f"{path} has the labels {manifest['labels']} with the words {manifest['words']}, but its domain has "
+            f"{outcomes}; {_RESTORE}"
+        )
+    check_calibration(manifest["calibration"], len(outcomes), str(path))
+    found = _seal(manifest)
+    if found != manifest["seal"]:
+        raise BundleError(
+            f"{path} has the SHA-256 {found[:16]}..., but says {manifest['seal'][:16]}..., so it was edited; {_RESTORE}"
+        )
+    return manifest
+
+
+def check_merged(directory: str | Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], list[Path], Any]:
+    """Check a merged model's files against each other; returns its manifest, its weights' files and its tokenizer.
+
+    No model is made. Raises BundleError as `load_merged` does.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise BundleError(f"{directory} is not a directory; name the one that merging wrote")
+    check_links(directory, "merged model")
+    manifest = read_merged(directory)
+    return manifest, _check_files(directory, manifest), _tokenizer(directory, manifest, trust_remote_code)
+
+
+def load_merged(
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+) -> Bundle:
+    """Read a merged model, checking all that its behavior.json says; its classifier's method is "merged".
+
+    Args:
+        dtype: number format of the weights; the one that they were saved in if None. The head is float32.
+        attn: attention kernel; sdpa if None.
+        trust_remote_code: allow code that came with the base to run.
+
+    Raises BundleError naming both values of any mismatch.
+    """
+    directory = Path(directory)
+    manifest, _, tokenizer = check_merged(directory, trust_remote_code)
+    options = ModelOptions(
+        base=str(directory), dtype=dtype or manifest["dtype"], attn=attn or "sdpa", trust_remote_code=trust_remote_code
+    )
+    labels = manifest["labels"]
+    try:
+        model = load_model(
+            str(directory), len(labels), id2label=dict(enumerate(labels)), dtype=options.dtype,
+            attn_implementation=options.attn, trust_remote_code=trust_remote_code, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    except ModelError as error:
+        raise BundleError(f"merged model {directory} cannot be loaded: {error}") from error
+    if not model.trained_head:
+        raise BundleError(f"merged model {directory} has no head for the labels {labels}; {_RESTORE}")
+    classifier = BehaviorClassifier(model.requires_grad_(False), MERGED, labels)
+    classifier.tokenizer, classifier.base, classifier.model_options = tokenizer, str(directory), options
+    return Bundle(classifier.eval(), tokenizer, manifest["domain"], manifest, manifest["calibration"])
+
+
+def _check_files(directory: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Compare the files with the manifest, the weights by their fingerprint; returns the files of the weights."""
+    shards = _shards(directory)
+    strange = stray_weights(directory, [path.name for path in shards])
+    if strange:
+        raise BundleError(f"merged model {directory} holds {strange[0]!r} beside its own weights; remove it")
+    for name, said in manifest["files"].items():
+        found = sha256(directory / name) if (directory / name).is_file() else "none"
+        if found != said:
+            raise BundleError(
+                f"{directory / name} has the SHA-256 {found[:16]}..., but {MANIFEST} says {str(said)[:16]}...; "
+                f"{_RESTORE}"
+            )
+    try:
+        found = fingerprint(read_headers(shards))
+    except ValueError as error:
+        raise BundleError(f"merged model {directory}: {error}; copy it again or merge again") from None
+    said = manifest["weights"].get("fingerprint")
+    if found != said:
+        raise BundleError(
+            f"the weights of {directory} have the fingerprint {_short(found)}, but {MANIFEST} says {_short(said)}; "
+            "copy them again or merge again"
+        )
+    return shards
+
+
+def _shards(directory: Path) -> list[Path]:
+    """Safetensors files of a merged model, by its index if it has one."""
+    if not (directory / INDEX).is_file():
+        shards = [directory / WEIGHTS]
+    else:
+        names = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) and "/" not in name for name in names.values()):
+            raise BundleError(f"{directory / INDEX} has no map from tensors to files beside it; {_RESTORE}")
+        shards = [directory / name for name in sorted(set(names.values()))]
+    for path in shards:
+        if not path.is_file():
+            raise BundleError(
+                f"merged model {directory} has no {path.name}; copy the whole directory that merging wrote"
+            )
+    return shards
+
+
+def _tokenizer(directory: Path, manifest: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    try:
+        tokenizer = load_tokenizer(str(directory), trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise BundleError(f"merged model {directory} has no tokenizer that loads: {error}") from error
+    found, said = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
+    if found != said:
+        raise BundleError(
+            f"merged model {directory} was trained with a tokenizer of fingerprint {_short(said)}, but its files have "
+            f"{_short(found)}; {_RESTORE}"
+        )
+    return tokenizer
+
+
+def _short(value: Any) -> str:
+    return f"{str(value).removeprefix('sampled-')[:16]}..."
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all of a manifest but the seal itself; the labels keep their order by `labels`."""
+    return digest({key: value for key, value in manifest.items() if key != "seal"})
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def check_output(directory: str | Path, *sources: str | Path) -> Path:
+    """Where a merged model may be written: a new or empty directory, or one that holds a merged model.
+
+    Raises BundleError for anything else, and for a directory that the merge itself reads from.
+    """
+    directory = Path(directory)
+    directory = directory.resolve() if directory.is_symlink() else directory
+    for source in sources:
+        if directory.exists() and Path(source).exists() and directory.samefile(source):
+            raise BundleError(f"{directory} is what is merged; choose another directory for the result")
+    if directory.exists() and not directory.is_dir():
+        raise BundleError(f"{directory} is a file; choose another directory for the merged model")
+    if directory.exists() and any(directory.iterdir()) and not is_merged(directory):
+        raise BundleError(
+            f"{directory} exists and holds no merged model, so it is not replaced; choose another directory"
+        )
+    return directory
+
+
+@contextmanager
+def scratch_beside(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory` that is gone when the block ends; what a killed process left goes too.
+
+    A process holds a lock on its scratch directory, and the system lets go of it however the process ends.
+    Raises BundleError where the disk is full or cannot be written.
+    """
+    with writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{directory.name}-merging-"
+        for old in directory.parent.glob(f"{prefix}*"):
+            _remove_if_left(old)
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+    with _locked(scratch):
+        try:
+            scratch.chmod(0o755)
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Hold a lock on a directory; gives False where another process holds it, or the file system has no locks."""
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def _remove_if_left(scratch: Path) -> None:
+    """Remove a scratch directory whose process has ended."""
+    with contextlib.suppress(FileNotFoundError), _locked(scratch) as left:
+        if left:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn what writing raises, by this and other libraries, into one line."""
+    try:
+        yield
+    except (BundleError, ModelError):
+        raise
+    except Exception as error:
+        # The tokenizers library raises a plain Exception for a full disk.
+        if not isinstance(error, OSError | SafetensorError) and not re.search(r"\(os error \d+\)", str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise BundleError(
+            f"merged model {directory} cannot be written ({reason}); make room or choose another directory"
+        ) from error
+
+
+def save_merged(
+    scratch: Path, model: nn.Module, tokenizer: Any, content: Mapping[str, Any], *, max_shard_size: str | int
+) -> dict[str, Any]:
+    """Write a stock classifier with its tokenizer and behavior.json into a scratch directory; returns the manifest.
+
+    Args:
+        content: the manifest's entries but those that follow from the files.
+        max_shard_size: bytes of one weights file at most, as "2GB".
+    """
+    model.save_pretrained(scratch, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(scratch)
+    shards = _shards(scratch)
+    for path in shards:
+        path.chmod(0o644)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": MERGED,
+        **content,
+        "weights": {"fingerprint": fingerprint(read_headers(shards))},
+        "files": {CONFIG: sha256(scratch / CONFIG)},
+    }
+    return write_manifest(scratch, manifest)
+
+
+def write_manifest(scratch: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Seal a manifest and write it; returns it as it will be read."""
+    write_json(scratch / MANIFEST, {**manifest, "seal": _seal(manifest)})
+    return json.loads((scratch / MANIFEST).read_text("utf-8"))
+
+
+def publish(scratch: Path, directory: Path) -> None:
+    """Force a finished scratch directory to disk and move it into place; it is there whole, or not at all."""
+    for path in (*scratch.iterdir(), scratch):
+        _sync(path)
+    move_into_place(scratch, directory)
+    _sync(directory.parent)
+    for old in directory.parent.glob(f".{directory.name}-old-*"):  # where an earlier move was broken off
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Raise BundleError where the disk has not `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise BundleError(
+            f"merged model of {needed / 1e9:.2f} GB does not fit on the disk of {directory}, which has "
+            f"{free / 1e9:.2f} GB free; make room or choose another directory"
+        )

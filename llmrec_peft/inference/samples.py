@@ -1,0 +1,90 @@
+"""Streams of made-up events by a domain's own templates, where two states of a model are compared without a log."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.layout import Stream, StreamBuilder
+from llmrec_peft.data.tokens import Vocabulary
+
+WINDOWS, EVENTS, PROBES = 6, 6, 3
+"""Streams, events on the trunk of each, and probes that hang off its end."""
+TOKENS = 384
+"""Tokens of a stream, at most, where the domain allows more."""
+_SYLLABLES = ("ba", "kel", "no", "ri", "sto", "um", "va", "zin", "tor", "mi", "lue", "par", "sh", "ond", "ex", "qua")
+
+
+class SampleStreams:
+    """A few streams with history, several answers each and probes, always the same for a domain and a tokenizer.
+
+    Answers are read after each trunk event, each of which sees all before it, and in the probes. Labels are made up,
+    so no metric of them means anything. `independent` gives each answer a row of its own, as encoders need it.
+    """
+
+    def __init__(self, domain: Domain, tokenizer: Any, *, independent: bool = False, seed: int = 0) -> None:
+        self._domain, self._vocabulary = domain, Vocabulary(domain, tokenizer)
+        self._rng = np.random.default_rng(seed)
+        self._streams: list[Stream] = []
+        for _ in range(WINDOWS):
+            self._streams.append(self._stream(sum(len(stream.markers) for stream in self._streams)))
+        if independent:
+            suffix = self._vocabulary.suffix
+            self._streams = [
+                stream.independent(number, suffix) for stream in self._streams for number in range(len(stream.markers))
+            ]
+        self.lengths = np.array([len(stream) for stream in self._streams])
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __getitem__(self, number: int) -> Stream:
+        return self._streams[number]
+
+    def _stream(self, first: int) -> Stream:
+        """One stream whose targets are numbered from `first`; the first event is laid down however long it is."""
+        vocabulary, rng = self._vocabulary, self._rng
+        room = min(TOKENS, self._domain.stream.max_length) - len(vocabulary.suffix)
+        build = StreamBuilder([vocabulary.prefix, self._header()])
+        markers, labels = [], []
+        for place in range(EVENTS + PROBES):
+            event, label = self._event(), int(rng.integers(len(vocabulary.outcomes)))
+            longest = len(vocabulary.marker) + max(map(len, vocabulary.outcomes))
+            if markers and build.length + len(event) + longest > room:
+                break
+            if place < EVENTS:
+                markers.append(build.trunk(event, vocabulary.marker))
+                build.trunk(vocabulary.outcomes[label])
+            else:
+                markers.append(build.probe(event, vocabulary.marker))
+            labels.append(label)
+        ids, positions, branch = build.arrays()
+        count = len(markers)
+        numbers = np.arange(first, first + count)
+        return Stream(ids, positions, branch, np.array(markers), np.array(labels), numbers, numbers)
+
+    def _header(self) -> np.ndarray:
+        return self._vocabulary.tokens(self._vocabulary.headers(self._columns(self._domain.header), 1).to_pylist())[0]
+
+    def _event(self) -> np.ndarray:
+        return self._vocabulary.tokens(self._vocabulary.events(self._columns(self._domain.event)).to_pylist())[0]
+
+    def _columns(self, template: str) -> dict[str, pa.Array]:
+        """A made-up value for each column that a template names: a text, or a number where its format wants one."""
+        fields = {name: spec or "" for _, name, spec, _ in string.Formatter().parse(template) if name is not None}
+        return {name: pa.array([self._value(spec)]) for name, spec in fields.items()}
+
+    def _value(self, spec: str) -> str | float | int:
+        rng = self._rng
+        words = ["".join(rng.choice(_SYLLABLES, rng.integers(1, 4))) for _ in range(rng.integers(1, 4))]
+        for value in (" ".join(words), round(float(rng.uniform(1, 200)), 2), int(rng.integers(1, 200))):
+            try:
+                format(value, spec)
+            except ValueError:
+                continue
+            return value
+        return ""  # a format that none of these takes is refused by the template's own check

@@ -1,0 +1,216 @@
+"""The users of a batch job: who they are, and what is asked for each."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..data.domain import Domain
+from ..data.log import BehaviorLog
+from ..data.sources.tabular import SUFFIXES, read_tables, suffix_of
+from ..data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, listed
+from ..errors import ConfigError, DataError
+from ..inference.prompts import Event
+
+HASHED_AT_ONCE = 65_536  # rows
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a recommender is told of one user: the history, the header's columns, and the candidates' columns."""
+
+    history: list[tuple[Event, str]]
+    user: dict[str, Any]
+    context: dict[str, Any]
+
+
+class Users:
+    """Users in the order of the input.
+
+    The history of a user is what the log has of the user before `until`, in time order, without the rows that the
+    domain's label rule leaves out. The header's columns come from the input, or else from the user's first row of the
+    log, as in training.
+
+    Attributes:
+        name: what messages call the input.
+        ids: Arrow large strings [n].
+        refused: why a row (from 0) cannot be answered, for rows without an id and for repeats.
+    """
+
+    def __init__(
+        self,
+        log: BehaviorLog,
+        domain: Domain,
+        path: str | None = None,
+        *,
+        until: float | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Read the input and look its users up.
+
+        Args:
+            log: histories and items.
+            domain: words and labels.
+            path: file of users (parquet, csv, jsonl), or None for all users of the log.
+            until: seconds since 1970; rows from this moment on are no history.
+            context: columns of the moment that the event's template names and items lack, for all users.
+
+        Raises:
+            DataError: no such file, no column user_id, no row, or a column that nothing has.
+            ConfigError: columns of the moment that are not given, or are not needed.
+        """
+        self._log, self._domain, self._until = log, domain, until
+        self._classes = domain.classes(log)
+        self._item_ids: list[str] = log.items.column("item_id").to_pylist()
+        self._moment = [name for name in domain.event_columns if name not in log.items.column_names]
+        self.name = f"log {log.name}" if path is None else Path(path).name
+        table = pa.table({"user_id": log.user_ids}) if path is None else read_ids(path, "users", "user_id")
+        if "history" in table.column_names:
+            raise DataError(
+                f"users {path} has a column 'history', but histories come from the log; add their rows to the log at "
+                "data.path, or drop the column"
+            )
+        self.ids: pa.Array = pa.concat_arrays(table.column("user_id").chunks)
+        needed = (*domain.header_columns, *self._moment)
+        self._columns = table.select([name for name in dict.fromkeys(needed) if name in table.column_names])
+        self._context = dict(context or {})
+        self._check_columns()
+        self._codes = pc.fill_null(pc.index_in(self.ids, value_set=log.user_ids), -1).to_numpy(zero_copy_only=False)
+        self.refused = _refused(self.ids)
+
+    def _check_columns(self) -> None:
+        given, known = set(self._columns.column_names), self._log.interactions.column_names
+        domain, name = self._domain.name, self._log.name
+        for column in self._domain.header_columns:
+            if column not in given and column not in known:
+                raise DataError(
+                    f"the header of domain {domain!r} names {column!r}, which neither users ({self.name}) nor the "
+                    f"interactions of log {name!r} have; add the column to users"
+                )
+        extra = sorted(set(self._context) - set(self._moment))
+        if extra:
+            raise ConfigError(
+                f"context has {extra[0]!r}, but the event of domain {domain!r} takes from it only "
+                f"{listed(self._moment)}; leave it out"
+            )
+        missing = [column for column in self._moment if column not in given and column not in self._context]
+        if missing:
+            raise ConfigError(
+                f"the event of domain {domain!r} names {listed(missing)}, which the items of log {name!r} lack; give "
+                f"--context '{{{missing[0]}: ...}}' for the moment of the recommendation, or a column in users"
+            )
+        for column in self._moment:
+            if column not in known:
+                raise DataError(
+                    f"the event of domain {domain!r} names {column!r}, which neither the items nor the interactions of "
+                    f"log {name!r} have, so no history can be written; add the column to the log"
+                )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def known(self) -> int:
+        """How many of them the log knows."""
+        return int((self._codes >= 0).sum())
+
+    def request(self, row: int) -> Request:
+        """What is asked for the user of one row.
+
+        Raises:
+            DataError: a row without an id, a repeat, or a header's column that nothing says of this user.
+        """
+        if row in self.refused:
+            raise DataError(self.refused[row])
+        code, given = int(self._codes[row]), self._columns.slice(row, 1).to_pylist()[0]
+        user = {name: given[name] if name in given else self._said(name, code) for name in self._domain.header_columns}
+        context = self._context | {name: given[name] for name in self._moment if name in given}
+        return Request(self._history(code) if code >= 0 else [], user, context)
+
+    def _said(self, name: str, code: int) -> Any:
+        if code < 0:
+            raise DataError(
+                f"the header names {name!r}, which the log cannot say of a user it does not know; add a column "
+                f"{name!r} to users"
+            )
+        return self._log.column(name)[int(self._log.user_offsets[code])].as_py()
+
+    def _history(self, code: int) -> list[tuple[Event, str]]:
+        rows = np.arange(self._log.user_offsets[code], self._log.user_offsets[code + 1])
+        rows = rows[self._classes[rows] >= 0]
+        if self._until is not None:
+            rows = rows[self._log.timestamps[rows] < self._until]
+        events: list[Event] = [self._item_ids[code] for code in self._log.item_codes[rows]]
+        if self._moment:
+            columns = [self._log.column(name).take(pa.array(rows)).to_pylist() for name in self._moment]
+            events = [
+                {"item_id": item, **dict(zip(self._moment, values, strict=True))}
+                for item, *values in zip(events, *columns, strict=True)
+            ]
+        labels = self._domain.labels
+        return [(event, labels[number]) for event, number in zip(events, self._classes[rows], strict=True)]
+
+    # -- what the answers depend on ------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """Hash of who is asked for, and of the columns that the input has of them."""
+        return table_fingerprint(self._columns.append_column("user_id", self.ids))
+
+    def log_fingerprint(self) -> str:
+        """Hash of the items' texts and of all histories."""
+        log, digest = self._log, hashlib.sha256()
+        columns = [name for name in self._domain.event_columns if name in log.items.column_names]
+        digest.update(table_fingerprint(log.items.select(list(dict.fromkeys(["item_id", *columns])))).encode())
+        digest.update(table_fingerprint(pa.table({"user_id": log.user_ids})).encode())
+        for array in (log.user_offsets, log.item_codes, log.timestamps, self._classes):
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        named = [
+            name for name in (*self._domain.header_columns, *self._moment) if name in log.interactions.column_names
+        ]
+        digest.update(table_fingerprint(log.interactions.select(list(dict.fromkeys(named)))).encode())
+        return digest.hexdigest()
+
+
+def read_ids(path: str, what: str, column: str) -> pa.Table:
+    """A file whose `column` holds ids, as text; `what` is the setting that names the file.
+
+    Raises:
+        DataError: no such file, no such column, or no row.
+    """
+    place = Path(path)
+    if not place.is_file() or suffix_of(place) is None:
+        raise DataError(f"{what} must be an existing file ({listed(list(SUFFIXES))}), not {path!r}; give one")
+    table = read_tables([place])
+    check_columns(table, (column,), f"{what} {path}")
+    if not table.num_rows:
+        raise DataError(f"{what} {path} has no rows; give at least one {column}")
+    values = table.column(column)
+    ids = values.cast(ID_TYPE) if pa.types.is_null(values.type) else as_ids(values, f"{column} in {what} {path}")
+    return table.set_column(table.column_names.index(column), column, ids)
+
+
+def table_fingerprint(table: pa.Table) -> str:
+    """Hash of a table's values, whatever their types, files or chunks."""
+    digest = hashlib.sha256(repr(table.column_names).encode())
+    for name in table.column_names:
+        for start in range(0, table.num_rows, HASHED_AT_ONCE):
+            values = table.column(name).slice(start, HASHED_AT_ONCE).to_pylist()
+            digest.update(repr(values).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _refused(ids: pa.Array) -> dict[int, str]:
+    codes = pc.index_in(ids, value_set=pc.unique(ids)).to_numpy(zero_copy_only=False)
+    _, first = np.unique(codes, return_index=True)
+    repeats = np.setdiff1d(np.arange(len(ids)), first)
+    found = {
+        int(row): f"user_id stands in row {first[codes[row]]} already; keep one row a user" for row in repeats.tolist()
+    }
+    for row in np.flatnonzero(bool_numpy(is_blank(ids))).tolist():
+        found[row] = "user_id is null or empty; give an id, or drop the row"
+    return found
