@@ -26,6 +26,7 @@ from llmrec_peft.inference.fold import fold
 from llmrec_peft.inference.merged import (
     check_output,
     check_room,
+    describe,
     load_merged,
     publish,
     save_merged,
@@ -164,11 +165,13 @@ def write_merge(
         model = fold(adapted.classifier, getattr(torch, dtype))
         size = sum(value.numel() * value.element_size() for value in model.parameters())
         check_room(scratch, size)
-        content = {**content, "dtype": dtype, "measured": {}, "versions": installed(*_PACKAGES)}
         with writing(out):
-            manifest = save_merged(scratch, model, adapted.tokenizer, content, max_shard_size=settings.max_shard_size)
+            save_merged(scratch, model, adapted.tokenizer, max_shard_size=settings.max_shard_size)
         del adapted, model
         gc.collect()  # models refer to themselves
+        content = {**content, "dtype": dtype, "measured": {}, "versions": installed(*_PACKAGES)}
+        with writing(out):
+            manifest = describe(scratch, content)
         merged = load_merged(scratch, trust_remote_code=settings.trust_remote_code)
         measured = _compared(before, _answers(merged, streams, settings), labelled)
         del merged

@@ -333,28 +333,24 @@ def writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def save_merged(
-    scratch: Path, model: nn.Module, tokenizer: Any, content: Mapping[str, Any], *, max_shard_size: str | int
-) -> dict[str, Any]:
-    """Write a stock classifier with its tokenizer and behavior.json into a scratch directory; returns the manifest.
-
-    Args:
-        content: the manifest's entries but those that follow from the files.
-        max_shard_size: bytes of one weights file at most, as "2GB".
-    """
+def save_merged(scratch: Path, model: nn.Module, tokenizer: Any, *, max_shard_size: str | int) -> None:
+    """Write a stock classifier and its tokenizer into a scratch directory, in weights files of `max_shard_size`."""
     model.save_pretrained(scratch, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(scratch)
-    shards = _shards(scratch)
-    for path in shards:
+    for path in _shards(scratch):
         path.chmod(0o644)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "kind": MERGED,
-        **content,
-        "weights": {"fingerprint": fingerprint(read_headers(shards))},
+
+
+def describe(scratch: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write behavior.json of what `save_merged` wrote; returns it.
+
+    content: the entries but those that follow from the files.
+    """
+    written = {
+        "weights": {"fingerprint": fingerprint(read_headers(_shards(scratch)))},
         "files": {CONFIG: sha256(scratch / CONFIG)},
     }
-    return write_manifest(scratch, manifest)
+    return write_manifest(scratch, {"format_version": FORMAT_VERSION, "kind": MERGED, **content, **written})
 
 
 def write_manifest(scratch: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

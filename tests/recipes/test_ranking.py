@@ -233,7 +233,7 @@ def lists_of(rows: list[tuple], items: int = 6, exclude=None, name: str = "test"
 
 
 TRAINING = [("t", item, time, 5.0) for time, item in enumerate([0, 0, 0, 0, 0, 1, 2, 1, 0, 3, 1, 0, 0, 0])]
-VALID = [("v", 0, 20 + n, 5.0) for n in range(3)]
+VALID = [("v", 4, 20 + n, 5.0) for n in range(3)]
 
 
 def shown(lists: Lists) -> dict[tuple, list[int]]:
