@@ -122,4 +122,14 @@ def test_results_in_the_readme_are_those_of_the_files():
         assert " | ".join(cells) in text, system
     speed = json.loads((ROOT / "benchmarks" / "results" / "train_speed.json").read_text(encoding="utf-8"))
     ratio = speed["summary"]["ratio"]
-    assert f"{ratio['median']:.1f} times ({ratio['min']:.1f} to {ratio['max']:.1f})" in " ".join(text.split())
+    flat = " ".join(text.split())
+    assert f"{ratio['median']:.1f} times ({ratio['min']:.1f} to {ratio['max']:.1f})" in flat
+    bank = json.loads((ROOT / "benchmarks" / "results" / "bank.json").read_text(encoding="utf-8"))
+    share, swaps, many = bank["throughput_of_merged"], bank["swaps_ms"], bank["many"]
+    assert f"{share['median']:.2f} of its throughput ({share['min']:.2f} to {share['max']:.2f})" in flat
+    assert f"{swaps['in_memory']['median']:.2f} ms" in flat and f"{swaps['on_disk']['median']:.0f} ms" in flat
+    assert f"{many['domains']} domains took {many['mb_per_domain']:.0f} MB each" in flat
+    score = json.loads((ROOT / "benchmarks" / "results" / "score_speed.json").read_text(encoding="utf-8"))
+    for ratio in score["ratio"].values():
+        assert f"{ratio['median']:.1f} times ({ratio['min']:.1f} to {ratio['max']:.1f})" in flat
+    assert f"a history of {score['settings']['history_tokens']} tokens" in flat

@@ -21,10 +21,11 @@ from llmrec_peft.inference.kept import Kept, KeptTrunks
 from llmrec_peft.inference.member import Member
 from llmrec_peft.models.classifier import BehaviorClassifier
 
-ROW_TOKENS = 1200
-"""Tokens of one row, at most: its new trunk tokens and as many probes as fit; the rest follow in rows of their own."""
-CHUNK_TOKENS = 512
-"""Tokens of a row of probes alone, at most: attention among its probes is computed and masked, so rows are short."""
+ROW_TOKENS = 512
+"""Tokens of one row: its new trunk tokens and as many probes as fit, at least CHUNK_TOKENS of them; the rest follow in
+rows of their own. Attention among probes of a row is computed and masked, so short rows cost less a token."""
+CHUNK_TOKENS = 256
+"""Tokens of a row of probes alone, at most."""
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Engine:
     def _first_row(self, task: Task, batch_tokens: int) -> _Row:
         past = None if self.kept is None else self.kept.find(task.member, task.trunk)
         new = sum(map(len, task.trunk)) - (0 if past is None else past.length)
-        last = self._fitting(task, 0, min(ROW_TOKENS, batch_tokens) - new)
+        last = self._fitting(task, 0, min(max(ROW_TOKENS - new, CHUNK_TOKENS), batch_tokens - new))
         return _Row(task, past, 0, last, keep=last < len(task.probes) or self.kept is not None)
 
     @staticmethod
