@@ -45,7 +45,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
-def command(script: str, arguments: Sequence[str], paths: Iterable[str] = ("--data", "--base", "--output")) -> str:
+def command(
+    script: str, arguments: Sequence[str], paths: Iterable[str] = ("--data", "--base", "--bundle", "--output")
+) -> str:
     """The command as it was given, with paths cut to their last name."""
     words = [Path(word).name if before in paths else word for before, word in zip(["", *arguments], arguments)]  # noqa: B905
     return " ".join(["python", f"benchmarks/{Path(script).name}", *words])

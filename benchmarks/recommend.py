@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import yaml
 from accelerate import PartialState
 from measuring import header, quiet, write_result
 
@@ -100,6 +101,7 @@ def measure(options: argparse.Namespace) -> dict:
         "domain": domain.name,
         "trained": {key: manifest["counts"].get(key) for key in ("train", "valid", "test")},
         "method": manifest.get("method", "merged"),
+        "training": training_of(Path(options.bundle).parent / "config.yaml"),
         "settings": {"targets": len(lists), "users": len(np.unique(lists.users)), "candidates": options.candidates,
                      "new_items": int((~known).sum())},
         "systems": {name: intervals(everything, lambda metric, v=v: v[metric]) for name, v in values.items()},
@@ -111,6 +113,14 @@ def measure(options: argparse.Namespace) -> dict:
         "new_items": {name: intervals(~known, lambda metric, v=v: v[metric]) for name, v in values.items()}
         if (~known).sum() >= 10 else None,
     }  # fmt: skip
+
+
+def training_of(config: Path) -> dict | None:
+    """How much the bundle was trained, from the configuration that its run left beside it."""
+    if not config.is_file():
+        return None
+    train = yaml.safe_load(config.read_text("utf-8"))["train"]
+    return {key: train[key] for key in ("max_steps", "epochs", "batch_size", "learning_rate")}
 
 
 def show(found: dict) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .inference.merge import merge_bundle
     from .inference.scorer import Scorer
     from .models.classifier import load_classifier
+    from .pipeline.distill import distill
     from .training.trainer import BehaviorTrainer
 
 # bitsandbytes reports a missing optional kernel whenever PEFT imports it, in runs that hold nothing in 4 bits too.
@@ -32,6 +33,7 @@ _PLACES = {
     "Scorer": "inference.scorer",
     "StreamError": "errors",
     "build_streams": "data.streams",
+    "distill": "pipeline.distill",
     "load_classifier": "models.classifier",
     "merge_bundle": "inference.merge",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "Scorer",
     "StreamError",
     "build_streams",
+    "distill",
     "load_classifier",
     "merge_bundle",
 ]
@@ -59,7 +62,15 @@ def __getattr__(name: str):
     # Read on first use: reading a log does not need torch, and the command line answers at once.
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    try:
+        module = importlib.import_module(f".{_PLACES[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__name__):
+            raise
+        raise ImportError(
+            f"{__name__}.{name} needs the package {error.name}; install it with: pip install llmrec-peft[train]"
+        ) from None
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from llmrec_peft.arguments import config_to_yaml, exit_on_error, parse_config, read_config
 from llmrec_peft.data.domain import Domain
+from llmrec_peft.distillation.options import AnswersOptions, LossOptions, StudentOptions
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.evaluation.metrics import find_metric, higher_is_better
 from llmrec_peft.models.options import (
@@ -27,6 +28,7 @@ __all__ = [
     "CONFIGS",
     "AdapterConfig",
     "DataConfig",
+    "DistillConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "FullConfig",
@@ -249,6 +251,56 @@ class FullConfig(TrainRecipeConfig):
 
 
 @dataclass(kw_only=True)
+class DistillConfig:
+    """Train a small student on a teacher's answers and on labels."""
+
+    method_name: ClassVar[str] = "distill"
+
+    teacher: str
+    """Directory of the teacher: an adapter bundle, or a merged model."""
+    data: DataConfig
+    student: StudentOptions = field(default_factory=StudentOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    answers: AnswersOptions = field(default_factory=AnswersOptions)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    base: str | None = None
+    """Base of the teacher; null for the one that its bundle names."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the teacher's or the student's base to run."""
+    output_dir: str = "out"
+    """Directory of everything that the run leaves; the student is in `student` there."""
+
+    def __post_init__(self) -> None:
+        ids = self.student.kind == "ids"
+        _require(not (ids and self.loss.hidden), "loss.hidden", "0 for a student of item ids, which reads other tokens",
+                 self.loss.hidden)  # fmt: skip
+
+    @property
+    def teacher_domain(self) -> Domain:
+        """The domain that the teacher answers, read from its directory."""
+        from llmrec_peft.inference.merged import read_answering
+
+        return Domain.from_dict(read_answering(self.teacher)["domain"], source=f"teacher {self.teacher}")
+
+    @property
+    def domain(self) -> Domain:
+        """The student's domain: its teacher's, in item ids for a student that reads them."""
+        found = self.teacher_domain
+        return found.of_ids(self.student.context, self.student.targets) if self.student.kind == "ids" else found
+
+    @property
+    def model(self) -> ModelOptions:
+        """What the student starts from, as other training recipes say it."""
+        return ModelOptions(base=self.student.base or self.teacher, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def method(self) -> FullOptions:
+        """A student trains all of its weights."""
+        return FullOptions()
+
+
+@dataclass(kw_only=True)
 class RankingConfig:
     """How candidates are ranked for the positives of the split."""
 
@@ -323,6 +375,8 @@ class FuseConfig:
     data: DataConfig
     retrieval: str | None = None
     """Directory for what is fitted; null for `retrieval` in the bundle. What was fitted before is replaced."""
+    refit: bool = False
+    """Keep models of all rows for serving, once everything is measured with those of the training rows."""
     valid_targets: int | None = 2000
     """Validation targets that the fusion is fitted on, at most, in whole streams; null for all."""
     test_targets: int | None = 2000
@@ -500,6 +554,7 @@ class SwapConfig:
 
 CONFIGS: dict[str, type] = {
     **{kind.method_name: kind for kind in (LoraConfig, QloraConfig, AdapterConfig, HeadConfig, FullConfig)},
+    "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "fuse": FuseConfig,
     "merge": MergeConfig,

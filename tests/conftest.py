@@ -255,3 +255,30 @@ def small_log() -> Callable[[], object]:
         return BehaviorLog(interactions, items, name="small")
 
     return factory
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_base, tmp_path_factory) -> tuple[Path, Path, dict[str, object]]:
+    """Directories of a merged model of the movies domain and of its export, and what the export measured; read-only."""
+    from llmrec_peft import Domain, load_classifier, merge_bundle
+    from llmrec_peft.distillation.export import export_onnx
+    from llmrec_peft.models.bundle import save_bundle
+    from tests.inference.conftest import DOMAINS
+    from tests.inference.setup_requests import CALIBRATION
+
+    place = tmp_path_factory.mktemp("exported")
+    domain = Domain.from_dict(DOMAINS["movies"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = load_classifier(str(tiny_base("llama")), domain, "lora")
+        with torch.no_grad():
+            for value in classifier.parameters():
+                if value.requires_grad:
+                    value.add_(0.1 * torch.randn(value.shape))
+    save_bundle(
+        place / "bundle", classifier, classifier.tokenizer, domain.to_dict(), calibration=CALIBRATION,
+        metrics={"test": {"auc": 0.7}},
+    )  # fmt: skip
+    merge_bundle(place / "bundle", place / "merged")
+    measured = export_onnx(place / "merged", place / "onnx")
+    return place / "merged", place / "onnx", measured

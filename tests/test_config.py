@@ -129,6 +129,7 @@ def test_values_of_every_kind_are_read(base):
 
 
 FLAGS = {
+    "distill": ["--teacher", "out/bundle", "--data.path", "x", "--student.kind", "shallow", "--loss.hidden", "0.5"],
     "evaluate": [
         "--data.path",
         "simulated:shop",

@@ -32,6 +32,7 @@ def test_public_names():
         "Scorer",
         "StreamError",
         "build_streams",
+        "distill",
         "load_classifier",
         "merge_bundle",
     ]
@@ -40,7 +41,7 @@ def test_public_names():
 
 
 def test_no_module_imports_backwards():
-    order = ["errors", "data", "models", "training", "evaluation", "inference"]
+    order = ["errors", "data", "serving", "models", "training", "evaluation", "inference", "distillation"]
     order += ["config", "arguments", "pipeline", "memory"]
     # Metrics and calibration are plain functions of arrays; configuration names them.
     allowed = {("arguments", "data"), ("config", "arguments")}
@@ -77,8 +78,9 @@ def test_links_and_files_exist(page):
 
 def commands(text: str) -> list[str]:
     """Commands of the page's blocks, joined over line ends with a backslash."""
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.M | re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
+    shell = [block for language, block in blocks if language in ("", "bash", "sh")]
+    lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if re.search(r"recipes/\w+\.py", line)]
 
 
@@ -133,3 +135,13 @@ def test_results_in_the_readme_are_those_of_the_files():
     for ratio in score["ratio"].values():
         assert f"{ratio['median']:.1f} times ({ratio['min']:.1f} to {ratio['max']:.1f})" in flat
     assert f"a history of {score['settings']['history_tokens']} tokens" in flat
+
+
+def test_the_tables_of_recommending_are_those_of_the_files():
+    text = (ROOT / "docs" / "recommending.md").read_text(encoding="utf-8")
+    for name in ("movies", "retail"):
+        found = json.loads((ROOT / "benchmarks" / "results" / f"recommend_{name}.json").read_text(encoding="utf-8"))
+        for system in [*found["systems"].values(), *(found["new_items"] or {}).values()]:
+            cells = (f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in system.values())
+            assert " | ".join(cells) in text
+        assert f"{found['training']['max_steps']}" in text and f"{name}, {found['settings']['users']} users" in text

@@ -3,30 +3,8 @@
 import numpy as np
 import torch
 
+from .batches import PAD, plan_micro_batches
 from .layout import Stream
-
-PAD = -1  # branch of padding: no token sees it
-
-
-def plan_micro_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Group rows so that each group, padded to its longest, holds at most `max_tokens` tokens.
-
-    Rows of like length come together, longest first. A row longer than `max_tokens` is a group by itself.
-
-    Args:
-        lengths: int [rows], tokens of each.
-        max_tokens: tokens of a padded group.
-
-    Returns:
-        Row numbers of each group; every row is in exactly one.
-    """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    groups, start = [], 0
-    while start < len(order):
-        rows = max(1, max_tokens // max(1, int(lengths[order[start]])))
-        groups.append(order[start : start + rows])
-        start += rows
-    return groups
 
 
 def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "right", mask: bool = False) -> dict:

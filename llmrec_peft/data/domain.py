@@ -1,7 +1,6 @@
 """A domain: how one kind of behaviour log is put into words, labelled, split and cut into windows."""
 
 import dataclasses
-import re
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,12 @@ import yaml
 
 from ..errors import DataError, DomainError
 from .tables import OUTCOME_COLUMNS
+from .text import broken_up, neutralise, template_columns, template_literals
 
 Rule = TypeVar("Rule")
 
-# Everything that could end a line or hide in one; runs become one space.
-_BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200b\u2028\u2029\ufeff]+")
+ITEM_EVENT = "item {item_id}"
+"""Event of a domain for models that read item ids in place of texts."""
 
 
 @dataclass
@@ -213,6 +213,21 @@ class Domain:
     # -- text ----------------------------------------------------------------------------------
 
     @property
+    def reads_ids(self) -> bool:
+        """Whether an event is the item's id alone, one token by a tokenizer for it; then the marker may be empty."""
+        return self.event == ITEM_EVENT
+
+    def of_ids(self, context: int, targets: int) -> "Domain":
+        """This domain for a model that reads item ids: the same labels, rules and splits; an event is its item's token.
+
+        context, targets: its windows. There is no header, and no column beside the item.
+        """
+        # An event stands as a probe and once more on the trunk, with its outcome; its negatives stand once.
+        most = 1 + 2 * context + targets * (3 + self.negatives.per_positive)
+        stream = dataclasses.replace(self.stream, context=context, targets=targets, max_length=max(8, most))
+        return dataclasses.replace(self, event=ITEM_EVENT, header="", marker="", stream=stream)
+
+    @property
     def event_columns(self) -> list[str]:
         """Columns named by the event's template, in order."""
         return template_columns(self.event)
@@ -240,35 +255,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def template_columns(template: str) -> list[str]:
-    """Names in braces of a template, each once, in order."""
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    return list(dict.fromkeys(names))
-
-
-def template_literals(template: str) -> list[str]:
-    """Fixed texts of a template, in order."""
-    return [literal for literal, _, _, _ in string.Formatter().parse(template) if literal]
-
-
-def neutralise(text: str, forbidden: list[str]) -> str:
-    """A column's value as plain data: one line, without any text that the stream gives a meaning to.
-
-    Line breaks and control characters become one space. A forbidden text is broken up by a space (a single character
-    is replaced by one), again and again until none is left, since taking one out can spell another.
-    """
-    return _broken_up(_BREAKS.sub(" ", text).strip(), forbidden)
-
-
-def _broken_up(text: str, forbidden: list[str]) -> str:
-    # With a space at its edge a text could never be broken up.
-    forbidden = [word.strip() for word in forbidden if word.strip()]
-    while any(word in text for word in forbidden):
-        for word in forbidden:
-            text = text.replace(word, word[0] + " " + word[1:] if len(word) > 1 else " ")
-    return text
 
 
 def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) -> pa.Array:
@@ -300,7 +286,7 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
     for word in forbidden:
         spelled = pc.greater(pc.count_substring(texts, word), sum(literal.count(word) for literal in literals))
         if pc.any(spelled).as_py():
-            mended = [_broken_up(text, forbidden) for text in texts.filter(spelled).to_pylist()]
+            mended = [broken_up(text, forbidden) for text in texts.filter(spelled).to_pylist()]
             texts = pc.replace_with_mask(texts, spelled, pa.array(mended, pa.large_string()))
     return texts
 
@@ -386,7 +372,7 @@ def _check_texts(domain: Domain) -> None:
     where = f"domain '{domain.name}'"
     for key in ("name", "event", "marker"):
         value = getattr(domain, key)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not (value.strip() or (key == "marker" and domain.reads_ids and not value)):
             raise DomainError(f"{where}: {key} must be a text that is not blank; got {value!r}")
     if not isinstance(domain.header, str):
         raise DomainError(f"{where}: header must be a text, or left out; got {domain.header!r}")
@@ -396,7 +382,7 @@ def _check_texts(domain: Domain) -> None:
         except ValueError as error:
             raise DomainError(f"{where}: {key} is not a template ({error}); write {{{{ for a brace") from None
         parsed = list(string.Formatter().parse(getattr(domain, key)))
-        if any(domain.marker.strip() in literal for literal in template_literals(getattr(domain, key))):
+        if domain.marker and any(domain.marker.strip() in text for text in template_literals(getattr(domain, key))):
             raise DomainError(f"{where}: {key} contains the marker {domain.marker!r}, which only closes events; reword")
         bad = [name for name in columns if not name.isidentifier()]
         bad += [f"{name}!{turned}" for _, name, _, turned in parsed if turned]
@@ -414,7 +400,7 @@ def _check_texts(domain: Domain) -> None:
             raise DomainError(
                 f"{where}: the outcome of '{label}' must be a word; got {word!r} (quote yes, no, on, off)"
             )
-        if domain.marker.strip() in word:
+        if domain.marker and domain.marker.strip() in word:
             raise DomainError(
                 f"{where}: the outcome {word!r} of '{label}' contains the marker {domain.marker!r}; reword"
             )

@@ -83,3 +83,13 @@ class StreamBuilder:
         positions = np.arange(self.length) + np.repeat(np.array(self.starts) - (ends - sizes), sizes)
         branch = np.repeat(np.array(self.branches, np.int32), sizes)
         return np.concatenate(self.pieces).astype(np.int32), positions.astype(np.int32), branch
+
+
+def window_start(events: int, window: int, stride: int) -> int:
+    """The first of `events` history events that is used: at most `window` of them are.
+
+    It moves on by `stride` at a time, so that a history that grows keeps its beginning, and with it what was computed
+    for it, for `stride` events: between `window - stride + 1` and `window` events of a long history are used.
+    """
+    over = max(0, events - window)
+    return -(-over // stride) * stride

@@ -7,23 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmrec_peft.data.text import listed, shorten
 from llmrec_peft.errors import DataError
 
 ID_TYPE = pa.large_string()
 OUTCOME_COLUMNS = ("label", "rating", "behaviour")
 SHOWN = 5
 """How many offenders a message names."""
-
-
-def shorten(value: object, limit: int = 60) -> str:
-    """`repr` of a value, cut to fit a one-line message."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def listed(values: list[str]) -> str:
-    """Names joined by commas, or "none"."""
-    return ", ".join(str(value) for value in values) or "none"
 
 
 def offenders(mask: np.ndarray) -> tuple[int, np.ndarray]:

@@ -9,10 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from ..errors import StreamError
+from ..errors import DataError, StreamError
 from .domain import Domain, render, template_literals
+from .tables import shorten
 
 CHUNK = 32_768  # texts that are Python objects at one time
+UNKNOWN_ITEM = "<unknown item>"
+"""Unknown token of tokenizers that have one token an item: texts that they do not have are refused."""
 
 
 class TokenTable:
@@ -94,7 +97,8 @@ class Vocabulary:
         forbidden: texts that data may not spell.
 
     Raises:
-        StreamError: the marker or an outcome has no tokens, or two outcomes have the same.
+        StreamError: the marker or an outcome has no tokens, or two outcomes have the same. Where each item is one
+            token, the marker may be empty: no item's text can then spell an outcome.
     """
 
     def __init__(self, domain: Domain, tokenizer):
@@ -103,7 +107,8 @@ class Vocabulary:
         self.prefix, self.suffix = special_tokens_around(tokenizer)
         flat, offsets = tokenise(tokenizer, [domain.marker, *domain.outcomes.values()])
         self.marker, *self.outcomes = [flat[offsets[i] : offsets[i + 1]] for i in range(len(offsets) - 1)]
-        if not len(self.marker):
+        self.reads_ids = tokenizer.unk_token == UNKNOWN_ITEM
+        if not len(self.marker) and not self.reads_ids:
             raise StreamError(f"marker {domain.marker!r} has no tokens in this tokenizer; choose a visible one")
         seen: dict[tuple[int, ...], str] = {}
         for label, ids in zip(domain.labels, self.outcomes, strict=True):
@@ -130,6 +135,8 @@ class Vocabulary:
         or a special token out of another spelling, such as a full-width arrow. Such tokens are taken out here.
         """
         flat, offsets = tokenise(self.tokenizer, texts)
+        if self.reads_ids:
+            return self._only_known(texts, flat), offsets
         bad = np.isin(flat, self._reserved)
         width = len(self.marker)
         if len(flat) >= width:
@@ -146,6 +153,16 @@ class Vocabulary:
             rows[i] = self._without(rows[i])
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
         return np.concatenate(rows), offsets
+
+    def _only_known(self, texts: list[str], flat: np.ndarray) -> np.ndarray:
+        """Tokens of item ids, one each. Raises DataError for one that the tokenizer does not have."""
+        unknown = np.flatnonzero(flat == self.tokenizer.unk_token_id)
+        if len(unknown):
+            raise DataError(
+                f"{shorten(texts[unknown[0]])} is unknown to this model of item ids ({len(unknown)} such): the "
+                "catalogue has grown since it was trained; distil it again with the new item table"
+            )
+        return flat
 
     def _without(self, ids: np.ndarray) -> np.ndarray:
         """Tokens of one text without reserved tokens and runs that spell the marker."""

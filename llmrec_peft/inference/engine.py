@@ -17,14 +17,15 @@ from torch import nn
 from llmrec_peft.data.collator import collate, plan_micro_batches
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.errors import ModelError
+from llmrec_peft.inference.attention import ProbeLayout, install, laid_out
 from llmrec_peft.inference.kept import Kept, KeptTrunks
 from llmrec_peft.inference.member import Member
 from llmrec_peft.models.classifier import BehaviorClassifier
 
-ROW_TOKENS = 512
+ROW_TOKENS = 800
 """Tokens of one row: its new trunk tokens and as many probes as fit, at least CHUNK_TOKENS of them; the rest follow in
-rows of their own. Attention among probes of a row is computed and masked, so short rows cost less a token."""
-CHUNK_TOKENS = 256
+rows of their own."""
+CHUNK_TOKENS = 512
 """Tokens of a row of probes alone, at most."""
 
 
@@ -107,6 +108,7 @@ class Engine:
         self.pad_token_id, self.kept = pad_token_id, kept
         self._modules = dict(classifier.stock.named_modules())
         self._hooked: set[str] = set()
+        self._two_parts = install(classifier.stock)
         self._lock = threading.Lock()
         self._active = threading.local()
 
@@ -211,11 +213,22 @@ class Engine:
                 branch = _pads(sizes, inputs["input_ids"].shape[1], device)
         self._active.spans, self._active.shape = spans, tuple(inputs["input_ids"].shape)
         try:
-            hidden = self.classifier.hidden_states(**inputs, branch=branch, past=past, past_seen=seen).float()
+            with laid_out(self._layout(rows, branch)):
+                hidden = self.classifier.hidden_states(**inputs, branch=branch, past=past, past_seen=seen).float()
         finally:
             self._active.spans = ()
         self._read(rows, spans, hidden)
         return [self._keep(row, number, past, seen) if row.keep else None for number, row in enumerate(rows)]
+
+    def _layout(self, rows: list[_Row], branch: torch.Tensor | None) -> ProbeLayout | None:
+        """How one row lies, where its probes can be answered apart from each other."""
+        if branch is None or len(rows) > 1 or not self._two_parts:
+            return None
+        (row,) = rows
+        if row.last - row.first < 2:
+            return None
+        sizes = [len(probe) for probe in row.task.probes[row.first : row.last]]
+        return ProbeLayout(sum(map(len, row.task.trunk)) - row.begin, sizes, self.classifier.device)
 
     def _read(self, rows: list[_Row], spans: list[_Span], hidden: torch.Tensor) -> None:
         ends = np.cumsum([0, *(row.last - row.first for row in rows)])

@@ -102,6 +102,10 @@ class Evidence:
             note,
         )
 
+    def refit(self, log: BehaviorLog, rows: np.ndarray, labels: np.ndarray) -> Self:
+        """The same models with the same settings, the chosen half-life too, fitted on other rows."""
+        return self.fit(log, rows, labels, [replace(model) for model in self.models.values()])
+
     @property
     def num_items(self) -> int:
         """Items of the table."""

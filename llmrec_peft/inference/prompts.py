@@ -65,6 +65,8 @@ class Prompts:
             DataError: an unknown item or label, a pair that is none, or a column that is missing.
         """
         pairs = self.pairs(history)
+        # Also before the window: whether an id is known must not depend on how much came after it.
+        self.catalogue.rows([str(event) for event, _ in pairs if not isinstance(event, Mapping)], "history")
         seen = [(place, event, label) for place, (event, label) in enumerate(pairs) if label in self._joins]
         seen = seen[window_start(len(seen), self.window, self.stride) :]
         texts = self.events([event for _, event, _ in seen], "history")
@@ -79,7 +81,7 @@ class Prompts:
         """The entries of a history.
 
         Raises:
-            DataError: no list, an entry that is no pair, or a label that the domain does not have.
+            DataError: no list, an entry that is no pair or no event, or a label that the domain does not have.
         """
         check_list("history", history)
         return [self._pair(entry, place) for place, entry in enumerate(history)]
@@ -93,6 +95,7 @@ class Prompts:
                 f"history: entry {place} has the label {shorten(label)}, which domain {self.domain.name!r} does not "
                 f"have; use one of {listed(self.domain.labels)}"
             )
+        _check_event(event, place, "history")
         return event, label
 
     def _header(self, user: Mapping[str, Any] | None) -> np.ndarray:
@@ -148,13 +151,10 @@ class Prompts:
 
     def _event_key(self, event: Any, place: int, what: str) -> Hashable:
         """What an event's text depends on."""
+        _check_event(event, place, what)
         if isinstance(event, Mapping):
             return ("columns", *sorted((str(name), _key(value)) for name, value in event.items()
                                        if name == "item_id" or name in self.domain.event_columns))  # fmt: skip
-        if isinstance(event, bool) or not isinstance(event, str | int | np.integer):
-            raise DataError(
-                f"{what}: entry {place} must be an item id or a mapping of columns, not {shorten(event)}; correct it"
-            )
         return ("item", str(event))
 
     def _columns(self, events: list[Event], given: tuple[str, ...], what: str) -> dict[str, pa.Array]:
@@ -205,6 +205,13 @@ def check_list(what: str, value: Any) -> None:
     """Raise DataError for what is no list; a text and a mapping are none."""
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence | np.ndarray):
         raise DataError(f"{what} must be a list, not {shorten(value)}; correct it")
+
+
+def _check_event(event: Any, place: int, what: str) -> None:
+    if isinstance(event, bool) or not isinstance(event, str | int | np.integer | Mapping):
+        raise DataError(
+            f"{what}: entry {place} must be an item id or a mapping of columns, not {shorten(event)}; correct it"
+        )
 
 
 def window_start(events: int, window: int, stride: int) -> int:

@@ -60,7 +60,8 @@ class Recommender:
         evidence: collaborative models of the training log, in the codes of any item table; None for the LLM alone: it
             ranks the whole catalogue then.
         fusion: fitted with the scorer and the evidence, or None.
-        embeddings: float [items of the table, d] for retrieval by text, or None.
+        embeddings: float [items of the table, d] for retrieval by text; by default those of `text_vectors`, made when
+            they are needed first: items x the base's width x 2 bytes. `quotas` without `text` and `fresh` need none.
         quotas: shares of the retrieval sources; see `Retriever`.
     """
 
@@ -84,7 +85,11 @@ class Recommender:
         self.catalogue = catalogue
         self.ids: list[str] = catalogue.table.column("item_id").to_pylist()
         self.evidence = None if evidence is None else evidence.for_items(catalogue.table.column("item_id"))
-        self.retriever = None if self.evidence is None else Retriever(self.evidence, embeddings, quotas)
+        self.retriever: Retriever | None = None
+        if self.evidence is not None:
+            # An event that is the item's id alone has no text.
+            by_text = None if scorer.domain.event_columns == ["item_id"] else scorer.text_vectors
+            self.retriever = Retriever(self.evidence, by_text if embeddings is None else embeddings, quotas)
 
     def recommend(
         self,

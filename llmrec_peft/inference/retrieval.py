@@ -2,14 +2,15 @@
 
 Sources: `popularity`, `cooccurrence` and `factors` from the fitted models; `text`, the items nearest in meaning to what
 the user took (cosine of embeddings), which reaches items that nobody has met; and `fresh`, items without training rows,
-for catalogues whose new items must be tried. Everything is exact: blocks of a matrix-vector product and a partition,
-which up to about a million items needs no approximate index.
+nearest in meaning first, which would be tried too seldom among the text source's many. Everything is exact: blocks of a
+matrix-vector product and a partition, which up to about a million items needs no approximate index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from llmrec_peft.inference.histories import Histories
 SOURCES = ("cooccurrence", "factors", "text", "popularity", "fresh")
 """Sources by name; of equal claims the earlier one goes first."""
 
-QUOTAS = {"cooccurrence": 3.0, "factors": 3.0, "text": 0.5, "popularity": 3.0, "fresh": 0.0}
-"""Default shares of the places; a source that is not there leaves its places to the others."""
+QUOTAS = {"cooccurrence": 3.0, "factors": 3.0, "text": 0.5, "popularity": 3.0, "fresh": 0.3}
+"""Default shares of the places; a source that is not there leaves its places to the others. `fresh` is below what new
+items earn at first, since what is never named is never learnt of: about 3 places of 100."""
 
 NEWEST = 20  # positive items that make a taste in text
 BLOCK = 65_536  # rows of the embeddings at a time
@@ -48,7 +50,7 @@ class Retriever:
     Args:
         evidence: fitted models, in the codes of the catalogue (`Evidence.for_items`).
         embeddings: float [items, d] of the items' texts by any encoder, or None; float16 will do. A row of zeros is an
-            item without one.
+            item without one. A function that makes them is called when they are needed first.
         quotas: share of the places by source, see QUOTAS; those not named get 0.
 
     Raises:
@@ -57,13 +59,23 @@ class Retriever:
     """
 
     def __init__(
-        self, evidence: Evidence, embeddings: np.ndarray | None = None, quotas: Mapping[str, float] | None = None
+        self,
+        evidence: Evidence,
+        embeddings: np.ndarray | Callable[[], np.ndarray] | None = None,
+        quotas: Mapping[str, float] | None = None,
     ) -> None:
-        self.evidence = evidence
+        self.evidence, self._embeddings = evidence, embeddings
         self.quotas = _check_quotas(quotas, embeddings is not None, evidence)
-        self._text = None if embeddings is None else TextNeighbours(embeddings, evidence.num_items)
+        if not callable(embeddings):
+            _ = self._text  # what is wrong with them is said at once
         # The newest first, as tables grow at their end.
         self._fresh = np.flatnonzero(evidence.item_rows == 0)[::-1]
+
+    @cached_property
+    def _text(self) -> TextNeighbours | None:
+        given = self._embeddings
+        found = given() if callable(given) else given
+        return None if found is None else TextNeighbours(found, self.evidence.num_items)
 
     def retrieve(self, history: Histories, k: int, exclude: Sequence[int] | np.ndarray = ()) -> Candidates:
         """At most k candidates for the one user of `history`, none of `exclude` (item codes).

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tokens import Vocabulary
@@ -17,6 +18,7 @@ from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.inference.engine import Engine
 from llmrec_peft.inference.evidence import DIRECTORY as EVIDENCE
 from llmrec_peft.inference.evidence import Evidence
+from llmrec_peft.inference.fold import fold
 from llmrec_peft.inference.fusion import Fusion
 from llmrec_peft.inference.kept import KeptTrunks
 from llmrec_peft.inference.member import Member, load_member, precision_of
@@ -24,7 +26,9 @@ from llmrec_peft.inference.merged import load_answering, read_answering
 from llmrec_peft.inference.plan import answer, ask
 from llmrec_peft.inference.prompts import Event, Prompts
 from llmrec_peft.inference.recommender import Recommendation, Recommender
+from llmrec_peft.inference.texts import text_vectors
 from llmrec_peft.models.base import check_positions
+from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.manifest import MANIFEST, WEIGHTS, digest
 
 KEPT_BYTES = 512 * 1024**2
@@ -35,7 +39,8 @@ class Scorer:
     """Probabilities of a domain's labels for candidates of one user after another.
 
     It keeps the histories that it was asked for last, within `kept_bytes`: candidates of the same history, or of one
-    that has grown by an event, cost their own tokens alone. Threads may share one.
+    that has grown by an event, cost their own tokens alone. Threads may share one. A float32 LoRA bundle's update is
+    put into the scorer's own copy of the weights, since no other bundle shares them.
     """
 
     def __init__(self, engine: Engine, current: Callable[[], tuple[Member, Prompts]]) -> None:
@@ -81,9 +86,11 @@ class Scorer:
         directory, catalogue = Path(directory), Catalogue.read(items)
         manifest = read_answering(directory)
         options = {"dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
-        if manifest.get("kind") == "merged" or manifest["method"] == "full":
+        if manifest.get("kind") == "merged" or manifest["method"] == "full" or _folds(manifest, dtype):
             bundle = load_answering(directory, base=None if base is None else str(base), **options)
             classifier, tokenizer = bundle.classifier, bundle.tokenizer
+            if classifier.method == "lora":
+                classifier = BehaviorClassifier(fold(classifier, torch.float32), "merged", classifier.labels)
             domain = Domain.from_dict(bundle.domain, source=str(directory / MANIFEST))
             calibration = Calibration.from_dict(bundle.calibration)
             engine = Engine(classifier.to(device) if device else classifier, tokenizer.pad_token_id)
@@ -188,11 +195,21 @@ class Scorer:
             self._recommender = (parts, Recommender(self, self.evidence, self.fusion))
         return self._recommender[1]
 
+    def text_vectors(self) -> np.ndarray:
+        """Vectors of the texts of the item table, float16 [items, width of the base]; see `inference.texts`."""
+        weight = self._engine.classifier.stock.get_input_embeddings().weight
+        return text_vectors(self.catalogue, self.prompts.vocabulary, weight)
+
     def _answer(self, member: Member, asks: list[Any], batch_tokens: int) -> list[np.ndarray]:
         if batch_tokens < 1:
             raise DataError(f"batch_tokens must be at least 1, not {batch_tokens}; leave it out for {BATCH_TOKENS}")
         found = answer(self._engine, asks, batch_tokens)
         return [member.calibration.apply(logits) for logits in found]
+
+
+def _folds(manifest: Mapping[str, Any], dtype: str | None) -> bool:
+    """Whether a bundle answers as its adapter's own weights: where that rounds nothing that its base does not."""
+    return manifest["method"] == "lora" and (dtype or manifest["model_options"].get("dtype")) == "float32"
 
 
 def adapter_of(manifest: Mapping[str, Any]) -> str | None:

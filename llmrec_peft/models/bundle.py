@@ -36,6 +36,7 @@ from llmrec_peft.models.manifest import (
     check_domain,
     check_metadata,
     installed,
+    is_merged,
     read_manifest,
     refuse_merged,
     weights_metadata,
@@ -77,8 +78,8 @@ def save_bundle(
         base: name of the base to record; the classifier's own if None.
         state: tensors to write in place of the classifier's (names of `trainable_state_dict`), for sharded training.
 
-    Raises BundleError if the directory holds something else, if labels and domain differ, if the calibration is
-    unsound, if a tensor is not whole, or if what was written cannot be read back.
+    Raises BundleError if the directory holds something else or a merged model, if labels and domain differ, if the
+    calibration is unsound, if a tensor is not whole, or if what was written cannot be read back.
     """
     from safetensors.torch import save_file
 
@@ -94,6 +95,8 @@ def save_bundle(
         )
     if directory.exists() and not (directory / MANIFEST).is_file() and any(directory.iterdir()):
         raise BundleError(f"{directory} exists and is no bundle, so it is not replaced; choose another directory")
+    if is_merged(directory):
+        raise BundleError(f"{directory} is a merged model, so no bundle replaces it; choose another directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     _check_whole(classifier, state)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))

@@ -49,6 +49,20 @@ def merged_card(manifest: Mapping[str, Any]) -> str:
     return _card(manifest, data, opening, _merged_use(manifest), _merging(manifest))
 
 
+def student_card(manifest: Mapping[str, Any]) -> str:
+    """README.md of a distilled student, from what its behavior.json holds: YAML for the Hub, then Markdown."""
+    manifest = plain(manifest)
+    options = manifest["student"]["options"]
+    kinds = {
+        "ids": "A tiny decoder that reads item ids, one token an event, in place of item texts",
+        "shallow": f"Layers {manifest['student'].get('layers')} of its teacher",
+        "small": f"A smaller base, {_base(manifest)}",
+    }
+    opening = f"A stock sequence classifier in float32, distilled: {kinds[options['kind']]}."
+    data = _data(manifest, "transformers", "distilled", "finetune")
+    return _card(manifest, data, opening, _merged_use(manifest), _teaching(manifest))
+
+
 def hub_id(base: str) -> str | None:
     """Hub id of a base's name; None for a path, which means nothing to others and tells them about a machine."""
     if base in BASES:
@@ -225,6 +239,18 @@ def _merging(manifest: Mapping[str, Any]) -> str:
     return f"## Merged from\n\n{text}"
 
 
+def _teaching(manifest: Mapping[str, Any]) -> str:
+    teacher, loss = manifest["student"]["teacher"], manifest["student"]["loss"]
+    rows = [(_code(key, bare=True), _code(value)) for key, value in loss.items()]
+    if teacher is None:
+        return f"## Loss\n\nNo teacher was asked.\n\n{_table(('term or setting', 'value'), rows)}"
+    text = (
+        f"Its teacher: {_code(teacher['method'], bare=True)} on {_code(teacher['base'])}, weights "
+        f"{_code(teacher['weights'][:16], bare=True)}, which answered {teacher['targets']:,} training targets."
+    )
+    return f"## Teacher\n\n{text}\n\n{_table(('term or setting', 'value'), rows)}"
+
+
 def _metrics(manifest: Mapping[str, Any]) -> dict[str, dict[str, float | int]]:
     """Finite numbers of each split that was measured."""
     found = {}
@@ -244,7 +270,7 @@ def _metrics_text(manifest: Mapping[str, Any]) -> str:
     text = _table(("metric", *metrics), rows)
     if "valid" in metrics:
         text += "\n\n`valid` chose the checkpoint and fitted the calibration, so it is somewhat too good."
-    if "merged_from" in manifest:
+    if manifest.get("merged_from"):
         text += "\n\nMeasured with the adapter, before merging."
     return text
 

@@ -40,6 +40,9 @@ from llmrec_peft.models.options import (
 )
 from llmrec_peft.models.sharding import assign, whole, whole_shape
 
+PROBE_ATTENTION = "llmrec_probes"
+"""Name of the attention that inference may put in the place of sdpa; see inference/attention.py."""
+
 
 class BehaviorClassifier(nn.Module):
     """Wraps a stock `AutoModelForSequenceClassification`, or a PeftModel around one, in `.model`.
@@ -187,7 +190,7 @@ class BehaviorClassifier(nn.Module):
         every layer unchanged: boolean for sdpa, additive in the model's dtype for eager.
         """
         kind = self.config._attn_implementation
-        if kind not in ("sdpa", "eager"):
+        if kind not in ("sdpa", PROBE_ATTENTION, "eager"):
             raise ModelError(f"attention {kind!r} cannot hide probes from each other; set model.attn to sdpa")
         if attention_mask is not None:
             branch = branch.masked_fill(attention_mask == 0, -1)
@@ -200,7 +203,7 @@ class BehaviorClassifier(nn.Module):
             earlier = past_seen[:, None, :].expand(-1, length, -1) & (branch >= 0)[:, :, None]
             allow = torch.cat([earlier, allow], dim=2)
         allow = allow[:, None]
-        if kind == "sdpa":
+        if kind != "eager":
             return allow
         dtype = self.stock.dtype
         additive = torch.zeros(allow.shape, dtype=dtype, device=branch.device)

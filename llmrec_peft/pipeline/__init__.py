@@ -1,5 +1,6 @@
-"""What recipes do, step by step: train a bundle, measure it, merge it, serve many of them on one base, recommend."""
+"""What recipes do, step by step: train, measure, merge and distil a bundle, serve many on one base, recommend."""
 
+from .distill import distill
 from .evaluate import evaluate
 from .fuse import fuse
 from .merge import merge
@@ -7,4 +8,4 @@ from .recommend import recommend
 from .swap import swap
 from .train import train
 
-__all__ = ["evaluate", "fuse", "merge", "recommend", "swap", "train"]
+__all__ = ["distill", "evaluate", "fuse", "merge", "recommend", "swap", "train"]

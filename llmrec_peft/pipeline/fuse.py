@@ -60,6 +60,8 @@ class _Part:
 def fuse(config: FuseConfig) -> dict[str, Any]:
     """Fit evidence on the training rows and a fusion on validation, measure on test, and save both.
 
+    With `refit` the saved evidence is of all rows, after all has been measured: the fusion stays as it was fitted.
+
     Returns:
         What goes into metrics.json; empty on processes other than the first.
 
@@ -105,7 +107,11 @@ def _fuse(config: FuseConfig, state: PartialState) -> dict[str, Any]:
             return {}
         calibration = Calibration.from_dict(bundle.calibration)
         parts = {name: _part(streams[name], predictions[name], calibration, evidence) for name in SPLITS}
-        return _measure_and_save(config, place, domain, evidence, parts, adapter_of(manifest))
+        kept = evidence
+        if config.refit:
+            show("fitting again, on all rows, for serving", flush=True)
+            kept = _refitted(evidence, splits, domain)
+        return _measure_and_save(config, place, domain, kept, parts, adapter_of(manifest), evidence.note)
 
 
 def _check_places(config: FuseConfig, place: Path) -> None:
@@ -126,6 +132,12 @@ def _check_places(config: FuseConfig, place: Path) -> None:
 def _evidence(splits: Splits, domain: Domain, seed: int) -> Evidence:
     log = splits.train.log
     return Evidence.fit(log, splits.train.rows, signs(log, domain), seed=seed, timed=domain.split.by == "time")
+
+
+def _refitted(evidence: Evidence, splits: Splits, domain: Domain) -> Evidence:
+    """The models of all rows, so that recent items and tastes are known where nothing is measured any more."""
+    log = splits.train.log
+    return evidence.refit(log, np.concatenate([splits[name].rows for name in ("train", *SPLITS)]), signs(log, domain))
 
 
 def _part(
@@ -180,7 +192,13 @@ def _only(features: Features, names: list[str]) -> Features:
 
 
 def _measure_and_save(
-    config: FuseConfig, place: Path, domain: Domain, evidence: Evidence, parts: Mapping[str, _Part], adapter: str | None
+    config: FuseConfig,
+    place: Path,
+    domain: Domain,
+    kept: Evidence,
+    parts: Mapping[str, _Part],
+    adapter: str | None,
+    measured: Mapping[str, Any],
 ) -> dict[str, Any]:
     valid, test = parts["valid"], parts["test"]
     fusion = _fit(valid, valid.logits, valid.features, config.seed)
@@ -188,7 +206,7 @@ def _measure_and_save(
     names = [*NAMES, *(name for name in metric_names(test.streams, None) if name not in DEFAULT_NAMES)]
     values, gaps = _compare(test, answers, names, config)
     try:
-        evidence.save(place, fusion=fusion, adapter=adapter)
+        kept.save(place, fusion=fusion, adapter=adapter)
     except OSError as error:
         raise ConfigError(f"retrieval {place} cannot be written ({error.strerror}); choose another") from None
     found = {
@@ -197,11 +215,12 @@ def _measure_and_save(
         "targets": {name: len(part.logits) for name, part in parts.items()},
         "users": {name: len(np.unique(part.users)) for name, part in parts.items()},
         "fusion": fusion.to_dict(),
-        "evidence": evidence.note,
+        "evidence": dict(measured),
+        "kept": kept.note,
     }
     _show(found, values, gaps, fusion)
     _note_shares(valid, domain)
-    print(f"kept in {place}: {', '.join(evidence.models)}{'' if fusion.strength is None else ' and the fusion'}")
+    print(f"kept in {place}: {', '.join(kept.models)}{'' if fusion.strength is None else ' and the fusion'}")
     if config.output_dir is not None:
         write_results(Path(config.output_dir), found, {"predictions": _table(test, answers)})
     return found

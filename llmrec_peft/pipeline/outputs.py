@@ -3,7 +3,7 @@
 import platform
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,10 +75,14 @@ def save_run(
     before: Answers | None,
     after: Answers,
     costs: Costs,
+    save: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle, predictions.parquet, report.md and metrics.json, in this order; returns the metrics.
 
     What took the longest to make is saved first, so that no failure of a report can lose it.
+
+    save: takes the classifier, the domain's mapping, calibration, counts and metrics, and writes another form of model
+        than a bundle.
     """
     calibration = calibrate(run, after.valid)
     names = metric_names(streams.train, run.config.evaluation.metrics)
@@ -88,16 +92,16 @@ def save_run(
     if not trainer.is_world_process_zero():
         return metrics
     model: BehaviorClassifier = trainer.model
-    save_bundle(
-        run.path("bundle"),
-        model,
-        model.tokenizer,
-        run.config.domain.to_dict(),
-        calibration=calibration.to_dict() if run.config.evaluation.calibrate else None,
-        counts={**streams.counts(), "split": streams.split_note()},
-        metrics={name: metrics[name] for name in ("valid", "test")},
-        state=state,
-    )
+    facts = {
+        "calibration": calibration.to_dict() if run.config.evaluation.calibrate else None,
+        "counts": {**streams.counts(), "split": streams.split_note()},
+        "metrics": {name: metrics[name] for name in ("valid", "test")},
+    }
+    domain = run.config.domain.to_dict()
+    if save is None:
+        save_bundle(run.path("bundle"), model, model.tokenizer, domain, state=state, **facts)
+    else:
+        save(model, domain, **facts)
     tables = [prediction_table(getattr(after, name), streams[name], calibration) for name in ("valid", "test")]
     write_parquet(pa.concat_tables(tables), run.path("predictions.parquet"))
     content = _report_content(run, trainer, streams, before, after, calibration, cost)
@@ -231,6 +235,6 @@ def print_results(run: Run, metrics: Mapping[str, Any]) -> None:
         text = ", ".join(f"{key} {values[key]:.4f}" for key in ("auc", "gauc", "logloss", "ece") if key in values)
         print(f"{name} on the same test targets: {text}")
     print(f"\nwritten to {run.directory}:")
-    for name in ("bundle", "metrics.json", "predictions.parquet", "report.md", "config.yaml", "logs"):
+    for name in ("bundle", "student", "metrics.json", "predictions.parquet", "report.md", "config.yaml", "logs"):
         if run.path(name).exists():
             print(f"  {run.path(name)}")

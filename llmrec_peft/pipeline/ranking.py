@@ -26,6 +26,7 @@ from ..inference.recommender import Recommender, excluded_labels
 from ..inference.retrieval import Candidates
 from ..inference.scorer import Scorer
 from ..training.processes import together
+from .events import LoggedEvents
 from .results import cell, print_cells
 
 PLACES = 10
@@ -55,9 +56,9 @@ class Lists:
         """
         self.log, self.domain, self.options, self.name = splits.train.log, domain, options, name
         self.splits = splits
-        self.classes, self.signs = domain.classes(self.log), signs(self.log, domain)
+        self.logged, self.signs = LoggedEvents(self.log, domain), signs(self.log, domain)
         excluded = [domain.labels.index(label) for label in excluded_labels(domain)]
-        self._excluding = np.isin(self.classes, excluded)
+        self._excluding = np.isin(self.logged.classes, excluded)
         taken = splits[name].rows
         taken = taken[self.signs[taken] == 1]
         if not len(taken):
@@ -154,38 +155,16 @@ class Lists:
             free = np.sort(free[np.argpartition(-keys, wanted - 2)[: wanted - 1]])
         return np.concatenate([[self.log.item_codes[row]], free]).astype(np.int64)
 
+    def request(self, row: int, codes: np.ndarray) -> tuple[list[tuple[Event, str]], list[Event], dict[str, Any]]:
+        """What a scorer is asked of a target: history, candidates at the target's moment, and the header's columns."""
+        user, logged = int(self.log.user_codes[row]), self.logged
+        moments = logged.moments(np.array([row])) * len(codes)
+        header = {name: logged.first(user, name) for name in self.domain.header_columns}
+        return logged.history(user, self.log.timestamps[row]), logged.events(codes, moments), header
+
     def past(self, rows: np.ndarray) -> Histories:
         """What the users of targets did strictly before."""
         return Histories.before(self.log, self.signs, self.log.user_codes[rows], self.log.timestamps[rows])
-
-
-class _Requests:
-    """What a scorer is asked of a target, in the words that training had for it."""
-
-    def __init__(self, lists: Lists) -> None:
-        self.lists, self.log, domain = lists, lists.log, lists.domain
-        self._ids: list[str] = self.log.items.column("item_id").to_pylist()
-        self._header = domain.header_columns
-        self._moment = [name for name in domain.event_columns if name not in self.log.items.column_names]
-
-    def request(self, row: int, codes: np.ndarray) -> tuple[list[tuple[Event, str]], list[Event], dict[str, Any]]:
-        """History, candidates and the header's columns; candidates have the columns of the target's moment."""
-        log, labels = self.log, self.lists.domain.labels
-        first = int(log.user_offsets[log.user_codes[row]])
-        earlier = np.arange(first, row)
-        earlier = earlier[(log.timestamps[earlier] < log.timestamps[row]) & (self.lists.classes[earlier] >= 0)]
-        said = self._events(log.item_codes[earlier], self._columns(earlier))
-        history = [(event, labels[n]) for event, n in zip(said, self.lists.classes[earlier], strict=True)]
-        user = {name: log.column(name)[first].as_py() for name in self._header}
-        return history, self._events(codes, self._columns(np.array([row])) * len(codes)), user
-
-    def _columns(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        return self.log.interactions.select(self._moment).take(pa.array(rows)).to_pylist() if self._moment else [{}]
-
-    def _events(self, codes: np.ndarray, columns: list[dict[str, Any]]) -> list[Event]:
-        if not self._moment:
-            return [self._ids[code] for code in codes]
-        return [{"item_id": self._ids[code], **own} for code, own in zip(codes, columns, strict=True)]
 
 
 def check_ranking(config: EvaluateConfig) -> None:
@@ -253,8 +232,8 @@ def _check_evidence(evidence: Evidence, lists: Lists) -> None:
             return
         what = f"is of {said['rows']} rows of {said['users']} users, which are not the {len(train)} training rows"
     raise DataError(
-        f"what retrieval knows {what} of log {log.name!r}; fit it again on this log with recipes/fuse.py, or move the "
-        "directory away"
+        f"what retrieval knows {what} of log {log.name!r}; fit it again on this log with recipes/fuse.py, "
+        "without --refit, or move the directory away"
     )
 
 
@@ -283,7 +262,7 @@ Places = dict[str, Any]
 
 def _places(scorer: Scorer, lists: Lists, batch_tokens: int, state: PartialState) -> list[tuple[int, Places]]:
     """(target, places) of this process's share of the targets."""
-    recommender, words = scorer.recommender(), _Requests(lists)
+    recommender = scorer.recommender()
     pool = lists.options.pool
     each = pool or (lists.log.num_items if lists.options.candidates == "all" else lists.options.candidates)
     size = max(1, min(AT_ONCE, CANDIDATES_AT_ONCE // each))
@@ -294,7 +273,7 @@ def _places(scorer: Scorer, lists: Lists, batch_tokens: int, state: PartialState
         rows = lists.rows[chunk.start : chunk.stop]
         past = lists.past(rows)
         asked = [_asked(lists, recommender, int(row), past.part(number, number + 1)) for number, row in enumerate(rows)]
-        requests = [words.request(one.row, one.scored) for one in asked]
+        requests = [lists.request(one.row, one.scored) for one in asked]
         answers = scorer.score_many(requests, batch_tokens=batch_tokens)
         for number, one, probabilities in zip(chunk, asked, answers, strict=True):
             found.append((number, _placed(lists, recommender, one, probabilities)))

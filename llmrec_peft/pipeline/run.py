@@ -19,11 +19,14 @@ from .launch import check_shared, flatten
 
 # What a training recipe leaves in its output directory, and nothing else of it is ever deleted.
 RESULTS = ("metrics.json", "predictions.parquet", "report.md", "reliability.png", "learning_curve.png")
-DIRECTORIES = ("bundle", "checkpoints", "logs")
+DIRECTORIES = ("bundle", "student", "checkpoints", "logs")
 SETTINGS = "config.yaml"
 
 # Settings that decide the trained weights, by their first words; a run is resumed with these as they were.
-WEIGHTS = ("domain.", "method.", "train.", "model.dtype", "model.attn", "model.head_init", "model.head_scale")
+WEIGHTS = (
+    "domain.", "method.", "train.", "model.dtype", "model.attn", "model.head_init", "model.head_scale", "student.",
+    "loss.", "answers.targets", "answers.only",
+)  # fmt: skip
 ELSEWHERE = ("train.report_to", "train.logging_steps", "train.resume")
 # These choose the best checkpoint, where one is chosen.
 SELECTION = ("evaluation.valid_targets", "evaluation.batch_tokens")
@@ -89,8 +92,8 @@ def holds_run(directory: Path) -> bool:
     """Whether a training recipe has written here: its configuration, or the note beside its checkpoints."""
     try:
         found = yaml.safe_load((directory / SETTINGS).read_text("utf-8"))
-        if isinstance(found, dict) and {"data", "domain", "model", "train", "evaluation", "output_dir"} <= found.keys():
-            return True
+        if isinstance(found, dict) and {"data", "train", "evaluation", "output_dir"} <= found.keys():
+            return bool({"domain", "teacher"} & found.keys())
     except (OSError, ValueError, yaml.YAMLError):
         pass
     return "streams" in _record(directory)

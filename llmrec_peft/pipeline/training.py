@@ -1,11 +1,13 @@
 """From a configuration to a trainer, its arguments and its callbacks."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from ..config import TrainConfig
+from ..data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from ..evaluation.metrics import higher_is_better
 from ..models.classifier import BehaviorClassifier
 from ..training.losses import BehaviorLoss, balanced_weights
@@ -69,20 +71,27 @@ def build_trainer(
     streams: SplitStreams,
     loss: BehaviorLoss,
     on_ready: Callable[[], None] | None = None,
+    kind: type[BehaviorTrainer] = BehaviorTrainer,
+    train: StreamDataset | StreamSubset | None = None,
+    **options: Any,
 ) -> BehaviorTrainer:
-    """A trainer on the training streams that selects on a part of the validation streams."""
+    """A trainer on the training streams (or `train`, a part of them) that selects on a part of the validation streams.
+
+    `kind` takes `options`.
+    """
     config = run.config
     names = metric_names(streams.train, config.evaluation.metrics)
     if config.train.select_metric not in names:
         names.append(config.train.select_metric)
     valid = limited(streams.valid, config.evaluation.valid_targets, classifier)
+    train = streams.train if train is None else train
     callbacks = [EvaluateLastStep()] if config.train.eval_steps else []
     if config.train.early_stopping:
         callbacks.append(StopEarly(config.train.early_stopping))
-    return BehaviorTrainer(
+    return kind(
         classifier,
         arguments,
-        limited(streams.train, None, classifier),
+        IndependentPrompts(train) if classifier.encoder else train,
         valid,
         tokenizer=classifier.tokenizer,
         micro_tokens=config.train.micro_tokens,
@@ -91,6 +100,7 @@ def build_trainer(
         compute_metrics=lambda predictions: measure(predictions, streams.valid, names),
         callbacks=callbacks,
         on_ready=on_ready,
+        **options,
     )
 
 

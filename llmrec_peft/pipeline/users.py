@@ -16,6 +16,7 @@ from ..data.sources.tabular import SUFFIXES, read_tables, suffix_of
 from ..data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, listed
 from ..errors import ConfigError, DataError
 from ..inference.prompts import Event
+from .events import LoggedEvents
 
 HASHED_AT_ONCE = 65_536  # rows
 
@@ -65,9 +66,7 @@ class Users:
             ConfigError: columns of the moment that are not given, or are not needed.
         """
         self._log, self._domain, self._until = log, domain, until
-        self._classes = domain.classes(log)
-        self._item_ids: list[str] = log.items.column("item_id").to_pylist()
-        self._moment = [name for name in domain.event_columns if name not in log.items.column_names]
+        self._logged = LoggedEvents(log, domain)
         self.name = f"log {log.name}" if path is None else Path(path).name
         table = pa.table({"user_id": log.user_ids}) if path is None else read_ids(path, "users", "user_id")
         if "history" in table.column_names:
@@ -76,7 +75,7 @@ class Users:
                 "data.path, or drop the column"
             )
         self.ids: pa.Array = pa.concat_arrays(table.column("user_id").chunks)
-        needed = (*domain.header_columns, *self._moment)
+        needed = (*domain.header_columns, *self._logged.moment)
         self._columns = table.select([name for name in dict.fromkeys(needed) if name in table.column_names])
         self._context = dict(context or {})
         self._check_columns()
@@ -92,19 +91,19 @@ class Users:
                     f"the header of domain {domain!r} names {column!r}, which neither users ({self.name}) nor the "
                     f"interactions of log {name!r} have; add the column to users"
                 )
-        extra = sorted(set(self._context) - set(self._moment))
+        extra = sorted(set(self._context) - set(self._logged.moment))
         if extra:
             raise ConfigError(
                 f"context has {extra[0]!r}, but the event of domain {domain!r} takes from it only "
-                f"{listed(self._moment)}; leave it out"
+                f"{listed(self._logged.moment)}; leave it out"
             )
-        missing = [column for column in self._moment if column not in given and column not in self._context]
+        missing = [column for column in self._logged.moment if column not in given and column not in self._context]
         if missing:
             raise ConfigError(
                 f"the event of domain {domain!r} names {listed(missing)}, which the items of log {name!r} lack; give "
                 f"--context '{{{missing[0]}: ...}}' for the moment of the recommendation, or a column in users"
             )
-        for column in self._moment:
+        for column in self._logged.moment:
             if column not in known:
                 raise DataError(
                     f"the event of domain {domain!r} names {column!r}, which neither the items nor the interactions of "
@@ -129,8 +128,9 @@ class Users:
             raise DataError(self.refused[row])
         code, given = int(self._codes[row]), self._columns.slice(row, 1).to_pylist()[0]
         user = {name: given[name] if name in given else self._said(name, code) for name in self._domain.header_columns}
-        context = self._context | {name: given[name] for name in self._moment if name in given}
-        return Request(self._history(code) if code >= 0 else [], user, context)
+        history = self._logged.history(code, self._until) if code >= 0 else []
+        context = self._context | {name: given[name] for name in self._logged.moment if name in given}
+        return Request(history, user, context)
 
     def _said(self, name: str, code: int) -> Any:
         if code < 0:
@@ -138,22 +138,7 @@ class Users:
                 f"the header names {name!r}, which the log cannot say of a user it does not know; add a column "
                 f"{name!r} to users"
             )
-        return self._log.column(name)[int(self._log.user_offsets[code])].as_py()
-
-    def _history(self, code: int) -> list[tuple[Event, str]]:
-        rows = np.arange(self._log.user_offsets[code], self._log.user_offsets[code + 1])
-        rows = rows[self._classes[rows] >= 0]
-        if self._until is not None:
-            rows = rows[self._log.timestamps[rows] < self._until]
-        events: list[Event] = [self._item_ids[code] for code in self._log.item_codes[rows]]
-        if self._moment:
-            columns = [self._log.column(name).take(pa.array(rows)).to_pylist() for name in self._moment]
-            events = [
-                {"item_id": item, **dict(zip(self._moment, values, strict=True))}
-                for item, *values in zip(events, *columns, strict=True)
-            ]
-        labels = self._domain.labels
-        return [(event, labels[number]) for event, number in zip(events, self._classes[rows], strict=True)]
+        return self._logged.first(code, name)
 
     # -- what the answers depend on ------------------------------------------------------------
 
@@ -167,10 +152,12 @@ class Users:
         columns = [name for name in self._domain.event_columns if name in log.items.column_names]
         digest.update(table_fingerprint(log.items.select(list(dict.fromkeys(["item_id", *columns])))).encode())
         digest.update(table_fingerprint(pa.table({"user_id": log.user_ids})).encode())
-        for array in (log.user_offsets, log.item_codes, log.timestamps, self._classes):
+        for array in (log.user_offsets, log.item_codes, log.timestamps, self._logged.classes):
             digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         named = [
-            name for name in (*self._domain.header_columns, *self._moment) if name in log.interactions.column_names
+            name
+            for name in (*self._domain.header_columns, *self._logged.moment)
+            if name in log.interactions.column_names
         ]
         digest.update(table_fingerprint(log.interactions.select(list(dict.fromkeys(named)))).encode())
         return digest.hexdigest()

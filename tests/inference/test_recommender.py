@@ -60,7 +60,7 @@ def by_item(found) -> dict[str, tuple[float, ...]]:
 def same(left, right) -> None:
     assert [(a.item_id, a.source) for a in left] == [(b.item_id, b.source) for b in right]
     for a, b in zip(left, right, strict=True):
-        np.testing.assert_allclose((a.score, *a.probabilities), (b.score, *b.probabilities), atol=1e-6)
+        np.testing.assert_allclose((a.score, *a.probabilities), (b.score, *b.probabilities), atol=1e-5)
 
 
 def with_exclude(domains, labels) -> None:

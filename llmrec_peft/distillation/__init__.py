@@ -1,0 +1,1 @@
+"""Distilling a trained classifier into small students, and exporting them."""

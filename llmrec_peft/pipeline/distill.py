@@ -1,0 +1,300 @@
+"""Distilling a teacher into a student."""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import TrainingArguments, set_seed
+
+from ..config import DistillConfig, read_config
+from ..data.domain import Domain
+from ..data.log import BehaviorLog
+from ..data.streams import StreamDataset, StreamSubset
+from ..data.tokens import Vocabulary
+from ..distillation.saving import Lesson, save_student
+from ..distillation.students import chosen_layers, first_item, give_content, start_ids, start_shallow
+from ..distillation.teacher import TeacherAnswers, check_kept, content_layers, item_content, reduced, teacher_answers
+from ..distillation.trainer import DistillTrainer, layer_map
+from ..errors import ConfigError, DataError
+from ..inference.merged import load_answering, read_answering
+from ..models.base import check_positions, load_config, load_tokenizer, resolve_base
+from ..models.bottleneck import transformer_layers
+from ..models.bundle import Bundle
+from ..models.classifier import BehaviorClassifier, load_classifier
+from ..models.manifest import WEIGHTS, digest
+from ..training.processes import check_same, joined, together, uses_fsdp
+from .launch import check_launch, common_facts, flatten, launch_of
+from .outputs import Answers, Costs, answer, print_results, save_run
+from .run import begin_run, prepare_run
+from .streams import SplitStreams, build_splits, check_split, read_log, split_of, streams_of
+from .train import check_classes
+from .training import build_loss, build_trainer, training_arguments
+
+
+def distill(config: DistillConfig | None = None, **options: Any) -> dict[str, Any]:
+    """Train a student and leave it in `student` of `config.output_dir`, with metrics, predictions and a report.
+
+    Args:
+        config: what to do.
+        options: in its place, its keys: `distill(teacher="out/bundle", data={"path": "DIR"}, student={"kind": "ids"})`;
+            a key of a section may be written as it is on the command line, such as `**{"train.max_steps": 100}`.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        LLMRecError: with one line on what cannot be used, before an old run in the same place is touched.
+    """
+    if config is None:
+        flags = flatten(options)
+        arguments = [
+            part for key, value in flags.items() for part in (f"--{key}", yaml.safe_dump(value).split("\n")[0])
+        ]
+        config = read_config(DistillConfig, arguments)
+    elif options:
+        raise ConfigError(f"distill takes a configuration or its keys, not both; leave {min(options)} out")
+    with joined() as state:
+        return _distill(config, state)
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What a teacher gave: its answers to the training targets, and what it makes of each item."""
+
+    answers: TeacherAnswers | None = None
+    content: np.ndarray | None = None
+
+
+def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
+    show = print if state.is_main_process else (lambda *_, **__: None)
+    costs, student = Costs(), config.student
+    with together():
+        manifest = read_answering(config.teacher)
+        domain = config.domain
+        run = prepare_run(config)
+        arguments = training_arguments(run)
+        check_launch(config, arguments)
+        _check_launch(arguments)
+        asks = config.loss.needs_teacher
+        chosen = _kept_layers(config, manifest)
+        layers = _compared_layers(config, manifest, chosen)
+        kept = Path(config.answers.path or run.path("teacher"))
+        if asks:
+            check_kept(kept, manifest, [other for _, other in layers])
+        if student.kind == "small":
+            check_positions(load_config(resolve_base(student.base)), domain.stream.max_length)
+    check_same(common_facts(config), "start every process with the same settings and versions")
+    with together(), costs.timed("reading"):
+        show(f"reading {config.data.path}", flush=True)
+        log = read_log(config.data)
+        splits = split_of(log, domain)
+        for name in ("valid", "test"):
+            check_split(splits, name, manifest["counts"].get("split"))
+    with tempfile.TemporaryDirectory(prefix="llmrec-student-") as start:
+        teacher, given = None, Knowledge()
+        if asks or student.kind == "shallow" or (student.kind == "ids" and student.content):
+            show(f"loading the teacher {config.teacher}", flush=True)
+            with together():
+                teacher = _teacher(config, state)
+            with costs.timed("asking the teacher"):
+                given = _ask(config, teacher, log, splits, [other for _, other in layers], kept, state)
+        with together():
+            base = _start(config, teacher, chosen, log, domain, Path(start))
+            del teacher
+            tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
+            streams = build_splits(log, domain, tokenizer)
+            _check_targets(streams, given)
+            check_classes(streams.train)
+            loss = build_loss(config.train, streams, len(domain.labels))
+            fingerprint = streams.fingerprint(base, valid=config.train.eval_steps > 0)
+            fingerprint = digest({"streams": fingerprint, "teacher": digest(manifest)})
+            for name, counts in streams.counts().items():
+                show(f"{name}: {counts['targets']:,} targets of {counts['users']:,} users in {counts['streams']:,} "
+                     "streams")  # fmt: skip
+            set_seed(config.train.seed)
+            classifier = load_classifier(base, domain, "full", trust_remote_code=config.trust_remote_code)
+            if given.content is not None:
+                _read_content(classifier, given.content, streams, config)
+        show(classifier.summary())
+        before: list[Answers] = []
+
+        def answer_before() -> None:
+            with costs.timed("answering before"):
+                before.append(answer(trainer, streams, run, "before"))
+
+        trainer = build_trainer(
+            run, arguments, classifier, streams, loss, answer_before if config.evaluation.before else None,
+            DistillTrainer, _windows(streams.train, given, config), teacher=given.answers, distill_loss=config.loss,
+            layers=[own for own, _ in layers],
+        )  # fmt: skip
+        begin_run(run, fingerprint, launch_of(arguments))
+        with costs.timed("training, with validations and checkpoints", without="answering before"):
+            trainer.train(resume_from_checkpoint=run.checkpoint)
+        with costs.timed("answering after"):
+            after = answer(trainer, streams, run, "after")
+        show("saving, and writing the report", flush=True)
+        lesson = Lesson(student, config.loss, _told(manifest, given), chosen)
+
+        def save(model: BehaviorClassifier, mapping: dict[str, Any], **facts: Any) -> None:
+            save_student(run.path("student"), model, mapping, lesson, **facts)
+
+        metrics = save_run(run, trainer, streams, before[0] if before else None, after, costs, save)
+    if state.is_main_process:
+        print_results(run, metrics)
+    return metrics
+
+
+# -- the teacher -------------------------------------------------------------------------------------
+
+
+def _teacher(config: DistillConfig, state: PartialState) -> Bundle:
+    teacher = load_answering(config.teacher, base=config.base, trust_remote_code=config.trust_remote_code)
+    teacher.classifier.to(state.device)
+    return teacher
+
+
+def _ask(
+    config: DistillConfig, teacher: Bundle, log: BehaviorLog, splits, layers: list[int], kept: Path, state: PartialState
+) -> Knowledge:
+    """The teacher's answers to training targets, and its representations of the items, as far as they are wanted."""
+    domain, answers, content = config.teacher_domain, None, None
+    if config.loss.needs_teacher:
+        streams = streams_of(splits, "train", domain, teacher.tokenizer).limited(config.answers.targets)
+        answers = teacher_answers(
+            teacher, streams, kept, layers=layers, batch_tokens=config.answers.batch_tokens, processes=state
+        )
+    if config.student.kind == "ids" and config.student.content:
+        content = _content(teacher, domain, log, kept, config.answers.batch_tokens)
+    return Knowledge(answers, content)
+
+
+def _content(teacher: Bundle, domain: Domain, log: BehaviorLog, kept: Path, batch_tokens: int) -> np.ndarray:
+    """What the teacher makes of each item of the log [items, H], kept beside its answers."""
+    columns = [name for name in domain.event_columns if name not in log.items.column_names]
+    if columns:
+        raise DataError(
+            f"student.content: the event of domain {domain.name!r} names {columns[0]!r}, which items lack, so an item "
+            "alone has no text; set student.content to false"
+        )
+    vocabulary = Vocabulary(domain, teacher.tokenizer)
+    texts = vocabulary.events({name: log.items.column(name).combine_chunks() for name in domain.event_columns})
+    flat, offsets = vocabulary.tokens(texts.to_pylist())
+    header = "" if domain.header_columns else domain.header
+    lead = np.concatenate([vocabulary.prefix, *([vocabulary.tokens([header])[0]] if header else [])])
+    events = [np.concatenate([flat[offsets[row] : offsets[row + 1]], vocabulary.marker]) for row in range(len(texts))]
+    layers = content_layers(len(transformer_layers(teacher.classifier.stock)))
+    key = hashlib.sha256(digest(teacher.manifest).encode() + np.concatenate([lead, *events]).tobytes()).hexdigest()
+    path = kept.with_name(f"{kept.name}-items-{key[:16]}.npy")
+    if path.is_file():
+        return np.load(path, allow_pickle=False)
+    found = item_content(teacher, lead, events, layers, batch_tokens=batch_tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, found, allow_pickle=False)
+    partial.replace(path)
+    return found
+
+
+def _told(manifest: dict[str, Any], given: Knowledge) -> dict[str, Any] | None:
+    """What a student says of its teacher."""
+    if given.answers is None and given.content is None:
+        return None
+    files, weights = manifest["files"], manifest.get("weights", {})
+    return {
+        "method": manifest.get("method", "merged"),
+        "base": manifest["base"].get("name"),
+        "weights": weights.get("fingerprint") or files.get(WEIGHTS),
+        "targets": 0 if given.answers is None else len(given.answers.asked),
+    }
+
+
+# -- the student -------------------------------------------------------------------------------------
+
+
+def _check_launch(arguments: TrainingArguments) -> None:
+    plugin = arguments.deepspeed_plugin
+    if uses_fsdp() or (plugin is not None and plugin.zero_stage == 3):
+        raise ConfigError(
+            "a student is small and is not split over processes; launch distilling with ddp or single_cpu"
+        )
+
+
+def _kept_layers(config: DistillConfig, manifest: dict[str, Any]) -> list[int] | None:
+    """Of a shallow student, the teacher's layers that it keeps; a third of them by default."""
+    if config.student.kind != "shallow":
+        return None
+    depth = _depth(config, manifest)
+    return chosen_layers(depth, config.student.layers or max(1, depth // 3), config.student.pick)
+
+
+def _depth(config: DistillConfig, manifest: dict[str, Any]) -> int:
+    """Layers of the teacher."""
+    source = config.teacher if manifest.get("kind") == "merged" else config.base or manifest["model_options"]["base"]
+    return load_config(resolve_base(source)).get_text_config().num_hidden_layers
+
+
+def _compared_layers(config: DistillConfig, manifest: dict[str, Any], kept: list[int] | None) -> list[tuple[int, int]]:
+    """Pairs of layers whose outputs are compared: (student's, teacher's)."""
+    if not config.loss.hidden:
+        return []
+    depth = _depth(config, manifest)
+    if kept is not None:
+        return layer_map(len(kept), depth, kept)
+    own = load_config(resolve_base(config.student.base)).get_text_config().num_hidden_layers
+    return layer_map(own, depth)
+
+
+def _start(
+    config: DistillConfig,
+    teacher: Bundle | None,
+    kept: list[int] | None,
+    log: BehaviorLog,
+    domain: Domain,
+    directory: Path,
+) -> str:
+    """Directory that the student is loaded from; a shallow one takes the teacher's weights, and leaves it useless."""
+    if config.student.kind == "small":
+        return resolve_base(config.student.base)
+    if config.student.kind == "ids":
+        start_ids(log.items.column("item_id"), domain, config.student, config.train.seed, directory)
+    else:
+        start_shallow(teacher.classifier, kept, directory)
+    return str(directory)
+
+
+def _check_targets(streams: SplitStreams, given: Knowledge) -> None:
+    """The teacher's answers are found by target number, which both count alike."""
+    count = streams.train.num_targets
+    if given.answers is not None and len(given.answers.logits) != count:
+        raise DataError(
+            f"the student has {count} training targets and the teacher's answers {len(given.answers.logits)}; "
+            "remove the kept answers"
+        )
+
+
+def _windows(train: StreamDataset, given: Knowledge, config: DistillConfig) -> StreamDataset | StreamSubset:
+    """The windows that are trained on."""
+    if given.answers is None or not config.answers.only:
+        return train
+    windows = np.searchsorted(train.target_offsets, given.answers.asked, "right") - 1
+    return StreamSubset(train, np.unique(windows))
+
+
+def _read_content(
+    classifier: BehaviorClassifier, content: np.ndarray, streams: SplitStreams, config: DistillConfig
+) -> None:
+    """Let a student of ids read what the teacher makes of the items."""
+    train: StreamDataset = streams.train
+    seen = np.zeros(len(content), bool)
+    seen[streams.log.item_codes[streams.splits.train.rows]] = True
+    seen[train.target_items] = True
+    give_content(
+        classifier, torch.from_numpy(reduced(content, config.student.content_width)), torch.from_numpy(seen),
+        first_item(config.domain), config.student.content_dropout,
+    )  # fmt: skip

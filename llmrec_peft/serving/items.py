@@ -1,0 +1,160 @@
+"""The item table of a scorer, as plain Python: a list or mapping of rows, or a file of csv, jsonl or parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.text import listed, shorten
+from ..errors import DataError
+
+SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+_TEXTS = ("user_id", "item_id", "title")
+_NULLS = frozenset(("", "NA", "N/A", "NULL", "null", "NaN", "nan", "#N/A", "n/a"))
+
+
+class Items:
+    """Rows by item id.
+
+    Attributes:
+        name: what messages call the table.
+        columns: names of its columns.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], name: str = "items") -> None:
+        """Raises DataError for a row without an item_id, and for two of one id."""
+        self.name = name
+        self._rows: dict[str, Mapping[str, Any]] = {}
+        names: dict[str, None] = {}
+        for place, row in enumerate(rows):
+            if not isinstance(row, Mapping) or row.get("item_id") in (None, ""):
+                raise DataError(f"items of {name}: row {place} must be a mapping with an item_id, not {shorten(row)}")
+            item = _as_id(row["item_id"])
+            if item in self._rows:
+                raise DataError(f"items of {name} have the id {item!r} in more than one row; keep one row an item")
+            self._rows[item] = {**row, "item_id": item}
+            names.update(dict.fromkeys(row))
+        self.columns = list(names)
+
+    @classmethod
+    def read(cls, items: Any) -> Items | None:
+        """A table from rows (a list, or a mapping from ids), or from a file of csv, jsonl or parquet.
+
+        A directory stands for the `items` file in it. In csv and jsonl, columns are typed as the package's own reader
+        does: numbers where all values are numbers, but ids and titles stay text. Parquet needs pyarrow.
+
+        Raises:
+            DataError: nothing there can be read, or the table breaks a rule.
+        """
+        if items is None or isinstance(items, Items):
+            return items
+        if isinstance(items, Mapping):
+            return cls({"item_id": key, **row} for key, row in items.items())
+        if not isinstance(items, str | Path):
+            if not isinstance(items, Sequence):
+                raise DataError(f"items must be a list of mappings or a path, not {shorten(items)}; correct it")
+            return cls(items)
+        path = _file(Path(items))
+        return cls(_read(path), path.name)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, item_id: str) -> bool:
+        return item_id in self._rows
+
+    def __getitem__(self, item_id: str) -> Mapping[str, Any]:
+        return self._rows[item_id]
+
+
+def _as_id(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        found = [path / f"items{suffix}" for suffix in SUFFIXES if (path / f"items{suffix}").is_file()]
+        if not found:
+            raise DataError(f"{path} has no items file ({listed(list(SUFFIXES))}); name the file")
+        return found[0]
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; give an item table of {listed(list(SUFFIXES))}")
+    if not path.name.lower().endswith(SUFFIXES):
+        raise DataError(f"{path} is none of {listed(list(SUFFIXES))}; give an item table in one of these forms")
+    return path
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    name = path.name.lower()
+    try:
+        if name.endswith(".parquet"):
+            return _parquet(path)
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+            if name.endswith(".gz")
+            else path.open(encoding="utf-8-sig", newline="") as file
+        ):
+            return _typed_csv(list(csv.DictReader(file))) if ".csv" in name else _typed_json(map(json.loads, file))
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not a readable item table: {error!s:.120}; correct or write it again") from None
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path} needs the package pyarrow to be read; install it, or write csv or jsonl") from None
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def _typed_csv(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose columns are whole numbers, truths or numbers where all that is not blank is."""
+    for name in rows[0] if rows else {}:
+        if name is None or name in _TEXTS:
+            continue
+        values = [row[name] for row in rows]
+        for convert in (_whole, _truth, _number):
+            try:
+                typed = [None if value is None or value in _NULLS else convert(value) for value in values]
+            except ValueError:
+                continue
+            if any(value is not None for value in typed):
+                for row, value in zip(rows, typed, strict=True):
+                    row[name] = value
+            break
+    return rows
+
+
+def _whole(text: str) -> int:
+    if "_" in text:
+        raise ValueError(text)
+    return int(text)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _number(text: str) -> float:
+    if "_" in text:
+        raise ValueError(text)
+    return float(text)
+
+
+def _typed_json(rows: Iterable[Any]) -> list[dict[str, Any]]:
+    """Rows in which a column with a number that is not whole has no whole ones."""
+    found = list(rows)
+    columns = {name for row in found if isinstance(row, dict) for name, value in row.items() if type(value) is float}
+    for row in found:
+        for name in columns & row.keys() if isinstance(row, dict) else ():
+            if type(row[name]) is int:
+                row[name] = float(row[name])
+    return found

@@ -1,0 +1,236 @@
+"""From a history and its candidates to tokens, the same as `inference.prompts` makes, without Arrow."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..data.layout import window_start
+from ..data.text import fill, listed, shorten, template_columns
+from ..errors import DataError, StreamError
+from .items import Items
+from .words import Words
+
+Event = str | int | Mapping[str, Any]
+"""An item id of the item table, or a mapping of the columns that the domain's template names."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request as tokens.
+
+    Attributes:
+        header: int32 tokens before the events.
+        events: int32 tokens of each history event with its outcome.
+        probes: int32 tokens of each candidate with its marker.
+        dropped: int64 [probes], how many of the oldest history events each leaves out to fit `stream.max_length`.
+    """
+
+    header: np.ndarray
+    events: tuple[np.ndarray, ...]
+    probes: list[np.ndarray]
+    dropped: np.ndarray
+
+    def trunk(self, dropped: int) -> np.ndarray:
+        """Tokens of the header and the events without the oldest `dropped`."""
+        return np.concatenate([self.header, *self.events[dropped:]])
+
+
+class Prompts:
+    """One domain's words for the items of one table, and the tokens of what was asked for before.
+
+    Args:
+        manifest: serving.json.
+        words: the domain's tokens.
+        items: the item table, or None.
+        kept: texts whose tokens are kept; where more come, all that were kept go.
+    """
+
+    def __init__(self, manifest: Mapping[str, Any], words: Words, items: Items | None, kept: int) -> None:
+        domain, window = manifest["domain"], manifest["window"]
+        self.words, self.items = words, items
+        self.name, self.labels = domain["name"], list(domain["outcomes"])
+        self._event, self._header_template = domain["event"], domain["header"]
+        self._event_columns = template_columns(self._event)
+        self._header_columns = template_columns(self._header_template)
+        self._events, self._stride, self._max_length = window["events"], window["stride"], window["max_length"]
+        joining = domain["stream"].get("history_labels")
+        self._joins = set(self.labels if joining is None else joining)
+        self._classes = {label: number for number, label in enumerate(self.labels)}
+        self._lock, self._kept = threading.Lock(), kept
+        self._tokens: dict[Hashable, np.ndarray] = {}
+
+    def ask(self, history: Any, candidates: Any, user: Mapping[str, Any] | None = None) -> Ask:
+        """One request as tokens.
+
+        Raises:
+            DataError: an unknown item or label, a column that is missing, or what is no list.
+            StreamError: a candidate that does not fit the window.
+        """
+        _check_list("candidates", candidates)
+        events, header = self._trunk(history), self._header(user)
+        probes = self._texts(list(candidates), "candidates")
+        return Ask(header, events, probes, self._dropped(header, events, probes))
+
+    # -- history -------------------------------------------------------------------------------
+
+    def _trunk(self, history: Any) -> tuple[np.ndarray, ...]:
+        _check_list("history", history)
+        pairs = [self._pair(entry, place) for place, entry in enumerate(history)]
+        # Also before the window: whether an id is known must not depend on how much came after it.
+        ids = [str(event) for event, _ in pairs if not isinstance(event, Mapping)]
+        if self._is_text_of_ids():
+            self._texts(ids, "history")
+        else:
+            self._check_known(ids, "history")
+        seen = [pair for pair in pairs if pair[1] in self._joins]
+        seen = seen[window_start(len(seen), self._events, self._stride) :]
+        texts = self._texts([event for event, _ in seen], "history")
+        outcomes = [self.words.outcomes[self._classes[label]] for _, label in seen]
+        return tuple(np.concatenate(pair) for pair in zip(texts, outcomes, strict=True))
+
+    def _pair(self, entry: Any, place: int) -> tuple[Event, str]:
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise DataError(f"history: entry {place} must be a pair (event, label), not {shorten(entry)}; correct it")
+        event, label = entry
+        if not isinstance(label, str) or label not in self._classes:
+            raise DataError(
+                f"history: entry {place} has the label {shorten(label)}, which domain {self.name!r} does not have; "
+                f"use one of {listed(self.labels)}"
+            )
+        _check_event(event, place, "history")
+        return event, label
+
+    def _header(self, user: Mapping[str, Any] | None) -> np.ndarray:
+        columns, user = self._header_columns, {} if user is None else user
+        if not isinstance(user, Mapping):
+            raise DataError(f"user must be a mapping of columns, not {shorten(user)}; give {listed(columns)}")
+        missing = [name for name in columns if name not in user]
+        if missing:
+            raise DataError(
+                f"user lacks {listed(missing)}, which the header of domain {self.name!r} names; "
+                f"give user={{{missing[0]!r}: ...}}"
+            )
+        key = ("header", *(_key(user[name]) for name in columns))
+        with self._lock:
+            found = self._tokens.get(key)
+            if found is None:
+                text = fill(self._header_template, user, self.words.forbidden) if columns else self._header_template
+                found = np.concatenate([self.words.prefix, *self.words.tokens([text])])
+                self._keep({key: found})
+        return found
+
+    # -- events --------------------------------------------------------------------------------
+
+    def _texts(self, events: Sequence[Any], what: str) -> list[np.ndarray]:
+        """Tokens of events with their markers; those not kept are made at once."""
+        keys = [self._event_key(event, place, what) for place, event in enumerate(events)]
+        with self._lock:
+            found = {key: self._tokens.get(key) for key in keys}
+            fresh = {key: event for key, event in zip(keys, events, strict=True) if found[key] is None}
+            if fresh:
+                made = self.words.tokens(self._filled(list(fresh.values()), what))
+                new = {key: np.concatenate([ids, self.words.marker]) for key, ids in zip(fresh, made, strict=True)}
+                found |= new
+                self._keep(new)
+        return [found[key] for key in keys]
+
+    def _keep(self, new: dict[Hashable, np.ndarray]) -> None:
+        if len(self._tokens) + len(new) > self._kept:
+            self._tokens = {}
+        if len(new) <= self._kept:
+            self._tokens |= new
+
+    def _event_key(self, event: Any, place: int, what: str) -> Hashable:
+        """What an event's text depends on."""
+        if isinstance(event, str):
+            return event
+        _check_event(event, place, what)
+        if isinstance(event, Mapping):
+            return ("columns", *sorted((str(name), _key(value)) for name, value in event.items()
+                                       if name == "item_id" or name in self._event_columns))  # fmt: skip
+        return str(event)
+
+    def _filled(self, events: list[Event], what: str) -> list[str]:
+        """Texts of events; the item table has the columns that they do not give."""
+        parts = [self._parts(event, what) for event in events]
+        self._check_known([item for _, item in parts if item is not None], what)
+        texts = []
+        for given, item in parts:
+            columns = given if item is None else self._completed(given, item, what)
+            texts.append(fill(self._event, columns, self.words.forbidden))
+        return texts
+
+    def _parts(self, event: Event, what: str) -> tuple[Mapping[str, Any], str | None]:
+        """Columns that an event gives, and the item that has the rest of the template's, if it needs one."""
+        if not isinstance(event, Mapping):
+            return ({"item_id": str(event)}, None) if self._is_text_of_ids() else ({}, str(event))
+        rest = [name for name in self._event_columns if name not in event]
+        if rest and "item_id" not in event:
+            raise DataError(
+                f"{what}: event {shorten(dict(event))} lacks {listed(rest)}, which the template of domain "
+                f"{self.name!r} names; give it, or an item_id of the item table"
+            )
+        return event, str(event["item_id"]) if rest else None
+
+    def _completed(self, given: Mapping[str, Any], item: str, what: str) -> dict[str, Any]:
+        missing = [name for name in self._event_columns if name not in given and name not in self.items.columns]
+        if missing:
+            raise DataError(
+                f"{what}: item {shorten(item)} has no column {listed(missing)}, which the template of domain "
+                f"{self.name!r} names; give the event as {{'item_id': ..., {missing[0]!r}: ...}}"
+            )
+        stored = self.items[item]
+        return {name: given[name] if name in given else stored.get(name) for name in self._event_columns}
+
+    def _is_text_of_ids(self) -> bool:
+        """Whether an id needs no table: its own token is all that the model reads."""
+        return self.items is None and self._event_columns == ["item_id"]
+
+    def _check_known(self, ids: Sequence[str], what: str) -> None:
+        missing = [item for item in ids if self.items is None or item not in self.items]
+        if missing:
+            known = (
+                "since no item table was given" if self.items is None
+                else f"among the {len(self.items):,} items of {self.items.name}"
+            )  # fmt: skip
+            raise DataError(
+                f"{what}: item {shorten(missing[0])} is unknown {known} ({len(missing)} such); add it to the table, or "
+                "give its columns as a mapping"
+            )
+
+    def _dropped(self, header: np.ndarray, events: Sequence[np.ndarray], probes: Sequence[np.ndarray]) -> np.ndarray:
+        """Oldest history events that each probe leaves out; it depends on the probe itself and on no other."""
+        limit = self._max_length
+        sizes = np.array([0, *map(len, events)])
+        total = np.cumsum(sizes)
+        rest = len(header) + total[-1] - total  # tokens of the trunk without the oldest 0, 1, 2, ... events
+        lengths = np.fromiter(map(len, probes), np.int64, len(probes)) + len(self.words.suffix)
+        over = np.flatnonzero(lengths + rest[-1] > limit)
+        if len(over):
+            raise StreamError(
+                f"candidate {over[0]} takes {lengths[over[0]]} tokens and the header {rest[-1]}, but stream.max_length "
+                f"of domain {self.name!r} is {limit}; shorten the item's text"
+            )
+        return np.searchsorted(-rest, lengths - limit, "left")
+
+
+def _check_list(what: str, value: Any) -> None:
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence | np.ndarray):
+        raise DataError(f"{what} must be a list, not {shorten(value)}; correct it")
+
+
+def _check_event(event: Any, place: int, what: str) -> None:
+    if isinstance(event, bool) or not isinstance(event, str | int | np.integer | Mapping):
+        raise DataError(
+            f"{what}: entry {place} must be an item id or a mapping of columns, not {shorten(event)}; correct it"
+        )
+
+
+def _key(value: Any) -> Hashable:
+    """A value that tells 1 from "1" and True, and lists apart."""
+    return (type(value).__name__, repr(value))

@@ -1,0 +1,113 @@
+"""An export is measured before it counts, and what cannot be exported is said before work starts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec_peft import Domain, Scorer
+from llmrec_peft.distillation import export as export_module
+from llmrec_peft.distillation.export import export_onnx
+from llmrec_peft.distillation.options import LossOptions, StudentOptions
+from llmrec_peft.distillation.saving import Lesson, save_student
+from llmrec_peft.distillation.students import start_ids
+from llmrec_peft.errors import BundleError, DataError, ModelError
+from llmrec_peft.inference.merge import merge_bundle
+from llmrec_peft.models import load_classifier
+from llmrec_peft.serving import OnnxScorer
+from tests.inference.conftest import DOMAINS, items  # noqa: F401
+from tests.inference.setup_requests import HISTORY, MOVIES
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # PEFT's own call
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def test_what_was_measured_is_written_down(exported):
+    _, onnx, measured = exported
+    manifest = json.loads((onnx / "serving.json").read_text("utf-8"))
+    assert manifest["measured"] == {key: value for key, value in measured.items() if key != "seconds"}
+    assert 0 < measured["float32"]["max_difference"] <= measured["tolerance"] == 1e-4 * max(1, measured["spread"])
+    assert measured["float32"]["mean_difference"] < measured["int8"]["mean_difference"]
+    assert manifest["opset"] == 18 and manifest["metrics"] == {"test": {"auc": 0.7}}
+    card = (onnx / "README.md").read_text("utf-8")
+    assert f"{measured['int8']['max_difference']:.2g}" in card and "auc 0.7000" in card
+    assert sorted(path.name for path in onnx.iterdir()) == [
+        "README.md", "model.int8.onnx", "model.onnx", "serving.json", "tokenizer.json",
+    ]  # fmt: skip
+    for name in ("model.onnx", "model.int8.onnx"):  # the exporter's notes name this machine's files
+        assert b".py" not in (onnx / name).read_bytes()
+
+
+def test_int8_is_smaller_and_answers_nearly_the_same(exported, items):  # noqa: F811
+    _, onnx, measured = exported
+    whole, small = (OnnxScorer.load(onnx, items.to_pylist(), precision=name) for name in ("float32", "int8"))
+    difference = np.abs(whole.score(HISTORY, MOVIES) - small.score(HISTORY, MOVIES))
+    assert 0 < difference.mean() < 0.1
+    assert measured["int8"]["bytes"] < 0.7 * measured["float32"]["bytes"]
+
+
+@pytest.mark.slow
+def test_a_student_of_item_ids(tmp_path, items):  # noqa: F811
+    domain = Domain.from_dict(DOMAINS["movies"]).of_ids(4, 6)
+    options = StudentOptions(kind="ids", width=16, heads=2)
+    start_ids(items.column("item_id"), domain, options, 0, tmp_path / "start")
+    classifier = load_classifier(str(tmp_path / "start"), domain, "full")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for value in classifier.parameters():
+            value.add_(0.2 * torch.randn(value.shape))
+    save_student(tmp_path / "student", classifier, domain.to_dict(), Lesson(options, LossOptions()))
+    export_onnx(tmp_path / "student", tmp_path / "onnx")
+    expected = Scorer.load(tmp_path / "student", items)
+    for table in (None, items.to_pylist()):
+        found = OnnxScorer.load(tmp_path / "onnx", table)
+        for history in ([], HISTORY, HISTORY * 6):
+            np.testing.assert_allclose(found.score(history, MOVIES), expected.score(history, MOVIES), atol=1e-4)
+    with pytest.raises(DataError, match="'item zz' is unknown to this model of item ids"):
+        OnnxScorer.load(tmp_path / "onnx").score(HISTORY, ["zz"])
+    grown = OnnxScorer.load(tmp_path / "onnx", [*items.to_pylist(), {"item_id": "zz", "title": "New"}])
+    with pytest.raises(DataError, match="'item zz' is unknown to this model of item ids"):
+        grown.score([("zz", "like"), *HISTORY], MOVIES)
+
+
+def test_an_opset_that_the_runtime_lacks(exported, tmp_path):
+    for opset in (99, 17, "18"):
+        with pytest.raises(ModelError, match=rf"opset must be from 18.* to \d+.*got {opset!r}"):
+            export_onnx(exported[0], tmp_path / "out", opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_that_differ_leave_nothing(exported, tmp_path, monkeypatch):
+    """A graph of other weights stands for an exporter that went wrong."""
+
+    def write(_classifier, path, _opset):
+        path.write_bytes((exported[1] / "model.int8.onnx").read_bytes())
+
+    monkeypatch.setattr(export_module, "_write_graph", write)
+    with pytest.raises(BundleError, match="answers otherwise than torch: logits differ by"):
+        export_onnx(exported[0], tmp_path / "out", int8=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported(exported, bundle_of, tmp_path):
+    merged = exported[0]
+    with pytest.raises(BundleError, match="is no merged model"):
+        export_onnx(bundle_of(), tmp_path / "out")
+    encoder = tmp_path / "encoder"
+    merge_bundle(bundle_of("full", kind="bert"), encoder)
+    with pytest.raises(ModelError, match="reads both ways"):
+        export_onnx(encoder, tmp_path / "out")
+    with pytest.raises(BundleError, match="the student itself"):
+        export_onnx(merged, merged)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("x")
+    with pytest.raises(BundleError, match="holds no export"):
+        export_onnx(merged, other)
+    assert not (tmp_path / "out").exists()

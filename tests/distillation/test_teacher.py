@@ -1,0 +1,134 @@
+"""A teacher's answers: kept, read again, gone on with, and refused when they are stale."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec_peft.data.collator import StreamCollator
+from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.streams import build_streams
+from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.distillation import teacher as module
+from llmrec_peft.distillation.teacher import LayerOutputs, check_kept, item_content, teacher_answers
+from llmrec_peft.errors import DataError
+from llmrec_peft.evaluation.calibration import Calibration
+from llmrec_peft.inference.merged import load_answering
+from llmrec_peft.models.predict import predict
+from tests.conftest import make_small_tables
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FIT = {"temperature": 1.7, "bias": [0.2, -0.1]}
+
+
+@pytest.fixture
+def taught(bundle_of, domains):
+    """A bundle as a teacher, and the training streams of its domain."""
+    teacher = load_answering(bundle_of(calibration=FIT))
+    log = BehaviorLog(*make_small_tables(users=6, events=12), name="small")
+    return teacher, build_streams(log.split().train, domains["movies"], teacher.tokenizer)
+
+
+def answered(teacher, streams):
+    collator = StreamCollator(teacher.tokenizer.pad_token_id, 500)
+    return predict(teacher.classifier, streams, collator, batch_tokens=500)
+
+
+def test_answers_are_calibrated_and_by_target_number(taught, tmp_path):
+    teacher, streams = taught
+    found = teacher_answers(teacher, streams, tmp_path / "kept", batch_tokens=600)
+    wanted = Calibration.from_dict(FIT).apply(answered(teacher, streams).logits)
+    np.testing.assert_allclose(torch.from_numpy(found.logits).softmax(-1).numpy(), wanted, atol=1e-5)
+    assert found.asked.tolist() == list(range(streams.num_targets)) and found.hidden is None
+
+
+def test_what_is_kept_is_not_computed_again(taught, tmp_path, monkeypatch):
+    """Work that was broken off goes on: parts that are there stay, the missing one is made and equals the first."""
+    teacher, streams = taught
+    monkeypatch.setattr(module, "PART_TOKENS", 400)
+    whole = teacher_answers(teacher, streams, tmp_path / "kept", batch_tokens=600)
+    parts = sorted((tmp_path / "kept").glob("part-*.arrow"))
+    assert len(parts) >= 3
+    times = {path: path.stat().st_mtime_ns for path in parts}
+    parts[1].unlink()
+    (tmp_path / "kept" / ".part-7.arrow.partial").write_bytes(b"half")
+    again = teacher_answers(teacher, streams, tmp_path / "kept", batch_tokens=600)
+    np.testing.assert_allclose(again.logits, whole.logits, atol=1e-6)
+    assert [path for path in parts if path.stat().st_mtime_ns != times[path]] == [parts[1]]
+
+
+def test_a_part_of_the_windows_leaves_the_rest_unasked(taught, tmp_path):
+    teacher, streams = taught
+    part = streams.limited(10)
+    found = teacher_answers(teacher, part, tmp_path / "kept", batch_tokens=600)
+    assert 10 <= len(found.asked) < streams.num_targets
+    more = teacher_answers(teacher, streams, tmp_path / "kept", batch_tokens=600)
+    assert len(more.asked) == streams.num_targets
+    np.testing.assert_array_equal(more.logits[found.asked], found.logits[found.asked])
+
+
+def test_hidden_states_are_those_at_the_markers(taught, tmp_path):
+    teacher, streams = taught
+    found = teacher_answers(teacher, streams, tmp_path / "kept", layers=(0, -1), batch_tokens=600)
+    collator = StreamCollator(teacher.tokenizer.pad_token_id, 600)
+    batch = collator.one([streams[0]])
+    with torch.no_grad():
+        inputs = {key: value for key, value in batch.items() if value is not None}
+        top = teacher.classifier.hidden_states(
+            inputs["input_ids"], inputs["position_ids"], inputs["markers"], None, inputs.get("branch")
+        )
+    kept = found.hidden[found.rows[batch["targets"].numpy()]]
+    np.testing.assert_allclose(kept[:, 1], top.numpy(), atol=5e-3, rtol=5e-3)  # float16
+    assert found.hidden.shape == (streams.num_targets, 2, teacher.classifier.config.hidden_size)
+    assert np.abs(kept[:, 0].astype(np.float32) - kept[:, 1]).max() > 0.01
+
+
+def test_hooks_are_gone_after_their_block(taught):
+    teacher, _ = taught
+    with LayerOutputs(teacher.classifier, (0, -1)):
+        pass
+    modules = [*teacher.classifier.stock.model.layers, teacher.classifier.head]
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in modules)
+
+
+@pytest.mark.parametrize("change", ["teacher", "targets", "layers"])
+def test_stale_answers_are_refused(change, taught, tmp_path, bundle_of, domains):
+    teacher, streams = taught
+    teacher_answers(teacher, streams.limited(5), tmp_path / "kept", batch_tokens=600)
+    layers = ()
+    if change == "teacher":
+        teacher = load_answering(bundle_of(seed=5))
+    elif change == "targets":
+        log = BehaviorLog(*make_small_tables(users=7, events=12), name="small")
+        streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
+    else:
+        layers = (-1,)
+    with pytest.raises(DataError, match=f"stale answers: .*{change}.* remove the directory, or name another"):
+        teacher_answers(teacher, streams, tmp_path / "kept", layers=layers)
+    if change == "teacher":
+        with pytest.raises(DataError, match="stale answers: they are another teacher's"):
+            check_kept(tmp_path / "kept", teacher.manifest)
+
+
+def test_somebody_elses_directory_is_left_alone(taught, tmp_path):
+    teacher, streams = taught
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds files, but no teacher.json"):
+        teacher_answers(teacher, streams, tmp_path)
+
+
+def test_items_side_by_side_read_as_each_alone(taught, domains):
+    """One item after another as its own prompt, against all of them as probes on one header."""
+    teacher, streams = taught
+    vocabulary = Vocabulary(domains["movies"], teacher.tokenizer)
+    columns = {name: streams.log.items.column(name).combine_chunks() for name in domains["movies"].event_columns}
+    flat, offsets = vocabulary.tokens(vocabulary.events(columns).to_pylist())
+    events = [np.concatenate([flat[a:b], vocabulary.marker]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    lead = np.concatenate([vocabulary.prefix, vocabulary.tokens(["Header:\n"])[0]])
+    found = item_content(teacher, lead, events, (0, -1), batch_tokens=700)
+    for number in (0, 1, 9, len(events) - 1):
+        ids = torch.from_numpy(np.concatenate([lead, events[number]]).astype(np.int64))[None]
+        with torch.no_grad(), LayerOutputs(teacher.classifier, (0, -1)) as outputs:
+            markers = torch.tensor([ids.shape[1] - 1])
+            teacher.classifier(ids, markers=markers)
+            alone = outputs.at(markers).flatten().numpy()
+        np.testing.assert_allclose(found[number], alone, atol=1e-4)
