@@ -5,8 +5,8 @@ Each system is the output directory of its recipe (recipes/lora.py for the teach
 and their int8 graph is measured beside them.
 
 - Quality: on the test targets that every directory's predictions.parquet has; brackets are 95 % bootstrap intervals
-  over users, and differences are paired. `ids` against `ids_alone` is also compared on all test targets that both answered,
-  and on those whose item has no training row.
+  over users, and differences are paired. `ids` against `ids_alone` is also compared on all test targets that both
+  answered, and on those whose item has no training row.
 - Targets a second: windows of the test split answered by one thread, in float32.
 - Latency: 50 candidates after a user's history, encoded anew, by one thread; P50 and P99 over users.
 
@@ -266,7 +266,7 @@ def plot(result: dict, path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xlabel("ms for 50 candidates, one core (median)")
         axis.set_ylabel(metric.upper())
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

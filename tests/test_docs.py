@@ -145,3 +145,26 @@ def test_the_tables_of_recommending_are_those_of_the_files():
             cells = (f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in system.values())
             assert " | ".join(cells) in text
         assert f"{found['training']['max_steps']}" in text and f"{name}, {found['settings']['users']} users" in text
+
+
+def test_the_table_of_students_is_that_of_the_file():
+    text = " ".join((ROOT / "docs" / "distilling.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "benchmarks" / "results" / "students.json").read_text(encoding="utf-8"))
+
+    def cell(value: dict, form: str) -> str:
+        return f"{value['value']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+
+    for name, system in found["systems"].items():
+        row = f"{cell(system['quality']['auc'], '.3f')} | {cell(system['quality']['gauc'], '.3f')} | "
+        row += f"{system['bytes'] / 1e6:.1f} |"
+        if "latency_ms" in system:
+            wait = system["latency_ms"]
+            row += f" {system['targets_per_second']['median']:,.0f} | {wait['p50']:,.1f} | {wait['p99']:,.1f} |"
+        assert row in text, name
+    readme, ids = " ".join(PAGES[0].read_text(encoding="utf-8").split()), found["systems"]["ids"]
+    assert f"{ids['targets_per_second']['median']:,.0f} targets/s" in readme
+    assert f"{found['systems']['ids_int8']['latency_ms']['p99']:.1f} ms at P99" in readme
+    assert f"GAUC {cell(found['ids_on_all']['all']['systems']['ids']['minus_ids_alone']['gauc'], '+.3f')}" in readme
+    whole, cold = found["ids_on_all"]["all"], found["ids_on_all"]["items without training rows"]
+    assert cell(whole["systems"]["ids"]["minus_ids_alone"]["gauc"], "+.4f") in text
+    assert cell(cold["systems"]["ids"]["quality"]["gauc"], ".3f") in text

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llmrec_peft.data.layout import window_start
 from llmrec_peft.data.tables import listed, shorten
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import DataError, StreamError
@@ -212,16 +213,6 @@ def _check_event(event: Any, place: int, what: str) -> None:
         raise DataError(
             f"{what}: entry {place} must be an item id or a mapping of columns, not {shorten(event)}; correct it"
         )
-
-
-def window_start(events: int, window: int, stride: int) -> int:
-    """The first of `events` history events that is used: at most `window` of them are.
-
-    It moves on by `stride` at a time, so that a history that grows keeps its beginning, and with it what was computed
-    for it, for `stride` events: between `window - stride + 1` and `window` events of a long history are used.
-    """
-    over = max(0, events - window)
-    return -(-over // stride) * stride
 
 
 def _array(values: list[Any]) -> pa.Array:

@@ -13,10 +13,8 @@ import pytest
 
 from llmrec_peft import Scorer
 from llmrec_peft.data.domain import render
-from llmrec_peft.data.layout import window_start
 from llmrec_peft.data.text import fill
 from llmrec_peft.errors import BundleError, DataError, ModelError, StreamError
-from llmrec_peft.inference import prompts as torch_prompts
 from llmrec_peft.serving import OnnxScorer
 from llmrec_peft.serving import scorer as scorer_module
 from llmrec_peft.serving.items import Items
@@ -160,12 +158,6 @@ def test_settings_that_cannot_be(exported):
 
 
 # -- the parts that stand twice ----------------------------------------------------------------------
-
-
-def test_windows_are_those_of_the_scorer():
-    for events in range(100):
-        for window, stride in ((6, 1), (39, 10), (9, 3)):
-            assert window_start(events, window, stride) == torch_prompts.window_start(events, window, stride)
 
 
 def test_one_row_is_filled_as_many_are():
