@@ -23,6 +23,10 @@ class StudentOptions:
     """Layers of a shallow student (null: a third of the teacher's) or of one of ids (null: 2)."""
     pick: Literal["first", "spread"] = "first"
     """Which of the teacher's layers a shallow student keeps."""
+    mlp: float = 1.0
+    """Share of each MLP's neurons that a shallow student keeps."""
+    heads_kept: float = 1.0
+    """Share of each layer's groups of attention heads that a shallow student keeps."""
     base: str | None = None
     """Base of a small student: an embedded name, a Hub id or a directory."""
     width: int = 64
@@ -49,6 +53,10 @@ class StudentOptions:
                  self.width)  # fmt: skip
         _require(0 <= self.content_dropout < 1, "student.content_dropout", "at least 0 and below 1",
                  self.content_dropout)  # fmt: skip
+        for name in ("mlp", "heads_kept"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"student.{name}", "above 0 and at most 1", value)
+            _require(value == 1 or self.kind == "shallow", f"student.{name}", f"1 for kind {self.kind}", value)
         if self.kind == "small":
             _require(bool(self.base), "student.base", "a smaller base for kind small", self.base)
         else:

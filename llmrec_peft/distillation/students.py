@@ -18,6 +18,7 @@ from torch import nn
 from llmrec_peft.data.domain import ITEM_EVENT, Domain, render
 from llmrec_peft.data.tokens import UNKNOWN_ITEM
 from llmrec_peft.distillation.options import StudentOptions
+from llmrec_peft.distillation.pruning import prune
 from llmrec_peft.errors import ConfigError, DataError, ModelError
 from llmrec_peft.inference.fold import fold
 from llmrec_peft.models.bottleneck import transformer_layers
@@ -29,28 +30,33 @@ PAD, BEGIN = "<pad>", "<s>"
 # -- shallow -----------------------------------------------------------------------------------------
 
 
-def chosen_layers(depth: int, layers: int, pick: str) -> list[int]:
-    """Numbers of the teacher's layers that a shallow student keeps, in order.
+def chosen_layers(depth: int, layers: int, pick: str, pruned: bool = False) -> list[int]:
+    """Numbers of the teacher's layers that a shallow student keeps, in order; all of them only where they are pruned.
 
     `first`: the first ones. `spread`: evenly spaced, the first and the last among them.
 
     Raises:
         ConfigError: more layers than the teacher has, or none.
     """
-    if not 1 <= layers < depth:
-        raise ConfigError(f"student.layers must be from 1 to {depth - 1}, below the teacher's {depth}; got {layers}")
+    if not 1 <= layers < depth + pruned:
+        raise ConfigError(
+            f"student.layers must be from 1 to {depth - 1 + pruned}, the teacher has {depth}; got {layers}"
+        )
     if pick == "first":
         return list(range(layers))
     return [round(number * (depth - 1) / max(1, layers - 1)) for number in range(layers)]
 
 
-def start_shallow(teacher: BehaviorClassifier, kept: list[int], directory: Path) -> None:
+def start_shallow(
+    teacher: BehaviorClassifier, kept: list[int], directory: Path, mlp: float = 1.0, heads: float = 1.0
+) -> None:
     """Write a student of some of the teacher's layers, with what was trained in their weights.
 
     The teacher's adapter is folded into its weights, so `teacher` cannot be used afterwards.
 
     Args:
         kept: numbers of the layers, by `chosen_layers`.
+        mlp, heads: shares of each layer that stay, as `prune` takes them.
 
     Raises:
         ModelError: a teacher whose layers are not in one list, or a bottleneck adapter, which no stock model holds.
@@ -71,6 +77,8 @@ def start_shallow(teacher: BehaviorClassifier, kept: list[int], directory: Path)
         # Kinds of the layers, such as layer_types.
         if isinstance(value, list) and len(value) == depth:
             setattr(config, name, [value[number] for number in kept])
+    if mlp < 1 or heads < 1:
+        prune(model, mlp, heads)
     model.save_pretrained(directory)
     teacher.tokenizer.save_pretrained(directory)
 

@@ -129,12 +129,13 @@ class Prompts:
     def _known(self, events: dict[Hashable, Event], keys: list[Hashable], what: str) -> list[np.ndarray]:
         """Tokens by key; those not kept are made, all that give the same columns at once."""
         fresh = {key: event for key, event in events.items() if key not in self._tokens}
-        forms: dict[tuple[str, ...], list[Hashable]] = {}
+        # Of one type each: in a column with 2.5, a 3 would read 3.0, and alone it reads 3.
+        forms: dict[tuple[tuple[str, ...], tuple[type, ...]], list[Hashable]] = {}
         for key, event in fresh.items():
             given = tuple(sorted(event)) if isinstance(event, Mapping) else ()
-            forms.setdefault(given, []).append(key)
+            forms.setdefault((given, tuple(type(event[name]) for name in given)), []).append(key)
         found: dict[Hashable, np.ndarray] = {}
-        for given, group in forms.items():
+        for (given, _), group in forms.items():
             texts = self.vocabulary.events(self._columns([fresh[key] for key in group], given, what))
             flat, offsets = self.vocabulary.tokens(texts.to_pylist())
             for i, key in enumerate(group):

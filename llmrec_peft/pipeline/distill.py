@@ -230,7 +230,9 @@ def _kept_layers(config: DistillConfig, manifest: dict[str, Any]) -> list[int] |
     if config.student.kind != "shallow":
         return None
     depth = _depth(config, manifest)
-    return chosen_layers(depth, config.student.layers or max(1, depth // 3), config.student.pick)
+    student = config.student
+    pruned = student.mlp < 1 or student.heads_kept < 1
+    return chosen_layers(depth, student.layers or max(1, depth // 3), student.pick, pruned)
 
 
 def _depth(config: DistillConfig, manifest: dict[str, Any]) -> int:
@@ -264,7 +266,7 @@ def _start(
     if config.student.kind == "ids":
         start_ids(log.items.column("item_id"), domain, config.student, config.train.seed, directory)
     else:
-        start_shallow(teacher.classifier, kept, directory)
+        start_shallow(teacher.classifier, kept, directory, config.student.mlp, config.student.heads_kept)
     return str(directory)
 
 

@@ -178,8 +178,9 @@ def test_layers_are_chosen(depth, layers, pick, kept):
 
 
 def test_more_layers_than_the_teacher_has_are_refused():
-    with pytest.raises(ConfigError, match="student.layers must be from 1 to 3, below the teacher's 4; got 4"):
+    with pytest.raises(ConfigError, match="student.layers must be from 1 to 3, the teacher has 4; got 4"):
         chosen_layers(4, 4, "first")
+    assert chosen_layers(4, 4, "first", pruned=True) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from llmrec_peft import Domain, Scorer
+from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.inference import engine as engine_module
 from llmrec_peft.inference.bank import DomainBank
+from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.inference.merge import merge_bundle
-from llmrec_peft.inference.prompts import window_start
+from llmrec_peft.inference.prompts import Prompts, window_start
 from tests.inference.setup_requests import CALIBRATION, HISTORY, MOVIES, SHOP, SHOP_HISTORY, USER, alone
 
 pytestmark = [
@@ -326,3 +328,17 @@ def test_what_cannot_be_scored_says_so(bundle_of, tiny_base, tmp_path):
         Scorer.load(tmp_path)
     with pytest.raises(BundleError, match="was trained on"):
         Scorer.load(bundle_of(), base=tiny_base("qwen2"))
+
+
+def test_an_event_reads_the_same_whatever_stands_beside_it(tiny_tokenizer):
+    """A whole number beside a broken one, and a missing text beside one that is there."""
+    domain = Domain.from_dict({"name": "shop", "event": "{title}: {price}", "outcomes": {"skip": " no", "buy": " yes"}})
+    events = [{"title": "a", "price": 3}, {"title": "a", "price": 2.5}, {"title": None, "price": 2.5}]
+
+    def prompts() -> Prompts:
+        return Prompts(Vocabulary(domain, tiny_tokenizer), Catalogue(None))
+
+    together = prompts().events(events, "candidates")
+    for event, tokens in zip(events, together, strict=True):
+        assert prompts().events([event], "candidates")[0].tolist() == tokens.tolist()
+    assert tiny_tokenizer.decode(together[0]) == "a: 3 ->"
