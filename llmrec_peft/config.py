@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from llmrec_peft.arguments import config_to_yaml, exit_on_error, parse_config, read_config
@@ -22,6 +23,7 @@ from llmrec_peft.models.options import (
     LoraOptions,
     ModelOptions,
     QloraOptions,
+    require,
 )
 
 __all__ = [
@@ -49,15 +51,10 @@ __all__ = [
 ]
 
 
-def _require(rule: bool, key: str, requirement: str, value: object) -> None:
-    if not rule:
-        raise ConfigError(f"{key} must be {requirement}, not {value!r}; change {key} in the configuration")
-
-
 def _check_metrics(names: list[str] | None, key: str) -> None:
     """Names that exist, one at least of which is no count: a report on counts alone would say nothing."""
     values = [name for name in names or [] if not find_metric(name)[0].count]
-    _require(names is None or bool(values), key, "null or a list with a metric other than counts, such as auc", names)
+    require(names is None or bool(values), key, "null or a list with a metric other than counts, such as auc", names)
 
 
 @dataclass(kw_only=True)
@@ -70,7 +67,7 @@ class DataConfig:
     """Name of the reader; auto finds it from the files."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.path.strip()), "data.path", "the place of a log", self.path)
+        require(bool(self.path.strip()), "data.path", "the place of a log", self.path)
 
 
 @dataclass(kw_only=True)
@@ -129,19 +126,19 @@ class TrainConfig:
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)
-            _require(low <= value < float("inf"), f"train.{name}", f"at least {low}", value)
-        _require(self.max_steps == -1 or self.max_steps >= 1, "train.max_steps", "at least 1, or -1", self.max_steps)
+            require(low <= value < float("inf"), f"train.{name}", f"at least {low}", value)
+        require(self.max_steps == -1 or self.max_steps >= 1, "train.max_steps", "at least 1, or -1", self.max_steps)
         for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
-            _require(0 < value < float("inf"), f"train.{name}", "a finite number above 0", value)
+            require(0 < value < float("inf"), f"train.{name}", "a finite number above 0", value)
         for name in ("warmup", "label_smoothing"):
-            _require(0 <= getattr(self, name) < 1, f"train.{name}", "at least 0 and below 1", getattr(self, name))
+            require(0 <= getattr(self, name) < 1, f"train.{name}", "at least 0 and below 1", getattr(self, name))
         if isinstance(self.class_weights, list):
             usable = bool(self.class_weights) and all(0 <= weight < float("inf") for weight in self.class_weights)
-            _require(usable and any(self.class_weights), "train.class_weights", "finite and not negative",
+            require(usable and any(self.class_weights), "train.class_weights", "finite and not negative",
                      self.class_weights)  # fmt: skip
         higher_is_better(self.select_metric)
-        _require(not (self.early_stopping and not self.eval_steps), "train.eval_steps",
+        require(not (self.early_stopping and not self.eval_steps), "train.eval_steps",
                  "at least 1 with early_stopping", self.eval_steps)  # fmt: skip
         if self.eval_steps and self.save_steps not in (0, self.eval_steps):
             raise ConfigError(
@@ -174,14 +171,14 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("valid_targets", "test_targets"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"evaluation.{name}", "at least 1, or null", value)
+            require(value is None or value >= 1, f"evaluation.{name}", "at least 1, or null", value)
         _check_metrics(self.metrics, "evaluation.metrics")
         if self.prior is not None:
             shares = all(0 < share < 1 for share in self.prior) and abs(sum(self.prior) - 1) < 1e-3
-            _require(shares, "evaluation.prior", "one share above 0 a label, 1 in all", self.prior)
-            _require(self.calibrate, "evaluation.calibrate", "true with evaluation.prior", self.calibrate)
-        _require(self.bootstrap >= 0, "evaluation.bootstrap", "at least 0", self.bootstrap)
-        _require(self.batch_tokens >= 1, "evaluation.batch_tokens", "at least 1", self.batch_tokens)
+            require(shares, "evaluation.prior", "one share above 0 a label, 1 in all", self.prior)
+            require(self.calibrate, "evaluation.calibrate", "true with evaluation.prior", self.calibrate)
+        require(self.bootstrap >= 0, "evaluation.bootstrap", "at least 0", self.bootstrap)
+        require(self.batch_tokens >= 1, "evaluation.batch_tokens", "at least 1", self.batch_tokens)
 
 
 @dataclass(kw_only=True)
@@ -203,11 +200,11 @@ class TrainRecipeConfig:
         weights, labels = self.train.class_weights, self.domain.labels
         if isinstance(weights, list):
             requirement = f"{len(labels)} numbers, for {', '.join(labels)}"
-            _require(len(weights) == len(labels), "train.class_weights", requirement, weights)
+            require(len(weights) == len(labels), "train.class_weights", requirement, weights)
         prior = self.evaluation.prior
         if prior is not None:
             requirement = f"{len(labels)} numbers, for {', '.join(labels)}"
-            _require(len(prior) == len(labels), "evaluation.prior", requirement, prior)
+            require(len(prior) == len(labels), "evaluation.prior", requirement, prior)
 
 
 @dataclass(kw_only=True)
@@ -273,10 +270,10 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         ids = self.student.kind == "ids"
-        _require(not (ids and self.loss.hidden), "loss.hidden", "0 for a student of item ids, which reads other tokens",
+        require(not (ids and self.loss.hidden), "loss.hidden", "0 for a student of item ids, which reads other tokens",
                  self.loss.hidden)  # fmt: skip
 
-    @property
+    @cached_property
     def teacher_domain(self) -> Domain:
         """The domain that the teacher answers, read from its directory."""
         from llmrec_peft.inference.merged import read_answering
@@ -321,14 +318,14 @@ class RankingConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.candidates, int):
-            _require(self.candidates >= 2, "ranking.candidates", "at least 2, all, or null", self.candidates)
+            require(self.candidates >= 2, "ranking.candidates", "at least 2, all, or null", self.candidates)
         for name in ("targets", "pool"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"ranking.{name}", "at least 1, or null", value)
-        _require(self.pool is None or self.candidates == "all", "ranking.candidates", "all with ranking.pool",
+            require(value is None or value >= 1, f"ranking.{name}", "at least 1, or null", value)
+        require(self.pool is None or self.candidates == "all", "ranking.candidates", "all with ranking.pool",
                  self.candidates)  # fmt: skip
         for name in ("bootstrap", "seed"):
-            _require(getattr(self, name) >= 0, f"ranking.{name}", "at least 0", getattr(self, name))
+            require(getattr(self, name) >= 0, f"ranking.{name}", "at least 0", getattr(self, name))
 
 
 @dataclass(kw_only=True)
@@ -362,8 +359,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _check_metrics(self.metrics, "metrics")
-        _require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
-        _require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+        require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
+        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
 
 
 @dataclass(kw_only=True)
@@ -401,10 +398,10 @@ class FuseConfig:
     def __post_init__(self) -> None:
         for name in ("valid_targets", "test_targets"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1, or null", value)
+            require(value is None or value >= 1, name, "at least 1, or null", value)
         for name in ("bootstrap", "seed"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
 
 
 @dataclass(kw_only=True)
@@ -451,18 +448,18 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         many = isinstance(self.bundle, list)
-        _require(bool(self.bundle), "bundle", "a directory, or a list of them", self.bundle)
+        require(bool(self.bundle), "bundle", "a directory, or a list of them", self.bundle)
         if many:
             requirement = f"{len(self.bundle)} numbers, one for each bundle"
-            _require(len(self.weights or ()) == len(self.bundle), "weights", requirement, self.weights)
+            require(len(self.weights or ()) == len(self.bundle), "weights", requirement, self.weights)
         else:
-            _require(self.weights is None, "weights", "null for one bundle", self.weights)
-            _require(self.density is None, "density", "null for one bundle", self.density)
-        _require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
-        _require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+            require(self.weights is None, "weights", "null for one bundle", self.weights)
+            require(self.density is None, "density", "null for one bundle", self.density)
+        require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
+        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
         size = re.fullmatch(r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", self.max_shard_size)
-        _require(size is not None, "max_shard_size", "a size such as 500MB or 2GB", self.max_shard_size)
-        _require(self.tolerance is None or 0 <= self.tolerance < float("inf"), "tolerance", "a finite number of at "
+        require(size is not None, "max_shard_size", "a size such as 500MB or 2GB", self.max_shard_size)
+        require(self.tolerance is None or 0 <= self.tolerance < float("inf"), "tolerance", "a finite number of at "
                  "least 0, or null", self.tolerance)  # fmt: skip
 
 
@@ -506,9 +503,9 @@ class RecommendConfig:
 
     def __post_init__(self) -> None:
         for name in ("k", "pool", "chunk", "batch_tokens"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         finite = self.until is None or abs(self.until) < float("inf")
-        _require(finite, "until", "a finite number of seconds, or null", self.until)
+        require(finite, "until", "a finite number of seconds, or null", self.until)
 
 
 @dataclass(kw_only=True)
@@ -541,15 +538,15 @@ class SwapConfig:
     """File of JSON lines for the answers; null to print the throughput only."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.bundles), "bundles", "at least one domain and its bundle", self.bundles)
+        require(bool(self.bundles), "bundles", "at least one domain and its bundle", self.bundles)
         for name in ("items", "swap"):
             unknown = sorted(set(getattr(self, name)) - set(self.bundles))
-            _require(not unknown, name, f"a mapping of domains among {', '.join(self.bundles)}", unknown)
-        _require(self.fallback is None or self.fallback in self.bundles, "fallback",
+            require(not unknown, name, f"a mapping of domains among {', '.join(self.bundles)}", unknown)
+        require(self.fallback is None or self.fallback in self.bundles, "fallback",
                  f"null or one of {', '.join(self.bundles)}", self.fallback)  # fmt: skip
-        _require(self.max_gb is None or self.max_gb > 0, "max_gb", "above 0, or null", self.max_gb)
+        require(self.max_gb is None or self.max_gb > 0, "max_gb", "above 0, or null", self.max_gb)
         for name in ("batch_requests", "batch_tokens"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
 CONFIGS: dict[str, type] = {

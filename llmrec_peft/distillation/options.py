@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llmrec_peft.errors import ConfigError
-
-
-def _require(rule: bool, key: str, requirement: str, value: object) -> None:
-    if not rule:
-        raise ConfigError(f"{key} must be {requirement}, not {value!r}; change {key} in the configuration")
+from llmrec_peft.models.options import require
 
 
 @dataclass(kw_only=True)
@@ -46,21 +41,21 @@ class StudentOptions:
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "targets", "content_width"):
-            _require(getattr(self, name) >= 1, f"student.{name}", "at least 1", getattr(self, name))
-        _require(self.layers is None or self.layers >= 1, "student.layers", "at least 1, or null", self.layers)
-        _require(self.context >= 0, "student.context", "at least 0", self.context)
-        _require(self.width % (2 * self.heads) == 0, "student.width", f"a multiple of twice student.heads {self.heads}",
+            require(getattr(self, name) >= 1, f"student.{name}", "at least 1", getattr(self, name))
+        require(self.layers is None or self.layers >= 1, "student.layers", "at least 1, or null", self.layers)
+        require(self.context >= 0, "student.context", "at least 0", self.context)
+        require(self.width % (2 * self.heads) == 0, "student.width", f"a multiple of twice student.heads {self.heads}",
                  self.width)  # fmt: skip
-        _require(0 <= self.content_dropout < 1, "student.content_dropout", "at least 0 and below 1",
+        require(0 <= self.content_dropout < 1, "student.content_dropout", "at least 0 and below 1",
                  self.content_dropout)  # fmt: skip
         for name in ("mlp", "heads_kept"):
             value = getattr(self, name)
-            _require(0 < value <= 1, f"student.{name}", "above 0 and at most 1", value)
-            _require(value == 1 or self.kind == "shallow", f"student.{name}", f"1 for kind {self.kind}", value)
+            require(0 < value <= 1, f"student.{name}", "above 0 and at most 1", value)
+            require(value == 1 or self.kind == "shallow", f"student.{name}", f"1 for kind {self.kind}", value)
         if self.kind == "small":
-            _require(bool(self.base), "student.base", "a smaller base for kind small", self.base)
+            require(bool(self.base), "student.base", "a smaller base for kind small", self.base)
         else:
-            _require(self.base is None, "student.base", f"null for kind {self.kind}", self.base)
+            require(self.base is None, "student.base", f"null for kind {self.kind}", self.base)
 
 
 @dataclass(kw_only=True)
@@ -87,9 +82,9 @@ class LossOptions:
     def __post_init__(self) -> None:
         for name in ("hard", "soft", "pairs", "pair_gap", "pair_margin", "hidden"):
             value = getattr(self, name)
-            _require(0 <= value < float("inf"), f"loss.{name}", "a finite number of at least 0", value)
-        _require(0 < self.temperature < float("inf"), "loss.temperature", "a finite number above 0", self.temperature)
-        _require(bool(self.hard or self.needs_teacher), "loss", "above 0 in one of hard, soft, pairs and hidden", 0)
+            require(0 <= value < float("inf"), f"loss.{name}", "a finite number of at least 0", value)
+        require(0 < self.temperature < float("inf"), "loss.temperature", "a finite number above 0", self.temperature)
+        require(bool(self.hard or self.needs_teacher), "loss", "above 0 in one of hard, soft, pairs and hidden", 0)
 
     @property
     def needs_teacher(self) -> bool:
@@ -111,5 +106,5 @@ class AnswersOptions:
     """Tokens that the teacher reads at once, at most."""
 
     def __post_init__(self) -> None:
-        _require(self.targets is None or self.targets >= 1, "answers.targets", "at least 1, or null", self.targets)
-        _require(self.batch_tokens >= 1, "answers.batch_tokens", "at least 1", self.batch_tokens)
+        require(self.targets is None or self.targets >= 1, "answers.targets", "at least 1, or null", self.targets)
+        require(self.batch_tokens >= 1, "answers.batch_tokens", "at least 1", self.batch_tokens)

@@ -25,6 +25,7 @@ from llmrec_peft.data.files import replacing, write_json
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from llmrec_peft.errors import DataError, ModelError
+from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.bundle import Bundle
 from llmrec_peft.models.files import read_json
@@ -194,7 +195,7 @@ def _answer(teacher: Bundle, streams: StreamSubset, layers: tuple[int, ...], bat
             if layers:
                 hidden.append(outputs.at(batch["markers"].to(device)).half().cpu().numpy())
             bar.update(len(group) if rows is streams else len(group) * len(streams) / len(rows))
-    calibrated = _calibrated(np.concatenate(logits), teacher.calibration)
+    calibrated = Calibration.from_dict(teacher.calibration).shift(np.concatenate(logits)).astype(np.float32)
     if not np.isfinite(calibrated).all():
         raise ModelError("the teacher gives answers that are not finite; check its weights")
     numbers = np.concatenate(targets)
@@ -207,14 +208,6 @@ def _answer(teacher: Bundle, streams: StreamSubset, layers: tuple[int, ...], bat
     if layers:
         columns["hidden"] = _fixed(np.concatenate(hidden).reshape(len(numbers), -1), pa.float16())
     return pa.table(columns)
-
-
-def _calibrated(logits: np.ndarray, calibration: dict[str, Any] | None) -> np.ndarray:
-    """Logits after the temperature and the biases, float32."""
-    if calibration is None:
-        return logits.astype(np.float32)
-    bias = calibration.get("bias")
-    return (logits / calibration["temperature"] + (0.0 if bias is None else np.asarray(bias))).astype(np.float32)
 
 
 def _fixed(values: np.ndarray, kind: pa.DataType) -> pa.Array:

@@ -20,13 +20,14 @@ _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 _DATA_INITS = ("eva", "corda")
 
 
-def _check(rule: bool, field: str, requirement: str, value: object) -> None:
+def require(rule: bool, field: str, requirement: str, value: object) -> None:
+    """Raise ConfigError unless a setting keeps its rule."""
     if not rule:
         raise ConfigError(f"{field} must be {requirement}, not {value!r}; change {field} in the configuration")
 
 
 def _check_layers(layers: list[int] | None) -> None:
-    _check(
+    require(
         layers is None or (len(layers) > 0 and min(layers) >= 0 and len(set(layers)) == len(layers)),
         "layers",
         "null or a list of different layer numbers from 0",
@@ -57,11 +58,11 @@ class ModelOptions:
     """Allow model code that comes with the base to run."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.base and self.base.strip()), "base", "a model name or path", self.base)
+        require(bool(self.base and self.base.strip()), "base", "a model name or path", self.base)
         _check_choice(self, "dtype", ("float32", "bfloat16", "float16"))
         _check_choice(self, "attn", ("sdpa", "eager", "flash_attention_2"))
         _check_choice(self, "head_init", ("words", "zero", "random"))
-        _check(0 < self.head_scale < float("inf"), "head_scale", "a finite number above 0", self.head_scale)
+        require(0 < self.head_scale < float("inf"), "head_scale", "a finite number above 0", self.head_scale)
 
 
 @dataclass
@@ -88,10 +89,10 @@ class LoraOptions:
     """Which biases train too."""
 
     def __post_init__(self) -> None:
-        _check(self.r >= 1, "r", "a whole number of at least 1", self.r)
-        _check(0 < self.alpha < float("inf"), "alpha", "a finite number above 0", self.alpha)
-        _check(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
-        _check(bool(self.target_modules), "target_modules", "all-linear or a list of names", self.target_modules)
+        require(self.r >= 1, "r", "a whole number of at least 1", self.r)
+        require(0 < self.alpha < float("inf"), "alpha", "a finite number above 0", self.alpha)
+        require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
+        require(bool(self.target_modules), "target_modules", "all-linear or a list of names", self.target_modules)
         _check_layers(self.layers)
         _check_choice(self, "bias", ("none", "all", "lora_only"))
         if self.init in _DATA_INITS:
@@ -100,8 +101,8 @@ class LoraOptions:
                 "activations of real batches before training; use pissa or olora, which start from the weights alone"
             )
         known = self.init in LORA_INITS or _PISSA_NITER.fullmatch(self.init) is not None
-        _check(known, "init", f"one of {', '.join(LORA_INITS)} or pissa_niter_N", self.init)
-        _check(
+        require(known, "init", f"one of {', '.join(LORA_INITS)} or pissa_niter_N", self.init)
+        require(
             not (self.init == "orthogonal" and self.r % 2), "r", "an even number with init orthogonal", self.r
         )  # fmt: skip
 
@@ -124,7 +125,7 @@ class QloraOptions(LoraOptions):
         _check_choice(self, "quant_type", ("nf4", "fp4"))
         _check_choice(self, "compute_dtype", (None, "float32", "bfloat16", "float16"))
         _check_choice(self, "quant_storage", (None, "uint8", "float32", "bfloat16", "float16"))
-        _check(not changes_base(self), "init", "default, gaussian or loftq on a 4-bit base", self.init)
+        require(not changes_base(self), "init", "default, gaussian or loftq on a 4-bit base", self.init)
 
 
 def changes_base(options: LoraOptions) -> bool:
@@ -151,10 +152,10 @@ class AdapterOptions:
 
     def __post_init__(self) -> None:
         _check_choice(self, "placement", ("pfeiffer", "houlsby", "parallel"))
-        _check(self.size >= 1, "size", "a whole number of at least 1", self.size)
+        require(self.size >= 1, "size", "a whole number of at least 1", self.size)
         _check_choice(self, "activation", ("gelu", "relu", "silu"))
-        _check(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
-        _check(0 < abs(self.scale) < float("inf"), "scale", "a finite number other than 0", self.scale)
+        require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
+        require(0 < abs(self.scale) < float("inf"), "scale", "a finite number other than 0", self.scale)
         _check_layers(self.layers)
 
 
@@ -183,7 +184,7 @@ METHODS: dict[str, type] = {
 def _check_choice(options: Any, field: str, choices: tuple) -> None:
     value = getattr(options, field)
     names = ", ".join("null" if choice is None else choice for choice in choices)
-    _check(value in choices, field, f"one of {names}", value)
+    require(value in choices, field, f"one of {names}", value)
 
 
 def method_options(method: str, values: Mapping[str, Any]) -> MethodOptions:

@@ -29,12 +29,12 @@ from ..models.bundle import Bundle
 from ..models.classifier import BehaviorClassifier, load_classifier
 from ..models.manifest import WEIGHTS, digest
 from ..training.processes import check_same, joined, together, uses_fsdp
-from .launch import check_launch, common_facts, flatten, launch_of
-from .outputs import Answers, Costs, answer, print_results, save_run
-from .run import begin_run, prepare_run
+from .launch import check_launch, common_facts, flatten
+from .outputs import Costs
+from .run import prepare_run
 from .streams import SplitStreams, build_splits, check_split, read_log, split_of, streams_of
-from .train import check_classes
-from .training import build_loss, build_trainer, training_arguments
+from .train import check_classes, fit
+from .training import build_loss, training_arguments
 
 
 def distill(config: DistillConfig | None = None, **options: Any) -> dict[str, Any]:
@@ -122,32 +122,16 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             if given.content is not None:
                 _read_content(classifier, given.content, streams, config)
         show(classifier.summary())
-        before: list[Answers] = []
-
-        def answer_before() -> None:
-            with costs.timed("answering before"):
-                before.append(answer(trainer, streams, run, "before"))
-
-        trainer = build_trainer(
-            run, arguments, classifier, streams, loss, answer_before if config.evaluation.before else None,
-            DistillTrainer, _windows(streams.train, given, config), teacher=given.answers, distill_loss=config.loss,
-            layers=[own for own, _ in layers],
-        )  # fmt: skip
-        begin_run(run, fingerprint, launch_of(arguments))
-        with costs.timed("training, with validations and checkpoints", without="answering before"):
-            trainer.train(resume_from_checkpoint=run.checkpoint)
-        with costs.timed("answering after"):
-            after = answer(trainer, streams, run, "after")
-        show("saving, and writing the report", flush=True)
         lesson = Lesson(student, config.loss, _told(manifest, given), chosen)
 
         def save(model: BehaviorClassifier, mapping: dict[str, Any], **facts: Any) -> None:
             save_student(run.path("student"), model, mapping, lesson, **facts)
 
-        metrics = save_run(run, trainer, streams, before[0] if before else None, after, costs, save)
-    if state.is_main_process:
-        print_results(run, metrics)
-    return metrics
+        return fit(
+            run, arguments, classifier, streams, loss, fingerprint, costs, save, kind=DistillTrainer,
+            train=_windows(streams.train, given, config), teacher=given.answers, distill_loss=config.loss,
+            layers=[own for own, _ in layers],
+        )  # fmt: skip
 
 
 # -- the teacher -------------------------------------------------------------------------------------

@@ -1,23 +1,25 @@
 """Training, as all five training recipes do it; they differ in the method's options alone."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import TrainRecipeConfig
 from ..data.streams import StreamDataset
 from ..errors import DataError
 from ..models.base import check_positions, load_config, load_tokenizer, resolve_base
-from ..models.classifier import load_classifier
+from ..models.classifier import BehaviorClassifier, load_classifier
+from ..training.losses import BehaviorLoss
 from ..training.processes import check_same, joined, together
 from .launch import check_launch, common_facts, launch_of
 from .outputs import Answers, Costs, answer, print_results, save_run
-from .run import begin_run, prepare_run
-from .streams import build_splits, read_log
+from .run import Run, begin_run, prepare_run
+from .streams import SplitStreams, build_splits, read_log
 from .training import build_loss, build_trainer, training_arguments
 
 
@@ -70,25 +72,47 @@ def _train(config: TrainRecipeConfig, state: PartialState) -> dict[str, Any]:
     with nullcontext() if is_deepspeed_zero3_enabled() else together():
         classifier = load_classifier(config.model, config.domain, config.method)
     show(classifier.summary())
+    return fit(run, arguments, classifier, streams, loss, fingerprint, costs)
+
+
+def fit(
+    run: Run,
+    arguments: TrainingArguments,
+    classifier: BehaviorClassifier,
+    streams: SplitStreams,
+    loss: BehaviorLoss,
+    fingerprint: str,
+    costs: Costs,
+    save: Callable[..., Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Answer, train, answer again, save and report: what every run ends with.
+
+    Args:
+        fingerprint: of all that the run trains on.
+        save: as `save_run` takes it.
+        options: of `build_trainer`.
+
+    Returns:
+        What metrics.json holds.
+    """
     before: list[Answers] = []
 
     def answer_before() -> None:
         with costs.timed("answering before"):
             before.append(answer(trainer, streams, run, "before"))
 
-    trainer = build_trainer(
-        run, arguments, classifier, streams, loss, on_ready=answer_before if config.evaluation.before else None
-    )
+    on_ready = answer_before if run.config.evaluation.before else None
+    trainer = build_trainer(run, arguments, classifier, streams, loss, on_ready=on_ready, **options)
     begin_run(run, fingerprint, launch_of(arguments))
     with costs.timed("training, with validations and checkpoints", without="answering before"):
         trainer.train(resume_from_checkpoint=run.checkpoint)
-
     with costs.timed("answering after"):
         after = answer(trainer, streams, run, "after")
-
-    show("saving, and writing the report", flush=True)
-    metrics = save_run(run, trainer, streams, before[0] if before else None, after, costs)
-    if state.is_main_process:
+    if trainer.is_world_process_zero():
+        print("saving, and writing the report", flush=True)
+    metrics = save_run(run, trainer, streams, before[0] if before else None, after, costs, save)
+    if trainer.is_world_process_zero():
         print_results(run, metrics)
     return metrics
 

@@ -100,8 +100,11 @@ def test_a_swap_of_a_loaded_bundle_reads_nothing(bundle_of, tiny_base, items, mo
         raise AssertionError("read again")
 
     monkeypatch.setattr(module, "load_member", refuse)
-    bank.swap("m", two)
-    bank.swap("m", one)
+    answers = []
+    for directory in (two, one, two):
+        bank.swap("m", directory)
+        answers.append(bank.score([("m", HISTORY, MOVIES)])[0])
+    assert np.array_equal(answers[0], answers[2]) and not np.allclose(answers[0], answers[1], atol=1e-3)
 
 
 def test_the_base_is_left_alone(bundle_of, tiny_base, items):

@@ -37,5 +37,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Not by the interpreter's end, where a library's thread once aborted a process that had done all of this.
-    os._exit(0)
