@@ -95,7 +95,8 @@ def two_part(
     """
     past = key.shape[1] - layout.total
     seen = past + layout.trunk
-    result = query.new_empty(query.shape[0], layout.total, value.shape[-1])
+    # Token by token, as the layer reads it.
+    result = query.new_empty(layout.total, query.shape[0], value.shape[-1]).transpose(0, 1)
     if layout.trunk:
         mask = None
         if past:
@@ -108,25 +109,28 @@ def two_part(
     groups, width = key.shape[0], query.shape[-1]
     share = query.shape[0] // groups
     probes, longest = layout.real.shape
-    q = query[:, layout.trunk :] * scale  # [H, R, D]
-    own_q = q[:, layout.tokens].unflatten(0, (groups, share))  # [h, H / h, M * W, D]
-    own_q = own_q.unflatten(2, (probes, longest)).transpose(1, 2)  # [h, M, H / h, W, D]
-    own_k = key[:, seen:][:, layout.tokens].view(groups, probes, 1, longest, width)
-    own_v = value[:, seen:][:, layout.tokens].view(groups, probes, 1, longest, -1)
-    own = own_q @ own_k.transpose(-1, -2)  # [h, M, H / h, W, W]
-    own = own.masked_fill(~layout.allow[:, None], float("-inf"))
-    # Back to one row a token: [H, R, W].
-    own = own.transpose(1, 2).reshape(query.shape[0], probes * longest, longest)[:, layout.flat]
-    count = own.shape[1]
-    scores = query.new_empty(query.shape[0], count, seen + longest)
-    trunk = q.reshape(groups, share * count, width) @ key[:, :seen].transpose(1, 2)
-    scores[:, :, :seen] = trunk.view(-1, count, seen)
-    scores[:, :, seen:] = own
-    weights = scores.softmax(-1)
-    on_trunk = weights[:, :, :seen].reshape(groups, share * count, seen) @ value[:, :seen]
-    on_own = query.new_zeros(query.shape[0], probes * longest, longest)
-    on_own[:, layout.flat] = weights[:, :, seen:]
-    on_own = on_own.view(groups, share, probes, longest, longest).transpose(1, 2) @ own_v  # [h, M, H / h, W, D]
-    on_own = on_own.transpose(1, 2).reshape(query.shape[0], probes * longest, -1)[:, layout.flat]
-    result[:, layout.trunk :] = on_trunk.view(query.shape[0], count, -1) + on_own
+    q = (query[:, layout.trunk :] * scale).contiguous().view(groups, share, -1, width)  # [h, H / h, R, D]
+    # Each probe's scores with itself, [h * M, H / h * W, W].
+    own_q = q.index_select(2, layout.tokens).view(groups, share, probes, longest, width).transpose(1, 2)
+    own_q = own_q.reshape(groups * probes, share * longest, width)
+    own_k = key[:, seen:].index_select(1, layout.tokens).view(groups * probes, longest, width)
+    own_v = value[:, seen:].index_select(1, layout.tokens).view(groups * probes, longest, -1)
+    own = (own_q @ own_k.transpose(1, 2)).view(groups, probes, share, longest, longest)
+    own = own.masked_fill_(~layout.allow[:, None], float("-inf")).transpose(1, 2)
+    own = own.reshape(groups, share, probes * longest, longest).index_select(2, layout.flat)
+    # With W keys and values of zeros behind the trunk's, the scores have room for a probe's own, and the product of
+    # the weights with the values leaves those out: neither is copied.
+    room = key.new_zeros(groups, longest, width)
+    scores = q.view(groups, -1, width) @ torch.cat([key[:, :seen], room], 1).transpose(1, 2)
+    scores.view(groups, share, -1, seen + longest)[..., seen:] = own
+    weights = scores.softmax(-1)  # [h, H / h * R, P + N + W]
+    room = value.new_zeros(groups, longest, value.shape[-1])
+    on_trunk = (weights @ torch.cat([value[:, :seen], room], 1)).view(groups, share, -1, value.shape[-1])
+    own = weights.new_zeros(groups, share, probes * longest, longest)
+    own[:, :, layout.flat] = weights.view(groups, share, -1, seen + longest)[..., seen:]
+    own = own.view(groups, share, probes, longest, longest).transpose(1, 2)
+    on_own = own.reshape(groups * probes, share * longest, longest) @ own_v
+    on_own = on_own.view(groups, probes, share, longest, -1).transpose(1, 2)
+    on_own = on_own.reshape(groups, share, probes * longest, -1).index_select(2, layout.flat)
+    result[:, layout.trunk :] = (on_trunk + on_own).flatten(0, 1)
     return result

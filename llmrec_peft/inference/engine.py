@@ -19,6 +19,7 @@ from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.errors import ModelError
 from llmrec_peft.inference.attention import ProbeLayout, install, laid_out
 from llmrec_peft.inference.kept import Kept, KeptTrunks
+from llmrec_peft.inference.last_layer import LastLayer
 from llmrec_peft.inference.member import Member
 from llmrec_peft.models.classifier import BehaviorClassifier
 
@@ -109,6 +110,7 @@ class Engine:
         self._modules = dict(classifier.stock.named_modules())
         self._hooked: set[str] = set()
         self._two_parts = install(classifier.stock)
+        self._last_layer = LastLayer(classifier.stock)
         self._lock = threading.Lock()
         self._active = threading.local()
 
@@ -213,7 +215,7 @@ class Engine:
                 branch = _pads(sizes, inputs["input_ids"].shape[1], device)
         self._active.spans, self._active.shape = spans, tuple(inputs["input_ids"].shape)
         try:
-            with laid_out(self._layout(rows, branch)):
+            with laid_out(self._layout(rows, branch)), self._last_layer.answers(self._answers(spans, inputs)):
                 hidden = self.classifier.hidden_states(**inputs, branch=branch, past=past, past_seen=seen).float()
         finally:
             self._active.spans = ()
@@ -229,6 +231,12 @@ class Engine:
             return None
         sizes = [len(probe) for probe in row.task.probes[row.first : row.last]]
         return ProbeLayout(sum(map(len, row.task.trunk)) - row.begin, sizes, self.classifier.device)
+
+    def _answers(self, spans: list[_Span], inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The answers' places, where no bundle changes the last layer, for which its hooks would need all tokens."""
+        inside = self._last_layer.path + "."
+        changed = any(path.startswith(inside) for span in spans for path in span.member.deltas)
+        return None if changed else inputs["markers"]
 
     def _read(self, rows: list[_Row], spans: list[_Span], hidden: torch.Tensor) -> None:
         ends = np.cumsum([0, *(row.last - row.first for row in rows)])

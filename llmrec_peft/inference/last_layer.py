@@ -1,0 +1,73 @@
+"""The last layer for the answers alone.
+
+What the other tokens come to there is read by nobody: from their input to it come the keys and values that the answers
+attend to, and the rest - queries, the attention's projection, the feed-forward part - acts on each token by itself.
+
+Shape letters: B rows, L tokens of a row, T answers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmrec_peft.errors import ModelError
+from llmrec_peft.models.bottleneck import transformer_layers
+
+TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+"""Parts of a layer that take each token by itself, by the names of Transformers; a layer may lack any of them."""
+
+_active = threading.local()
+
+
+class LastLayer:
+    """The parts of a stock classifier's last layer that can leave tokens out. Without `answers` it is as it was.
+
+    Attributes:
+        path: of the layer in the classifier; empty where the model has no list of layers.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        self.path = ""
+        try:
+            layer = transformer_layers(stock)[-1]
+        except ModelError:
+            return
+        self.path = next(path for path, module in stock.named_modules() if module is layer)
+        for name, module in layer.named_modules():
+            if name in TOKENWISE:
+                module.register_forward_pre_hook(_gather)
+                module.register_forward_hook(_scatter)
+
+    @contextmanager
+    def answers(self, places: torch.Tensor | None) -> Iterator[None]:
+        """Inside, this thread's last layer is right at `places` only, int64 [T] of b * L + l; None: everywhere."""
+        _active.places = places
+        try:
+            yield
+        finally:
+            _active.places = None
+
+
+def _gather(_module: nn.Module, args: tuple) -> tuple | None:
+    places = getattr(_active, "places", None)
+    if places is None:
+        return None
+    _active.shape = args[0].shape[:2]
+    return (args[0].flatten(0, 1).index_select(0, places)[None], *args[1:])
+
+
+def _scatter(_module: nn.Module, _args: tuple, output: Any) -> Any:
+    places = getattr(_active, "places", None)
+    if places is None:
+        return None
+    found = output[0] if isinstance(output, tuple) else output  # [1, T, width]
+    whole = found.new_zeros(_active.shape.numel(), found.shape[-1])
+    whole[places] = found[0]
+    whole = whole.unflatten(0, tuple(_active.shape))
+    return (whole, *output[1:]) if isinstance(output, tuple) else whole

@@ -1,0 +1,74 @@
+"""The last layer for the answers alone gives the answers of the whole layer."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec_peft import load_classifier
+from llmrec_peft.inference.deltas import Bias
+from llmrec_peft.inference.engine import Engine, Task
+from llmrec_peft.inference.last_layer import TOKENWISE
+from llmrec_peft.inference.member import Member
+from llmrec_peft.models.bottleneck import transformer_layers
+
+
+def member_of(hidden: int, deltas: dict) -> Member:
+    member = Member.__new__(Member)
+    head = torch.randn(2, hidden, generator=torch.Generator().manual_seed(1))
+    vocabulary = type("Words", (), {"domain": type("Named", (), {"labels": ["a", "b"]})})
+    for name, value in {"deltas": deltas, "head": head, "directory": "x", "vocabulary": vocabulary}.items():
+        object.__setattr__(member, name, value)
+    return member
+
+
+def tasks_of(member: Member, count: int) -> list[Task]:
+    rng = np.random.default_rng(0)
+    sizes = ((3, 4, 5), (2, 6))[:count]
+    return [
+        Task(member, tuple(rng.integers(5, 50, n) for n in trunk), [rng.integers(5, 50, n) for n in (3, 1, 6)])
+        for trunk in sizes
+    ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_answers_alone_equal_the_whole_layer(kind, rows, tiny_base, domains, monkeypatch):
+    classifier = load_classifier(tiny_base(kind), domains["movies"], "head")
+    engine = Engine(classifier, 0)
+    layer = transformer_layers(classifier.stock)[-1]
+    seen: dict[str, list[int]] = {}
+    for name, module in layer.named_modules():
+        if name in TOKENWISE:
+            sizes = seen.setdefault(name, [])
+            # Beside the engine's own hooks, and after them: what the module itself is given.
+            module.register_forward_pre_hook(lambda _module, args, sizes=sizes: sizes.append(args[0].shape[1]))
+    answers, member = [], member_of(classifier.config.hidden_size, {})
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(Engine, "_answers", lambda *_: None)
+        tasks = tasks_of(member, rows)
+        engine.answer(tasks, 1000)
+        answers.append(torch.from_numpy(np.concatenate([task.answers for task in tasks])))
+    torch.testing.assert_close(answers[0], answers[1], atol=1e-6, rtol=1e-5)
+    assert answers[0].std() > 0.01
+    assert set(seen) == ({"mlp"} if kind == "gpt2" else set(TOKENWISE))
+    assert all(sizes == [3 * rows, 22] for sizes in seen.values())  # 3 + 4 + 5 tokens, then probes of 3 + 1 + 6
+
+
+def test_a_bundle_that_changes_the_last_layer_sees_all_of_it(tiny_base, domains):
+    classifier = load_classifier(tiny_base("llama"), domains["movies"], "head")
+    engine = Engine(classifier, 0)
+    layer = transformer_layers(classifier.stock)[-1]
+    path = next(path for path, module in classifier.stock.named_modules() if module is layer.mlp.down_proj)
+    engine.install([path])
+    shift = torch.full((classifier.config.hidden_size,), 0.5)
+    plain = tasks_of(member_of(classifier.config.hidden_size, {}), 1)
+    changed = tasks_of(member_of(classifier.config.hidden_size, {path: [Bias(shift)]}), 1)
+    engine.answer(plain, 1000)
+    engine.answer(changed, 1000)
+    with torch.no_grad():
+        layer.mlp.down_proj.bias = torch.nn.Parameter(shift)
+    wanted = tasks_of(member_of(classifier.config.hidden_size, {}), 1)
+    engine.answer(wanted, 1000)
+    np.testing.assert_allclose(changed[0].answers, wanted[0].answers, atol=1e-6, rtol=1e-5)
+    assert np.abs(changed[0].answers - plain[0].answers).max() > 1e-3
