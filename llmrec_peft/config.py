@@ -6,6 +6,7 @@ files and flags (see arguments.py).
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -272,13 +273,18 @@ class DistillConfig:
         ids = self.student.kind == "ids"
         require(not (ids and self.loss.hidden), "loss.hidden", "0 for a student of item ids, which reads other tokens",
                  self.loss.hidden)  # fmt: skip
+        require(not self.answers.unlabelled or self.loss.needs_teacher, "answers.unlabelled",
+                 "false where the loss reads no teacher's answers", True)  # fmt: skip
 
     @cached_property
     def teacher_domain(self) -> Domain:
-        """The domain that the teacher answers, read from its directory."""
+        """The domain that the teacher answers, read from its directory; rows without a label may be asked about."""
         from llmrec_peft.inference.merged import read_answering
 
-        return Domain.from_dict(read_answering(self.teacher)["domain"], source=f"teacher {self.teacher}")
+        domain = Domain.from_dict(read_answering(self.teacher)["domain"], source=f"teacher {self.teacher}")
+        if self.answers.unlabelled:
+            domain = dataclasses.replace(domain, label=dataclasses.replace(domain.label, missing="leave_out"))
+        return domain
 
     @property
     def domain(self) -> Domain:

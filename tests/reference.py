@@ -42,7 +42,8 @@ class TooLong(Exception):
 class NaiveStreams:
     """All windows of one split; `negatives` maps a row to the item rows that were sampled for it."""
 
-    def __init__(self, split, domain, tokenizer, negatives: dict[int, list[int]] | None = None):
+    def __init__(self, split, domain, tokenizer, negatives: dict[int, list[int]] | None = None, unlabelled=False):
+        self.unlabelled = unlabelled
         self.domain, self.tokenizer, self.log = domain, tokenizer, split.log
         self.negatives = negatives or {}
         self.rows = split.log.interactions.to_pylist()
@@ -80,6 +81,8 @@ class NaiveStreams:
     def class_of(self, row: int) -> int:
         rule, labels = self.domain.label, list(self.domain.outcomes)
         value = self.rows[row][rule.column]
+        if value is None and rule.missing == "leave_out":
+            return -1
         if rule.above is not None:
             return int(value > rule.above)
         if rule.map is not None:
@@ -89,19 +92,19 @@ class NaiveStreams:
     # -- windows -----------------------------------------------------------------------------------
 
     def users(self):
-        """For each user its labelled rows in time order, as dicts."""
+        """For each user its labelled rows, and the others that are asked about, in time order, as dicts."""
         joining = self.domain.stream.history_labels
         users: dict[str, list[dict]] = {}
         for row, content in enumerate(self.rows):
             label = self.class_of(row)
-            if label >= 0:
+            if label >= 0 or (self.unlabelled and row in self.targets):
                 name = list(self.domain.outcomes)[label]
                 users.setdefault(content["user_id"], []).append(
                     {
                         "row": row,
                         "time": content["timestamp"],
                         "label": label,
-                        "joins": joining is None or name in joining,
+                        "joins": label >= 0 and (joining is None or name in joining),
                         "target": row in self.targets,
                     }
                 )

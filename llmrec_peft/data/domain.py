@@ -31,6 +31,8 @@ class LabelRule:
     """With two outcomes: values above this are the second one, others the first."""
     map: dict[str, str | None] | None = None
     """From the column's values to labels; null leaves such rows out of the log."""
+    missing: Literal["refuse", "leave_out"] = "refuse"
+    """What a row without a value is: an error, or left out of the log; distilling can ask a teacher about it."""
 
 
 @dataclass
@@ -160,7 +162,7 @@ class Domain:
         """Class number of each interaction, int32 [rows]; -1 where the map leaves the row out.
 
         Raises:
-            DataError: no such column, a missing value, or a value outside the domain's labels.
+            DataError: no such column, a missing value (unless they are left out), or a value outside the labels.
         """
         column = log.column(self.label.column)
         if self.label.above is not None:
@@ -170,8 +172,11 @@ class Domain:
                 raise DataError(
                     f"{log.name}: label column '{self.label.column}' must hold numbers for `above`; got {column.type}"
                 ) from None
-            _refuse_rows(log, np.isnan(values), f"label column '{self.label.column}' is missing", "remove these rows")
-            return (values > self.label.above).astype(np.int32)
+            missing = np.isnan(values)
+            if self.label.missing == "refuse":
+                _refuse_rows(log, missing, f"label column '{self.label.column}' is missing",
+                             "remove these rows, or set label.missing to leave_out")  # fmt: skip
+            return np.where(missing, -1, values > self.label.above).astype(np.int32)
         # The few distinct values are mapped in Python, the rows by an Arrow take.
         encoded = pc.dictionary_encode(column.combine_chunks(), null_encoding="encode")
         names = encoded.dictionary.to_pylist()
@@ -183,7 +188,9 @@ class Domain:
                     log,
                     np.asarray(encoded.indices) == number,
                     f"label column '{self.label.column}' has {value!r}, which is not one of the domain's labels",
-                    f"use {', '.join(map(repr, self._known_values()))} or add it to label.map (null leaves rows out)",
+                    f"use {', '.join(map(repr, self._known_values()))} or add it to label.map (null leaves rows out)"
+                    if value is not None
+                    else "give it a label, or set label.missing to leave_out",
                 )
         return classes
 
@@ -196,8 +203,8 @@ class Domain:
         Values are compared with labels as text, so that parquet, csv and jsonl agree. A number that is no label's name
         is a class number, unless labels are named by numbers: 1 must not mean "2" where the labels are "1" to "5".
         """
-        if value is None:
-            return -2
+        if value is None or value != value:  # null or NaN
+            return -1 if self.label.missing == "leave_out" else -2
         texts = [str(value), _as_label(value)]  # "4.0" and "4"
         if self.label.map is not None:
             names = [self.label.map[text] for text in texts if text in self.label.map]

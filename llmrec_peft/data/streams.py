@@ -19,16 +19,28 @@ class StreamDataset(torch.utils.data.Dataset):
         lengths: int64 [windows], tokens of each.
         target_offsets: int64 [windows + 1]; window w answers targets target_offsets[w]:target_offsets[w + 1].
         target_rows, target_items, target_labels, target_lists: arrays [targets] (row of the log, row of its item
-            table, class number, list number); sampled negatives have the row of their positive.
+            table, class number or -1 for none, list number); sampled negatives have the row of their positive.
         sampled: bool [targets], whether the target is a sampled negative.
         dropped_context: history events that max_length left no room for.
     """
 
-    def __init__(self, split: LogSplit, domain: Domain, tokenizer, *, seed: int = 0, source: np.ndarray | None = None):
+    def __init__(
+        self,
+        split: LogSplit,
+        domain: Domain,
+        tokenizer,
+        *,
+        seed: int = 0,
+        source: np.ndarray | None = None,
+        unlabelled: bool = False,
+    ):
         self.name, self.log, self.domain = split.name, split.log, domain
         self.vocabulary = Vocabulary(domain, tokenizer)
         classes = domain.classes(self.log)
-        self._kept = self._needed(split, classes)
+        asked = classes >= 0
+        if unlabelled:
+            asked[split.rows] = True
+        self._kept = self._needed(split, asked)
         self._classes = classes[self._kept].astype(np.int64)
         is_target = np.zeros(len(self.log), bool)
         is_target[split.rows] = True
@@ -38,7 +50,7 @@ class StreamDataset(torch.utils.data.Dataset):
             raise DataError(f"split '{split.name}' of {self.log.name} has no labelled target; give more data or shares")
         joining = domain.stream.history_labels
         joins = np.array([joining is None or label in joining for label in domain.labels])
-        self._joins = joins[self._classes]
+        self._joins = joins[self._classes] & (self._classes >= 0)
         self._group = self._groups()
         # An event that is alone at its moment is answered on the trunk; events that share one are answered as probes.
         self._on_trunk = self._joins & (np.bincount(self._group, minlength=len(self._kept))[self._group] == 1)
@@ -47,11 +59,11 @@ class StreamDataset(torch.utils.data.Dataset):
         self._number_targets()
         self._plan()
 
-    def _needed(self, split: LogSplit, classes: np.ndarray) -> np.ndarray:
-        """Labelled rows that a window can hold: up to the moment of each user's last target, int64 [kept]."""
+    def _needed(self, split: LogSplit, asked: np.ndarray) -> np.ndarray:
+        """Rows of `asked` that a window can hold: up to the moment of each user's last target, int64 [kept]."""
         last = np.full(self.log.num_users, -np.inf)
         np.maximum.at(last, self.log.user_codes[split.rows], self.log.timestamps[split.rows])
-        return np.flatnonzero((classes >= 0) & (self.log.timestamps <= last[self.log.user_codes]))
+        return np.flatnonzero(asked & (self.log.timestamps <= last[self.log.user_codes]))
 
     def _groups(self) -> np.ndarray:
         """First kept position of each position's moment; with `order` each event is a moment of its own."""
@@ -67,7 +79,8 @@ class StreamDataset(torch.utils.data.Dataset):
         """Item rows of the negatives, int32 [split's targets, per positive], -1 for none."""
         rule, positions = self.domain.negatives, self._target_positions
         negatives = np.full((len(positions), rule.per_positive), -1, np.int32)
-        positive = np.flatnonzero(self._classes[positions] != self.domain.negative_class)
+        classes_of = self._classes[positions]
+        positive = np.flatnonzero((classes_of >= 0) & (classes_of != self.domain.negative_class))
         if rule.per_positive and len(positive):
             # What was taken makes an item known and popular; rows left out of the log, or refused, do not.
             took = (classes >= 0) & (classes != self.domain.negative_class)
@@ -322,9 +335,10 @@ class StreamDataset(torch.utils.data.Dataset):
         return StreamSubset(self, np.sort(order[:enough]))
 
     def describe(self, targets: np.ndarray) -> pa.Table:
-        """Columns split, user_id, item_id, timestamp, label (name) of target numbers [n]."""
+        """Columns split, user_id, item_id, timestamp, label (name, or null) of target numbers [n]."""
         rows, items = self.target_rows[targets], self.target_items[targets]
-        labels = pa.array(self.domain.labels).take(pa.array(self.target_labels[targets]))
+        classes = self.target_labels[targets]
+        labels = pa.array(self.domain.labels).take(pa.array(classes, mask=classes < 0))
         return pa.table(
             {
                 "split": pa.array([self.name] * len(rows)),
@@ -377,7 +391,13 @@ class IndependentPrompts(torch.utils.data.Dataset):
 
 
 def build_streams(
-    split: LogSplit, domain: Domain, tokenizer, *, seed: int = 0, source: np.ndarray | None = None
+    split: LogSplit,
+    domain: Domain,
+    tokenizer,
+    *,
+    seed: int = 0,
+    source: np.ndarray | None = None,
+    unlabelled: bool = False,
 ) -> StreamDataset:
     """Cut one split of a log into token streams.
 
@@ -387,13 +407,15 @@ def build_streams(
         tokenizer: the base model's.
         seed: of the sampled negatives, fixed for good by it.
         source: rows whose items and counts negatives are drawn from, for splits by user the training rows.
+        unlabelled: rows of the split that the domain leaves out are targets too, with class -1: probes that no later
+            event sees. A teacher can answer them; a loss to labels cannot.
 
     Raises:
         StreamError: an event that does not fit a window, or a marker or an outcome without tokens.
         DomainError: a template names a column that is not there.
         DataError: no labelled target, or labels outside the domain's list.
     """
-    return StreamDataset(split, domain, tokenizer, seed=seed, source=source)
+    return StreamDataset(split, domain, tokenizer, seed=seed, source=source, unlabelled=unlabelled)
 
 
 def _sums(values: np.ndarray) -> np.ndarray:

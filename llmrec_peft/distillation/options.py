@@ -102,6 +102,9 @@ class AnswersOptions:
     """Training targets that the teacher answers, at most, in whole windows drawn at random; null for all."""
     only: bool = False
     """Train on windows with a target that the teacher answered alone."""
+    unlabelled: bool = False
+    """Training rows that the domain leaves out (label.missing, label.map) are targets too, learnt from the teacher's
+    answers alone."""
     batch_tokens: int = 4000
     """Tokens that the teacher reads at once, at most."""
 

@@ -108,9 +108,10 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             base = _start(config, teacher, chosen, log, domain, Path(start))
             del teacher
             tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-            streams = build_splits(log, domain, tokenizer)
+            streams = build_splits(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
             _check_targets(streams, given)
-            check_classes(streams.train)
+            if config.loss.hard:
+                check_classes(streams.train)
             loss = build_loss(config.train, streams, len(domain.labels))
             fingerprint = streams.fingerprint(base, valid=config.train.eval_steps > 0)
             fingerprint = digest({"streams": fingerprint, "teacher": digest(manifest)})
@@ -149,7 +150,8 @@ def _ask(
     """The teacher's answers to training targets, and its representations of the items, as far as they are wanted."""
     domain, answers, content = config.teacher_domain, None, None
     if config.loss.needs_teacher:
-        streams = streams_of(splits, "train", domain, teacher.tokenizer).limited(config.answers.targets)
+        streams = streams_of(splits, "train", domain, teacher.tokenizer, unlabelled=config.answers.unlabelled)
+        streams = streams.limited(config.answers.targets)
         answers = teacher_answers(
             teacher, streams, kept, layers=layers, batch_tokens=config.answers.batch_tokens, processes=state
         )

@@ -71,11 +71,13 @@ def _content(streams: StreamDataset) -> list[np.ndarray]:
 
 def _counts(streams: StreamDataset) -> dict[str, int]:
     users = streams.log.user_codes[streams.target_rows]
-    labels = np.bincount(streams.target_labels, minlength=len(streams.domain.labels)).tolist()
+    labels = np.bincount(streams.target_labels + 1, minlength=len(streams.domain.labels) + 1).tolist()
+    unlabelled = labels.pop(0)
     return {
         "users": len(np.unique(users)),
         "targets": streams.num_targets,
         **{f"targets labelled {name}": count for name, count in zip(streams.domain.labels, labels, strict=True)},
+        **({"targets without a label": unlabelled} if unlabelled else {}),
         "sampled negatives": int(streams.sampled.sum()),
         "streams": len(streams),
         "tokens": int(streams.lengths.sum()),
@@ -100,21 +102,24 @@ def split_of(log: BehaviorLog, domain: Domain) -> Splits:
     return splits
 
 
-def streams_of(splits: Splits, name: str, domain: Domain, tokenizer) -> StreamDataset:
-    """Cut one split into streams."""
+def streams_of(splits: Splits, name: str, domain: Domain, tokenizer, *, unlabelled: bool = False) -> StreamDataset:
+    """Cut one split into streams; `unlabelled` as `build_streams` takes it."""
     # Between users there is no past: only training rows may tell which items are popular.
     source = splits.train.rows if domain.split.by == "user" else None
-    return build_streams(splits[name], domain, tokenizer, source=source)
+    return build_streams(splits[name], domain, tokenizer, source=source, unlabelled=unlabelled)
 
 
-def build_splits(log: BehaviorLog, domain: Domain, tokenizer) -> SplitStreams:
+def build_splits(log: BehaviorLog, domain: Domain, tokenizer, *, unlabelled: bool = False) -> SplitStreams:
     """Split a log as its domain says, check for leaks, and cut each split into streams.
 
     Splits and sampled negatives depend on the log and the domain alone, so that runs with different seeds are measured
-    on the same targets.
+    on the same targets. With `unlabelled`, training rows that the domain leaves out are targets too, of class -1.
     """
     splits = split_of(log, domain)
-    return SplitStreams(log, splits, **{name: streams_of(splits, name, domain, tokenizer) for name in splits})
+    asked = {name: unlabelled and name == "train" for name in splits}
+    return SplitStreams(
+        log, splits, **{name: streams_of(splits, name, domain, tokenizer, unlabelled=asked[name]) for name in splits}
+    )
 
 
 def check_split(splits: Splits, name: str, note: Mapping[str, Any] | None) -> None:

@@ -119,10 +119,11 @@ def fit(
 
 def check_classes(train: StreamDataset) -> None:
     """Raise DataError where the training targets have one label alone: there is nothing to learn from them."""
-    found = np.unique(train.target_labels)
+    found = np.unique(train.target_labels[train.target_labels >= 0])
     if len(found) < 2:
+        named = f"all labelled '{train.domain.labels[int(found[0])]}'" if len(found) else "none of them labelled"
         raise DataError(
-            f"train of log {train.log.name!r} has {train.num_targets} targets, all labelled "
-            f"'{train.domain.labels[int(found[0])]}', and training needs a second label; check the domain's label, "
+            f"train of log {train.log.name!r} has {train.num_targets} targets, {named}, "
+            "and training needs a second label; check the domain's label, "
             "give a longer training period, or set negatives"
         )

@@ -108,5 +108,6 @@ def build_loss(train: TrainConfig, streams: SplitStreams, num_labels: int) -> Be
     """The loss that a configuration names; `balanced` counts the training targets alone."""
     weights = train.class_weights
     if weights == "balanced":
-        weights = balanced_weights(torch.from_numpy(streams.train.target_labels), num_labels)
+        labels = streams.train.target_labels
+        weights = balanced_weights(torch.from_numpy(labels[labels >= 0]), num_labels)
     return BehaviorLoss(train.loss, weights, train.focal_gamma, train.label_smoothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -88,7 +89,18 @@ def joined() -> Iterator[PartialState]:
     state = processes()
     yield state
     state.wait_for_everyone()
+    _part(state)
+
+
+def _part(state: PartialState) -> None:
+    """End the process group.
+
+    Threads of gloo outlive it where a model was wrapped by DDP. One that has yet to drop the tensors of the last
+    exchange needs the interpreter's lock for that, and aborts the process if the interpreter has ended: a collection
+    takes long enough, and gives the lock away after it.
+    """
     state.destroy_process_group()
+    gc.collect()
 
 
 @contextmanager
@@ -121,7 +133,7 @@ def together() -> Iterator[None]:
     # One line for all of them: the first process speaks.
     shared.said_elsewhere = state.process_index != 0
     # They are in step, so they can part when they end; a group that is left to the interpreter's end may abort there.
-    atexit.register(state.destroy_process_group)
+    atexit.register(_part, state)
     raise shared from own
 
 

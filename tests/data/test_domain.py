@@ -31,7 +31,10 @@ def test_from_yaml_and_back(tmp_path):
     path = tmp_path / "movies.yaml"
     path.write_text(TEXT, encoding="utf-8")
     domain = Domain.from_yaml(path)
-    assert domain.to_dict() == {**yaml.safe_load(TEXT), "label": {"column": "rating", "above": 3, "map": None}}
+    assert domain.to_dict() == {
+        **yaml.safe_load(TEXT),
+        "label": {"column": "rating", "above": 3, "map": None, "missing": "refuse"},
+    }
     assert Domain.from_dict(domain.to_dict()) == domain
     assert Domain.from_dict(yaml.safe_load(yaml.safe_dump(domain.to_dict(), sort_keys=False))) == domain
     assert domain.labels == ["dislike", "like"] and domain.negative_class == 0
@@ -207,6 +210,11 @@ def test_labels_outside_the_rule_name_their_rows(values, label, message):
     with pytest.raises(DataError, match=message) as caught:
         classes(values, label, column="x")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [{"above": 3}, {"map": {"4.0": "like", "2.0": "dislike"}}])
+def test_rows_without_a_value_can_be_left_out(label):
+    assert classes([4.0, None, 2.0, float("nan")], {**label, "missing": "leave_out"}, column="x") == [1, -1, 0, -1]
 
 
 def test_a_label_column_that_is_not_there():

@@ -77,9 +77,9 @@ def parts(log, domain, tokenizer):
     return [(split, build_streams(split, domain, tokenizer, source=source)) for _, split in splits.items()]
 
 
-def check(split, streams, domain, tokenizer):
+def check(split, streams, domain, tokenizer, unlabelled=False):
     """Every window, answer, token, position and length of `streams` is what the plain reading gives."""
-    naive = NaiveStreams(split, domain, tokenizer, sampled_items(streams))
+    naive = NaiveStreams(split, domain, tokenizer, sampled_items(streams), unlabelled)
     assert len(streams) == len(naive.windows)
     assert streams.lengths.tolist() == [window.length for window in naive.windows]
     assert streams.dropped_context == sum(window.dropped for window in naive.windows)
@@ -102,7 +102,7 @@ def check(split, streams, domain, tokenizer):
     assert seen == list(range(streams.num_targets))
     assert len(set(moments.values())) == len(moments)
     own = streams.target_rows[~streams.sampled].tolist()
-    assert own == [row for row in sorted(naive.targets) if naive.class_of(row) >= 0]
+    assert own == [row for row in sorted(naive.targets) if unlabelled or naive.class_of(row) >= 0]
     return naive
 
 
@@ -120,6 +120,29 @@ def test_streams_are_the_plain_reading_of_the_log(case, small_log, tiny_tokenize
     for split, streams in parts(small_log(), domain, tiny_tokenizer):
         check(split, streams, domain, tiny_tokenizer)
         assert streams.sampled.any() == (domain.negatives.per_positive > 0)
+
+
+@pytest.mark.parametrize("case", ["order", "isolate", "tight", "likes alone", "three labels, isolate", "by user",
+                                  "negatives", "negatives, isolate"])  # fmt: skip
+def test_rows_without_a_label_can_be_asked_about(case, small_tables, tiny_tokenizer):
+    """They are probes of class -1, and every other answer is what it was."""
+    interactions, items = small_tables
+    rng = np.random.default_rng(7)
+    ratings = pa.array(interactions["rating"].to_numpy(), mask=rng.random(len(interactions)) < 0.3)
+    place = interactions.column_names.index("rating")
+    log = BehaviorLog(interactions.set_column(place, "rating", ratings), items, name="gaps")
+    domain = Domain.from_dict({**BASE, **CASES[case]})
+    domain = replace(domain, label=replace(domain.label, missing="leave_out"))
+    splits = log.split(by=domain.split.by)
+    source = splits.train.rows if domain.split.by == "user" else None
+    asked = build_streams(splits.train, domain, tiny_tokenizer, source=source, unlabelled=True)
+    check(splits.train, asked, domain, tiny_tokenizer, unlabelled=True)
+    assert (asked.target_labels == -1).sum() > 20 and not asked.sampled[asked.target_labels == -1].any()
+    table = asked.describe(np.arange(asked.num_targets))
+    assert table["label"].null_count == (asked.target_labels == -1).sum()
+    plain = build_streams(splits.train, domain, tiny_tokenizer, source=source)
+    check(splits.train, plain, domain, tiny_tokenizer)
+    assert plain.target_rows.tolist() == asked.target_rows[asked.target_labels >= 0].tolist()
 
 
 def with_baskets(small_tables, context_only=False, size=9):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -115,6 +117,44 @@ def test_a_run_without_a_teacher_asks_nothing_of_it(recipe, flags, tmp_path):
     assert "No teacher was asked" in (out / "student" / "README.md").read_text()
 
 
+@pytest.fixture
+def gaps(data, tmp_path) -> Path:
+    """The log with every other outcome taken out of its first half."""
+    path = tmp_path / "gaps"
+    shutil.copytree(data, path)
+    (file,) = path.glob("interactions.*")
+    table = pq.read_table(file)
+    gone = (np.arange(len(table)) % 2 == 0) & (np.arange(len(table)) < len(table) // 2)
+    place = table.column_names.index("label")
+    values = pa.array(table["label"].to_pylist(), table["label"].type, mask=gone)
+    pq.write_table(table.set_column(place, "label", values), file)
+    return path
+
+
+def test_rows_without_a_label_are_learnt_from_the_teacher(recipe, flags, gaps, tmp_path):
+    """Targets without a label are asked about and change the student; without the option they are an error."""
+    from llmrec_peft.config import DistillConfig, read_config
+
+    with pytest.raises(DataError, match="has None, .*; give it a label, or set label.missing to leave_out"):
+        distill(read_config(DistillConfig, flags(tmp_path / "refused", **{"data.path": gaps})))
+    changes = {"data.path": gaps, "answers.targets": "null", "answers.unlabelled": "true"}
+    weights = {}
+    for hard in (0.5, 0.0):
+        out = tmp_path / f"hard{hard}"
+        recipe("distill")(flags(out, **changes, **{"loss.hard": hard}))
+        manifest = read_merged(out / "student")
+        counts = manifest["counts"]["train"]
+        assert counts["targets without a label"] > 20
+        assert manifest["student"]["teacher"]["targets"] == counts["targets"]
+        assert manifest["domain"]["label"]["missing"] == "leave_out"
+        weights[hard] = manifest["weights"]["fingerprint"]
+    assert weights[0.5] != weights[0.0]
+    again = tmp_path / "again"
+    recipe("evaluate")(["--bundle", str(tmp_path / "hard0.0/student"), "--data.path", str(gaps),
+                        "--output_dir", str(again)])  # fmt: skip
+    assert (again / "metrics.json").is_file()
+
+
 def test_a_student_of_ids_scores_histories_by_item_id(students, data):
     log = BehaviorLog.read(data)
     scorer = Scorer.load(students("ids") / "student", log)
@@ -165,6 +205,11 @@ def test_the_library_call_is_the_recipe(trained, data, tmp_path):
     [
         ({"student.kind": "shallow", "student.layers": 2}, ConfigError, "student.layers must be from 1 to 1"),
         ({"student.kind": "small"}, ConfigError, "student.base must be a smaller base"),
+        (
+            {"answers.unlabelled": "true", "loss.soft": 0, "loss.pairs": 0},
+            ConfigError,
+            "answers.unlabelled must be fal",
+        ),
         ({"loss.hidden": 1}, ConfigError, "loss.hidden must be 0 for a student of item ids"),
         ({"student.width": 10}, ConfigError, "student.width must be a multiple of twice student.heads 2"),
         ({"teacher": "/nowhere"}, BundleError, "bundle /nowhere has no behavior.json"),
