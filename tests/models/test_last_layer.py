@@ -7,9 +7,9 @@ import torch
 from llmrec_peft import load_classifier
 from llmrec_peft.inference.deltas import Bias
 from llmrec_peft.inference.engine import Engine, Task
-from llmrec_peft.inference.last_layer import TOKENWISE
 from llmrec_peft.inference.member import Member
 from llmrec_peft.models.bottleneck import transformer_layers
+from llmrec_peft.models.last_layer import TOKENWISE
 
 
 def member_of(hidden: int, deltas: dict) -> Member:

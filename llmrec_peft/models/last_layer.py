@@ -33,16 +33,25 @@ class LastLayer:
     """
 
     def __init__(self, stock: nn.Module) -> None:
-        self.path = ""
+        self.path, self._stock = "", stock
         try:
-            layer = transformer_layers(stock)[-1]
+            self._layer = transformer_layers(stock)[-1]
         except ModelError:
             return
-        self.path = next(path for path, module in stock.named_modules() if module is layer)
-        for name, module in layer.named_modules():
-            if name in TOKENWISE:
+        self.path = next(path for path, module in stock.named_modules() if module is self._layer)
+        for name, module in self._layer.named_modules():
+            if name in TOKENWISE and not getattr(module, "_leaves_tokens_out", False):
+                module._leaves_tokens_out = True
                 module.register_forward_pre_hook(_gather)
                 module.register_forward_hook(_scatter)
+
+    @property
+    def runs_once(self) -> bool:
+        """Whether nothing runs the layer again in the backward pass, outside `answers`: checkpointing does."""
+        if not self.path or transformer_layers(self._stock)[-1] is not self._layer:
+            return False
+        names = ("gradient_checkpointing", "activation_checkpointing")
+        return not any(getattr(self._layer, name, False) for name in names)
 
     @contextmanager
     def answers(self, places: torch.Tensor | None) -> Iterator[None]:
@@ -67,7 +76,6 @@ def _scatter(_module: nn.Module, _args: tuple, output: Any) -> Any:
     if places is None:
         return None
     found = output[0] if isinstance(output, tuple) else output  # [1, T, width]
-    whole = found.new_zeros(_active.shape.numel(), found.shape[-1])
-    whole[places] = found[0]
+    whole = found.new_zeros(_active.shape.numel(), found.shape[-1]).index_copy(0, places, found[0])
     whole = whole.unflatten(0, tuple(_active.shape))
     return (whole, *output[1:]) if isinstance(output, tuple) else whole

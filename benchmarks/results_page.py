@@ -1,0 +1,228 @@
+"""Writes docs/results.md, and the table of the README, from the files in benchmarks/results.
+
+    python benchmarks/results_page.py
+
+Every figure on the page stands in a file, and every file says how it was made. A test compares the page with what this
+would write.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+MARKS = ("<!-- results: python benchmarks/results_page.py -->\n", "<!-- end of results -->\n")
+
+SYSTEMS = {
+    "popularity": "popularity",
+    "co_occurrence": "item co-occurrence",
+    "matrix_factorisation": "matrix factorisation",
+    "item_rate": "item rate",
+    "user_rate": "user rate",
+    "both_rates": "logistic regression on both rates",
+    "lightgbm": "LightGBM on counts",
+    "text": "frozen text embedding, logistic regression",
+    "ids": "stream of item ids, from scratch",
+    "ids_distilled": "stream of item ids, distilled",
+    "llm": "LLM, LoRA",
+    "fused": "LLM fused with collaborative scores",
+}
+"""Systems of the protocol in the order of its tables, with their names."""
+
+
+def cell(found: dict, digits: int = 3, sign: str = "") -> str:
+    """A value with its interval."""
+    form = f"{{:{sign}.{digits}f}}"
+    if found["low"] is None:
+        return form.format(found["value"])
+    return f"{form.format(found['value'])} [{form.format(found['low'])}, {form.format(found['high'])}]"
+
+
+def spread(found: dict, digits: int = 3) -> str:
+    """A median with the least and the greatest."""
+    return f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def ordered(systems: dict) -> list[str]:
+    return [name for name in SYSTEMS if name in systems]
+
+
+# -- sections -----------------------------------------------------------------------------------------
+
+
+def protocol(found: dict) -> str:
+    """One log: systems on the targets that all answered, and those that answered everything on all."""
+    split, parts = found["split"], []
+    budget = found["budgets"].get("llm")
+    if budget:
+        parts.append(f"The LLM trained {budget.get('max_steps', budget.get('epochs'))} steps: about "
+                     f"{budget['targets']:,} of {split['train']:,} training targets in {budget['seconds'] / 60:.0f} "
+                     "minutes on two cores; the others saw all of them.")  # fmt: skip
+    for key, what in (("shared", "that every system answered"), ("all", "of the test split")):
+        if key not in found:
+            continue
+        part = found[key]
+        positives = f"{part['positives']:,} of them positive"
+        parts.append(f"The {part['targets']:,} targets {what}, of {part['users']:,} users, {positives}:")
+        parts.append(quality(part))
+        slices = by_slice(part)
+        if slices:
+            parts.append(f"GAUC by slice, on the targets {what}:")
+            parts.append(slices)
+    return "\n\n".join(parts)
+
+
+def quality(part: dict) -> str:
+    rows = []
+    for name in ordered(part["systems"]):
+        metrics, gap = part["systems"][name]["metrics"], part["systems"][name].get("minus_llm")
+        rows.append([SYSTEMS[name], *(cell(metrics[key]) for key in ("auc", "gauc", "logloss")),
+                     f"{metrics['ne']['value']:.3f}", f"{metrics['ece']['value']:.3f}",
+                     *([cell(gap["auc"], sign="+") if gap else ""] if "llm" in part["systems"] else [])])  # fmt: skip
+    head = ["system", "AUC", "GAUC", "logloss", "NE", "ECE"]
+    return table(head + (["AUC - LLM"] if "llm" in part["systems"] else []), rows)
+
+
+def by_slice(part: dict) -> str:
+    chosen = [
+        name for name in ("both_rates", "lightgbm", "ids", "ids_distilled", "llm", "fused") if name in part["systems"]
+    ]
+    rows = []
+    for title, slice_ in part["slices"].items():
+        if all(slice_["systems"][name]["gauc"]["value"] is not None for name in chosen):
+            rows.append(
+                [title, f"{slice_['targets']:,}", *(f"{slice_['systems'][n]['gauc']['value']:.3f}" for n in chosen)]
+            )
+    return table(["slice", "targets", *(SYSTEMS[name] for name in chosen)], rows) if rows else ""
+
+
+def few_shot(found: dict) -> str:
+    rows = [
+        [targets if targets != "0" else "0 (untrained)", str(len(found["runs"][targets])),
+         *(spread(values[name]) for name in ("auc", "gauc", "logloss"))]
+        for targets, values in found["summary"].items()
+    ]  # fmt: skip
+    newest = found["newest_rate"]
+    rows.append(
+        ["the user's ten newest outcomes alone", "", *(cell(newest[name]) for name in ("auc", "gauc", "logloss"))]
+    )
+    settings = found["settings"]
+    return (
+        f"LoRA on {settings['base']}, {settings['steps']} steps of at most {settings['batch_size']} windows of "
+        f"{settings['window']} targets; {found['test']['targets']:,} test targets of {found['test']['users']} users. "
+        "Median and range over the seeds (the last row: a bootstrap interval).\n\n"
+    ) + table(["labelled targets", "seeds", "AUC", "GAUC", "logloss"], rows)
+
+
+def score_speed(found: dict) -> str:
+    names = {"scorer": "a new history", "extended": "a history grown by one event", "kept": "a known history"}
+    rows = [[names[key], spread(found["seconds"][key], 2), spread(value, 1)] for key, value in found["ratio"].items()]
+    settings = found["settings"]
+    return (
+        f"{settings['candidates']} candidates after {settings['history_tokens']} tokens, beside a padded batch of "
+        f"independent prompts ({spread(found['seconds']['independent'], 1)} s):\n\n"
+    ) + table(["", "seconds", "times as fast"], rows)
+
+
+def train_speed(found: dict) -> str:
+    rows = []
+    for name, key, digits in (("targets/s", "targets_per_s", 2), ("tokens a target", "tokens_per_target", 0),
+                              ("tokens/s", "tokens_per_s", 0), ("share of the torch.mm rate", "matmul_share", 2),
+                              ("peak memory, MiB", "peak_rss_mib", 0)):  # fmt: skip
+        rows.append([name, *(spread(found["summary"][side][key], digits) for side in ("stream", "plain"))])
+    ratio = spread(found["summary"]["ratio"], 1)
+    return (
+        f"Streams beside a plain Trainer with PEFT, on the same targets: {ratio} times as many targets/s.\n\n"
+        + table(["", "streams", "plain"], rows)
+    )
+
+
+def bank(found: dict) -> str:
+    return (
+        f"A bank of two bundles on mixed requests reaches {spread(found['throughput_of_merged'], 2)} of one merged "
+        f"model's throughput; a swap takes {found['swaps_ms']['in_memory']['median']:.2f} ms in memory and "
+        f"{found['swaps_ms']['on_disk']['median']:.0f} ms from disk."
+    )
+
+
+def serve_size(found: dict) -> str:
+    sizes = ", ".join(f"`[{extra}]` {part['mb']:.0f} MB" for extra, part in found["extras"].items())
+    return f"Installed in an environment of its own: {sizes} (limit for `[serve]`: {found['limit_mb']} MB)."
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
+    ("protocol_*.json", "Quality", protocol),
+    ("few_shot.json", "Few labelled targets", few_shot),
+    ("train_speed.json", "Training speed", train_speed),
+    ("score_speed.json", "Scoring many candidates", score_speed),
+    ("bank.json", "Many domains on one base", bank),
+    ("serve_size.json", "What serving installs", serve_size),
+)
+
+OPENING = """# Results
+
+Written by `python benchmarks/results_page.py` from the files in `benchmarks/results`; every figure is in one of them.
+Brackets are 95 % bootstrap intervals over users, parentheses the least and the greatest of several rounds or seeds.
+Differences are paired on the same users. All of it ran on CPU, in float32 unless said; **nothing here was ever measured
+on a GPU**. Ranking of candidates and distilled students have pages of their own: [recommending](recommending.md),
+[distilling](distilling.md).
+"""
+
+
+def provenance(results: Path) -> str:
+    rows = []
+    for path in sorted(results.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        machine, versions = found["machine"], found["versions"]
+        rows.append([
+            f"`{path.name}`", f"`{found['command']}`", found["date"][:10], str(found["seed"]),
+            f"{machine['cpu']} {machine['instructions']}, {machine['threads']} of {machine['cores']} threads",
+            ", ".join(f"{name} {versions[name].partition('+')[0]}" for name in ("torch", "transformers", "peft")),
+            f"{found['minutes']:.0f}" if "minutes" in found else "",
+        ])  # fmt: skip
+    return table(["file", "command", "date", "seed", "machine", "versions", "minutes"], rows)
+
+
+def page(results: Path = RESULTS) -> str:
+    """The text of docs/results.md, or the same of another directory of results."""
+    parts = [OPENING]
+    for pattern, title, write in SECTIONS:
+        for path in sorted(results.glob(pattern)):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            named = f"{title}: {path.stem.partition('_')[2]}" if "*" in pattern else title
+            parts.append(f"## {named}\n\n`{found['command']}`\n\n{write(found)}\n")
+    parts.append(f"## How each file was made\n\n{provenance(results)}\n")
+    return "\n".join(parts)
+
+
+def readme_table() -> str:
+    """The README's table: MovieLens, on the targets that every system answered."""
+    found = json.loads((RESULTS / "protocol_movies.json").read_text(encoding="utf-8"))
+    part = found["shared"] if "shared" in found else found["all"]
+    return f"{part['targets']:,} test targets of {part['users']} users:\n\n{quality(part)}\n"
+
+
+def with_table(text: str) -> str:
+    """The README's text with the present table between its marks."""
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return before + MARKS[0] + readme_table() + MARKS[1] + after
+
+
+def main() -> None:
+    """Write both."""
+    PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}, {README.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
