@@ -24,6 +24,8 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.layout import Stream
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError, ModelError
+from llmrec_peft.evaluation.calibration import Calibration
+from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.inference.merged import load_merged, publish, read_merged, scratch_beside, writing
 from llmrec_peft.inference.samples import SampleStreams
 from llmrec_peft.models.base import check_positions
@@ -31,8 +33,9 @@ from llmrec_peft.models.bundle import Bundle
 from llmrec_peft.models.card import CARD
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.files import plain, write_json
+from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.manifest import installed
-from llmrec_peft.models.predict import predict
+from llmrec_peft.models.predict import Predictions, predict
 
 OPSET = 18
 """Of the graph by default: the least that torch's exporter writes."""
@@ -66,15 +69,19 @@ def export_onnx(
         batch_tokens: tokens that are answered at once, at most.
 
     Returns:
-        What serving.json says as `measured`: `answers`, `streams`, `spread`, `tolerance`, and for `float32` and `int8`
-        each `max_difference`, `mean_difference` (of logits), `mean_probability` (mean difference of the probabilities)
-        and `bytes`; and `seconds`.
+        What serving.json says as `measured`: `answers`, `streams`, `spread`, `tolerance`, `auc` (of torch's calibrated
+        answers; None without `streams` of two labels or more), and for `float32` and `int8` each `max_difference`,
+        `mean_difference` (of logits), `mean_probability` (mean difference of the probabilities), `auc` and `bytes`;
+        and `seconds`.
 
     Raises:
-        ModelError: an encoder, an opset that is not to be had, a package that is not installed.
-        BundleError: no merged model, a damaged one, an output that is something else's, answers that differ.
+        ModelError: an encoder, an opset that is not to be had, a package that is not installed, a setting out of range.
+        BundleError: no merged model, a damaged one, streams by another domain or tokenizer, an output that is something
+            else's, answers that differ.
     """
     start = time.perf_counter()
+    if not 0 <= tolerance < float("inf"):
+        raise ModelError(f"tolerance must be a finite number of at least 0, not {tolerance!r}; correct it")
     serving = _serving()
     opset = _check_opset(OPSET if opset is None else opset)
     manifest = read_merged(student)
@@ -92,6 +99,8 @@ def export_onnx(
     if size > _MOST_BYTES:
         raise ModelError(f"student {student} has {size / 1e9:.2f} GB, and one ONNX file holds 2; distil a smaller one")
     vocabulary = Vocabulary(domain, loaded.tokenizer)
+    if streams is not None:
+        _check_streams(streams, student, manifest)
     answered, name = _answered(streams, vocabulary, loaded)
     with scratch_beside(out) as scratch:
         with writing(out):
@@ -99,9 +108,13 @@ def export_onnx(
             _write_graph(classifier, scratch / serving.MODELS["float32"], opset)
         if int8:
             with writing(out):
-                quantise(scratch / serving.MODELS["float32"], scratch / serving.MODELS["int8"])
+                quantise(
+                    scratch / serving.MODELS["float32"],
+                    scratch / serving.MODELS["int8"],
+                    blocks=not vocabulary.reads_ids,
+                )
         content = _content(manifest, vocabulary, loaded, opset)
-        measured = _measure(scratch, loaded, vocabulary, content, answered, batch_tokens)
+        measured = _measure(scratch, loaded, vocabulary, content, answered, batch_tokens, streams is not None)
         measured |= {"streams": name, "tolerance": tolerance * max(1.0, measured["spread"])}
         _check(out, measured)
         content |= {"measured": measured, "files": {path.name: serving.sha256(path) for path in scratch.iterdir()}}
@@ -167,6 +180,18 @@ def _check_output(out: Path, student: Path, serving: Any) -> Path:
     return out
 
 
+def _check_streams(streams: Any, student: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Raise BundleError for streams that the student would read wrongly."""
+    parent = getattr(streams, "parent", streams)
+    same = tokenizer_fingerprint(parent.vocabulary.tokenizer) == manifest["tokenizer"].get("fingerprint")
+    if not same or parent.domain.labels != manifest["labels"]:
+        raise BundleError(
+            f"streams of domain {parent.domain.name!r} with the labels {parent.domain.labels} were made "
+            f"{'for another domain' if same else 'with another tokenizer'} than student {student} has, whose labels "
+            f"are {manifest['labels']}; build them by the student's domain and tokenizer"
+        )
+
+
 # -- the graph ---------------------------------------------------------------------------------------
 
 
@@ -221,10 +246,13 @@ def _forget_where(path: Path) -> None:
     onnx.save(model, str(path))
 
 
+_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "root", "onnxruntime.quantization.matmul_nbits_quantizer")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's notes: on optional packages, on axes' names, on its own deprecated calls."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -240,23 +268,38 @@ def _quiet() -> Iterator[None]:
 # -- int8 --------------------------------------------------------------------------------------------
 
 
-def quantise(source: Path, target: Path) -> None:
-    """Write a graph with weights of 8 bits: products with a scale a column, the embedding with a scale a token.
+BLOCK = 32
+"""Weights of a column that share a scale, in a student of texts."""
 
-    The head stays float32, as it does everywhere. Activations are quantised as they come, one scale a tensor. Weights
-    are unsigned: processors without VNNI add pairs of signed products in 16 bits, which would overflow.
+
+def quantise(source: Path, target: Path, *, blocks: bool) -> None:
+    """Write a graph with weights of 8 bits; the embedding has a scale a token, and the head stays float32.
+
+    blocks: products have a scale for each block of weights and of activations, else one a column of weights and one a
+        tensor of activations. The latter is faster in a small model, and useless in an LLM's layers: a few activations
+        of their first token are hundreds of times those of all others, which one scale rounds to nothing.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     model = onnx.load(str(source))
     head = [node.name for node in model.graph.node if "logits" in node.output]
     with _quiet():
-        quantize_dynamic(
-            model, str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-            weight_type=QuantType.QUInt8, nodes_to_exclude=head, extra_options={"MatMulConstBOnly": True},
-        )  # fmt: skip
-    model = onnx.load(str(target))
+        if blocks:
+            # Level 4: activations in 8 bits too, where the processor has a kernel for it.
+            made = MatMulNBitsQuantizer(
+                model, bits=8, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=head
+            )
+            made.process()
+            model = made.model.model
+        else:
+            # Unsigned: processors without VNNI add pairs of signed products in 16 bits, which would overflow.
+            quantize_dynamic(
+                model, str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+                weight_type=QuantType.QUInt8, nodes_to_exclude=head, extra_options={"MatMulConstBOnly": True},
+            )  # fmt: skip
+            model = onnx.load(str(target))
     _quantise_embedding(model)
     onnx.save(model, str(target))
 
@@ -341,9 +384,15 @@ class IdSamples:
 
 
 def _measure(
-    scratch: Path, loaded: Bundle, vocabulary: Vocabulary, content: Mapping[str, Any], streams: Any, batch_tokens: int
+    scratch: Path,
+    loaded: Bundle,
+    vocabulary: Vocabulary,
+    content: Mapping[str, Any],
+    streams: Any,
+    batch_tokens: int,
+    labelled: bool,
 ) -> dict[str, Any]:
-    """Differences of each graph's logits from torch's, and of the tokens of texts."""
+    """Differences of each graph's logits from torch's, their AUC where labels are real, and tokens of texts."""
     from llmrec_peft.serving.graph import Graph
     from llmrec_peft.serving.manifest import MODELS, TOKENIZER
     from llmrec_peft.serving.words import Words
@@ -353,7 +402,14 @@ def _measure(
     torchs = predict(loaded.classifier, streams, collator, batch_tokens=batch_tokens)
     rows = [streams[number] for number in range(len(streams))]
     order = np.argsort(np.concatenate([row.targets for row in rows]), kind="stable")
-    measured: dict[str, Any] = {"answers": len(torchs.logits), "spread": float(torchs.logits.std())}
+    calibration = Calibration.from_dict(loaded.calibration)
+
+    def auc(logits: np.ndarray) -> float | None:
+        return _auc(torchs, calibration.apply(logits)) if labelled else None
+
+    measured: dict[str, Any] = {
+        "answers": len(torchs.logits), "spread": float(torchs.logits.std()), "auc": auc(torchs.logits)
+    }  # fmt: skip
     for precision, file in MODELS.items():
         path = scratch / file
         if path.is_file():
@@ -363,9 +419,19 @@ def _measure(
                 "max_difference": float(difference.max()),
                 "mean_difference": float(difference.mean()),
                 "mean_probability": float(np.abs(_softmax(found) - _softmax(torchs.logits)).mean()),
+                "auc": auc(found),
                 "bytes": path.stat().st_size,
             }
     return measured
+
+
+def _auc(answers: Predictions, probabilities: np.ndarray) -> float | None:
+    """AUC of the labelled answers; None where they have one label."""
+    known = answers.labels >= 0
+    if len(np.unique(answers.labels[known])) < 2:
+        return None
+    value = compute_metrics(answers.labels[known], probabilities[known], names=["auc"])["auc"]
+    return float(value) if np.isfinite(value) else None
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -446,7 +512,7 @@ def _card(content: Mapping[str, Any]) -> str:
     measured = content["measured"]
     rows = [
         f"| {precision} | {found['bytes'] / 1e6:.2f} | {found['max_difference']:.2g} | {found['mean_difference']:.2g} |"
-        f" {found['mean_probability']:.2g} |"
+        f" {found['mean_probability']:.2g} | {_told(found['auc'])} |"
         for precision, found in ((name, measured.get(name)) for name in ("float32", "int8"))
         if found
     ]
@@ -468,15 +534,20 @@ def _card(content: Mapping[str, Any]) -> str:
         "alone gives logits that are not calibrated: temperature and biases are in `serving.json`.", "",
         "## Compared with torch", "",
         f"{measured['answers']} answers on {_code(measured['streams'])}; their standard deviation is "
-        f"{measured['spread']:.3g}. float32 passes up to {measured['tolerance']:.2g}.", "",
-        "| precision | MB | largest difference of a logit | mean difference | mean difference of a probability |",
-        "| --- | --- | --- | --- | --- |", *rows, "",
+        f"{measured['spread']:.3g}. float32 passes up to {measured['tolerance']:.2g}. AUC of torch: "
+        f"{_told(measured['auc'])}.", "",
+        "| precision | MB | largest difference of a logit | mean difference | mean difference of a probability | AUC |",
+        "| --- | --- | --- | --- | --- | --- |", *rows, "",
     ]  # fmt: skip
     if metrics:
         lines += ["## Metrics", "", "Of the student in torch, before the export.", "", "| split | |", "| --- | --- |"]
         lines += [*metrics, ""]
     written = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return "\n".join([*lines, f"Written with {written}.", ""])
+
+
+def _told(auc: float | None) -> str:
+    return "not measured" if auc is None else f"{auc:.4f}"
 
 
 def _code(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.bottleneck import transformer_layers
@@ -43,6 +44,12 @@ def prune(model: nn.Module, mlp: float = 1.0, heads: float = 1.0) -> None:
         config.intermediate_size = width
     if heads < 1:
         _prune_heads(layers, config, heads)
+
+
+def check_prunable(config: PretrainedConfig, trust_remote_code: bool = False) -> None:
+    """As `check_form`, of the model that a configuration describes; no weight is read or made."""
+    with torch.device("meta"):
+        check_form(AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def check_form(model: nn.Module) -> None:

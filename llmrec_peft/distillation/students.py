@@ -25,6 +25,7 @@ from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.classifier import BehaviorClassifier
 
 PAD, BEGIN = "<pad>", "<s>"
+NO_SHALLOW = "a bottleneck adapter has no place in a stock student; choose kind ids or small, or train lora"
 
 
 # -- shallow -----------------------------------------------------------------------------------------
@@ -62,9 +63,7 @@ def start_shallow(
         ModelError: a teacher whose layers are not in one list, or a bottleneck adapter, which no stock model holds.
     """
     if teacher.method == "adapter":
-        raise ModelError(
-            "a bottleneck adapter has no place in a stock student; choose kind ids or small, or train lora"
-        )
+        raise ModelError(NO_SHALLOW)
     model = fold(teacher, torch.float32)
     stack = transformer_layers(model)
     config, depth = model.config.get_text_config(), len(stack)

@@ -68,6 +68,16 @@ def targets_fingerprint(streams: StreamDataset) -> str:
     return found.hexdigest()
 
 
+def texts_fingerprint(streams: StreamDataset) -> str:
+    """SHA-256 of the tokens of a data set's headers and events, and of where they stand."""
+    found = hashlib.sha256()
+    for array in (streams._classes, streams._text, streams._negative_text, streams._events.offsets,
+                  streams._events.tokens, streams._headers.offsets, streams._headers.tokens):  # fmt: skip
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
+
+
 def check_kept(directory: Path, manifest: dict[str, Any], layers: Sequence[int] = ()) -> None:
     """Raise DataError where the answers in `directory` are another teacher's, or lack layers; nothing there is fine."""
     _check(directory, {"teacher": digest(manifest), "layers": list(layers)})
@@ -79,11 +89,12 @@ def _check(directory: Path, wanted: dict[str, Any]) -> bool:
         if directory.is_dir() and any(directory.iterdir()):
             raise DataError(f"{directory} holds files, but no {NOTE} of a teacher's answers; choose another directory")
         return False
-    found = read_json(path)
+    found = {"texts": wanted.get("texts"), **read_json(path)}  # notes were without it once
     rules = {
         "format": "another version wrote it",
         "teacher": "they are another teacher's, or it was trained again since",
         "targets": "they belong to other data, splits or windows",
+        "texts": "the texts of items or users are other ones",
         "layers": "other layers were kept",
     }
     for key, reason in rules.items():
@@ -124,6 +135,7 @@ def teacher_answers(
         "format": FORMAT,
         "teacher": digest(teacher.manifest),
         "targets": targets_fingerprint(parent),
+        "texts": texts_fingerprint(parent),
         "split": parent.name,
         "layers": list(layers),
     }

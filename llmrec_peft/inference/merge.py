@@ -19,6 +19,7 @@ import torch
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import IndependentPrompts
+from llmrec_peft.data.tokens import UNKNOWN_ITEM
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
@@ -197,6 +198,11 @@ def _streams(adapted: Bundle, settings: MergeSettings) -> tuple[Any, bool]:
     encoder, streams = adapted.classifier.encoder, settings.streams
     if streams is None:
         domain = Domain.from_dict(adapted.domain, source="the bundle's domain")
+        if adapted.tokenizer.unk_token == UNKNOWN_ITEM:
+            raise BundleError(
+                f"a bundle on a model of item ids (domain {domain.name!r}) cannot answer made-up items, so its merge "
+                "is not measured without a log; give streams, or data.path to recipes/merge.py"
+            )
         return SampleStreams(domain, adapted.tokenizer, independent=encoder), False
     return IndependentPrompts(streams) if encoder and not isinstance(streams, IndependentPrompts) else streams, True
 

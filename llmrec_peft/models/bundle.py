@@ -93,10 +93,7 @@ def save_bundle(
             f"domain has the outcomes {list(outcomes_of(domain))}, the classifier the labels {classifier.labels}; "
             "save it with the domain it was trained on"
         )
-    if directory.exists() and not (directory / MANIFEST).is_file() and any(directory.iterdir()):
-        raise BundleError(f"{directory} exists and is no bundle, so it is not replaced; choose another directory")
-    if is_merged(directory):
-        raise BundleError(f"{directory} is a merged model, so no bundle replaces it; choose another directory")
+    _check_place(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     _check_whole(classifier, state)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -238,6 +235,24 @@ def _manifest(
         "metrics": dict(metrics or {}),
         "versions": installed("llmrec_peft", "torch", "transformers", "peft"),
     }
+
+
+def _check_place(directory: Path) -> None:
+    """Refuse a directory that holds anything but a bundle; a damaged bundle may be replaced."""
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if is_merged(directory):
+        raise BundleError(f"{directory} is a merged model, so no bundle replaces it; choose another directory")
+    if not (directory / MANIFEST).is_file():
+        raise BundleError(f"{directory} exists and is no bundle, so it is not replaced; choose another directory")
+    if not (directory / CONFIG).is_file():
+        try:
+            read_json(directory / MANIFEST)
+        except BundleError:
+            raise BundleError(
+                f"{directory / MANIFEST} cannot be read, and without {CONFIG} beside it {directory} may be a merged "
+                "model, so it is not replaced; choose another directory"
+            ) from None
 
 
 def _check_whole(classifier: BehaviorClassifier, state: Mapping[str, torch.Tensor] | None) -> None:

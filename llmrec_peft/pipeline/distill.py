@@ -14,16 +14,18 @@ from transformers import TrainingArguments, set_seed
 
 from ..config import DistillConfig, read_config
 from ..data.domain import Domain
+from ..data.files import replacing
 from ..data.log import BehaviorLog
 from ..data.streams import StreamDataset, StreamSubset
 from ..data.tokens import Vocabulary
+from ..distillation.pruning import check_prunable
 from ..distillation.saving import Lesson, save_student
-from ..distillation.students import chosen_layers, first_item, give_content, start_ids, start_shallow
+from ..distillation.students import NO_SHALLOW, chosen_layers, first_item, give_content, start_ids, start_shallow
 from ..distillation.teacher import TeacherAnswers, check_kept, content_layers, item_content, reduced, teacher_answers
 from ..distillation.trainer import DistillTrainer, layer_map
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ModelError
 from ..inference.merged import load_answering, read_answering
-from ..models.base import check_positions, load_config, load_tokenizer, resolve_base
+from ..models.base import check_positions, is_encoder, load_config, load_tokenizer, resolve_base
 from ..models.bottleneck import transformer_layers
 from ..models.bundle import Bundle
 from ..models.classifier import BehaviorClassifier, load_classifier
@@ -82,13 +84,12 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         check_launch(config, arguments)
         _check_launch(arguments)
         asks = config.loss.needs_teacher
+        _check_student(config, manifest)
         chosen = _kept_layers(config, manifest)
         layers = _compared_layers(config, manifest, chosen)
         kept = Path(config.answers.path or run.path("teacher"))
         if asks:
             check_kept(kept, manifest, [other for _, other in layers])
-        if student.kind == "small":
-            check_positions(load_config(resolve_base(student.base)), domain.stream.max_length)
     check_same(common_facts(config), "start every process with the same settings and versions")
     with together(), costs.timed("reading"):
         show(f"reading {config.data.path}", flush=True)
@@ -96,7 +97,19 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         splits = split_of(log, domain)
         for name in ("valid", "test"):
             check_split(splits, name, manifest["counts"].get("split"))
+        if student.kind == "ids" and student.content:
+            _check_content(config.teacher_domain, log)
     with tempfile.TemporaryDirectory(prefix="llmrec-student-") as start:
+        # All that the log can be refused for comes before the teacher's answers, which take the longest.
+        with together():
+            base = _source(config, manifest, log, domain, Path(start))
+            tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
+            streams = build_splits(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
+            if config.loss.hard:
+                check_classes(streams.train)
+            loss = build_loss(config.train, streams, len(domain.labels))
+        for name, counts in streams.counts().items():
+            show(f"{name}: {counts['targets']:,} targets of {counts['users']:,} users in {counts['streams']:,} streams")
         teacher, given = None, Knowledge()
         if asks or student.kind == "shallow" or (student.kind == "ids" and student.content):
             show(f"loading the teacher {config.teacher}", flush=True)
@@ -105,19 +118,13 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             with costs.timed("asking the teacher"):
                 given = _ask(config, teacher, log, splits, [other for _, other in layers], kept, state)
         with together():
-            base = _start(config, teacher, chosen, log, domain, Path(start))
+            if student.kind == "shallow":
+                start_shallow(teacher.classifier, chosen, Path(start), student.mlp, student.heads_kept)
+                base = start
             del teacher
-            tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-            streams = build_splits(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
             _check_targets(streams, given)
-            if config.loss.hard:
-                check_classes(streams.train)
-            loss = build_loss(config.train, streams, len(domain.labels))
             fingerprint = streams.fingerprint(base, valid=config.train.eval_steps > 0)
             fingerprint = digest({"streams": fingerprint, "teacher": digest(manifest)})
-            for name, counts in streams.counts().items():
-                show(f"{name}: {counts['targets']:,} targets of {counts['users']:,} users in {counts['streams']:,} "
-                     "streams")  # fmt: skip
             set_seed(config.train.seed)
             classifier = load_classifier(base, domain, "full", trust_remote_code=config.trust_remote_code)
             if given.content is not None:
@@ -162,12 +169,6 @@ def _ask(
 
 def _content(teacher: Bundle, domain: Domain, log: BehaviorLog, kept: Path, batch_tokens: int) -> np.ndarray:
     """What the teacher makes of each item of the log [items, H], kept beside its answers."""
-    columns = [name for name in domain.event_columns if name not in log.items.column_names]
-    if columns:
-        raise DataError(
-            f"student.content: the event of domain {domain.name!r} names {columns[0]!r}, which items lack, so an item "
-            "alone has no text; set student.content to false"
-        )
     vocabulary = Vocabulary(domain, teacher.tokenizer)
     texts = vocabulary.events({name: log.items.column(name).combine_chunks() for name in domain.event_columns})
     flat, offsets = vocabulary.tokens(texts.to_pylist())
@@ -181,10 +182,19 @@ def _content(teacher: Bundle, domain: Domain, log: BehaviorLog, kept: Path, batc
         return np.load(path, allow_pickle=False)
     found = item_content(teacher, lead, events, layers, batch_tokens=batch_tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, found, allow_pickle=False)
-    partial.replace(path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, found, allow_pickle=False)
     return found
+
+
+def _check_content(domain: Domain, log: BehaviorLog) -> None:
+    """Raise DataError where an item alone has no text by the teacher's domain."""
+    columns = [name for name in domain.event_columns if name not in log.items.column_names]
+    if columns:
+        raise DataError(
+            f"student.content: the event of domain {domain.name!r} names {columns[0]!r}, which items lack, so an item "
+            "alone has no text; set student.content to false"
+        )
 
 
 def _told(manifest: dict[str, Any], given: Knowledge) -> dict[str, Any] | None:
@@ -211,6 +221,36 @@ def _check_launch(arguments: TrainingArguments) -> None:
         )
 
 
+def _check_student(config: DistillConfig, manifest: dict[str, Any]) -> None:
+    """Refuse a student that the teacher, its windows or the loss rule out, by what their configurations say."""
+    student, domain, trust = config.student, config.teacher_domain, config.trust_remote_code
+    if student.kind == "shallow":
+        if manifest.get("method") == "adapter":
+            raise ModelError(NO_SHALLOW)
+        if student.mlp < 1 or student.heads_kept < 1:
+            check_prunable(load_config(_teacher_base(config, manifest), trust_remote_code=trust), trust)
+    if student.kind != "small":
+        return
+    if domain.reads_ids and not domain.marker:
+        raise ConfigError(
+            f"student.kind small reads item texts, and teacher {config.teacher} reads item ids; choose ids or shallow"
+        )
+    own = load_config(student.base, trust_remote_code=trust)
+    try:
+        check_positions(own, domain.stream.max_length)
+    except ModelError as error:
+        reason = str(error).split(";")[0]
+        raise ModelError(
+            f"student.base {student.base} cannot hold the teacher's windows: {reason}; choose another base, or a "
+            "teacher of shorter windows"
+        ) from None
+    if config.loss.pairs and is_encoder(own):
+        raise ConfigError(
+            f"loss.pairs compares answers of one stream, and student.base {student.base} ({own.model_type}) reads each "
+            "target alone; set it to 0"
+        )
+
+
 def _kept_layers(config: DistillConfig, manifest: dict[str, Any]) -> list[int] | None:
     """Of a shallow student, the teacher's layers that it keeps; a third of them by default."""
     if config.student.kind != "shallow":
@@ -223,8 +263,16 @@ def _kept_layers(config: DistillConfig, manifest: dict[str, Any]) -> list[int] |
 
 def _depth(config: DistillConfig, manifest: dict[str, Any]) -> int:
     """Layers of the teacher."""
-    source = config.teacher if manifest.get("kind") == "merged" else config.base or manifest["model_options"]["base"]
-    return load_config(resolve_base(source)).get_text_config().num_hidden_layers
+    found = load_config(_teacher_base(config, manifest), trust_remote_code=config.trust_remote_code)
+    return found.get_text_config().num_hidden_layers
+
+
+def _teacher_base(config: DistillConfig, manifest: dict[str, Any]) -> str:
+    """Where the teacher's configuration and tokenizer lie."""
+    if manifest.get("kind") == "merged":
+        return config.teacher
+    options = manifest["model_options"]
+    return resolve_base(config.base) if config.base else resolve_base(options["base"], options.get("gguf_file"))
 
 
 def _compared_layers(config: DistillConfig, manifest: dict[str, Any], kept: list[int] | None) -> list[tuple[int, int]]:
@@ -234,25 +282,17 @@ def _compared_layers(config: DistillConfig, manifest: dict[str, Any], kept: list
     depth = _depth(config, manifest)
     if kept is not None:
         return layer_map(len(kept), depth, kept)
-    own = load_config(resolve_base(config.student.base)).get_text_config().num_hidden_layers
-    return layer_map(own, depth)
+    own = load_config(config.student.base, trust_remote_code=config.trust_remote_code)
+    return layer_map(own.get_text_config().num_hidden_layers, depth)
 
 
-def _start(
-    config: DistillConfig,
-    teacher: Bundle | None,
-    kept: list[int] | None,
-    log: BehaviorLog,
-    domain: Domain,
-    directory: Path,
-) -> str:
-    """Directory that the student is loaded from; a shallow one takes the teacher's weights, and leaves it useless."""
+def _source(config: DistillConfig, manifest: dict[str, Any], log: BehaviorLog, domain: Domain, directory: Path) -> str:
+    """Where the student's tokenizer lies, and all else that it starts from if it takes no weights of the teacher's."""
     if config.student.kind == "small":
         return resolve_base(config.student.base)
-    if config.student.kind == "ids":
-        start_ids(log.items.column("item_id"), domain, config.student, config.train.seed, directory)
-    else:
-        start_shallow(teacher.classifier, kept, directory, config.student.mlp, config.student.heads_kept)
+    if config.student.kind == "shallow":
+        return _teacher_base(config, manifest)
+    start_ids(log.items.column("item_id"), domain, config.student, config.train.seed, directory)
     return str(directory)
 
 

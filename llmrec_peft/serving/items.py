@@ -53,7 +53,7 @@ class Items:
         if items is None or isinstance(items, Items):
             return items
         if isinstance(items, Mapping):
-            return cls({"item_id": key, **row} for key, row in items.items())
+            return cls({"item_id": key, **row} if isinstance(row, Mapping) else row for key, row in items.items())
         if not isinstance(items, str | Path):
             if not isinstance(items, Sequence):
                 raise DataError(f"items must be a list of mappings or a path, not {shorten(items)}; correct it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from llmrec_peft import Domain, Scorer
+from llmrec_peft.data.collator import StreamCollator
+from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import export as export_module
 from llmrec_peft.distillation.export import export_onnx
 from llmrec_peft.distillation.options import LossOptions, StudentOptions
@@ -16,7 +19,9 @@ from llmrec_peft.distillation.saving import Lesson, save_student
 from llmrec_peft.distillation.students import start_ids
 from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.inference.merge import merge_bundle
+from llmrec_peft.inference.merged import load_merged
 from llmrec_peft.models import load_classifier
+from llmrec_peft.models.predict import predict
 from llmrec_peft.serving import OnnxScorer
 from tests.inference.conftest import DOMAINS, items  # noqa: F401
 from tests.inference.setup_requests import HISTORY, MOVIES
@@ -34,6 +39,7 @@ def test_what_was_measured_is_written_down(exported):
     assert manifest["measured"] == {key: value for key, value in measured.items() if key != "seconds"}
     assert 0 < measured["float32"]["max_difference"] <= measured["tolerance"] == 1e-4 * max(1, measured["spread"])
     assert measured["float32"]["mean_difference"] < measured["int8"]["mean_difference"]
+    assert measured["auc"] is measured["int8"]["auc"] is None  # the samples' labels are made up
     assert manifest["opset"] == 18 and manifest["metrics"] == {"test": {"auc": 0.7}}
     card = (onnx / "README.md").read_text("utf-8")
     assert f"{measured['int8']['max_difference']:.2g}" in card and "auc 0.7000" in card
@@ -50,6 +56,34 @@ def test_int8_is_smaller_and_answers_nearly_the_same(exported, items):  # noqa: 
     difference = np.abs(whole.score(HISTORY, MOVIES) - small.score(HISTORY, MOVIES))
     assert 0 < difference.mean() < 0.1
     assert measured["int8"]["bytes"] < 0.7 * measured["float32"]["bytes"]
+
+
+def test_one_huge_token_leaves_the_others_their_answers_in_blocks(tmp_path):
+    """What the first token does to a layer of an LLM: one scale a tensor rounds all other tokens to nothing."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    x, inner, head = (rng.normal(size=size).astype(np.float32) for size in ((9, 64), (64, 64), (64, 2)))
+    x[0] *= 1000
+    made = [numpy_helper.from_array(inner, "inner"), numpy_helper.from_array(head, "head")]
+    nodes = [
+        helper.make_node("MatMul", ["x", "inner"], ["hidden"], name="one"),
+        helper.make_node("MatMul", ["hidden", "head"], ["logits"], name="two"),
+    ]
+    ends = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [9, size]) for name, size in (("x", 64), ("logits", 2))
+    )
+    first, last = ends
+    graph = helper.make_graph(nodes, "layer", [first], [last], made)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "a.onnx")
+    wanted, error = (x @ inner @ head)[1:], {}
+    for blocks in (True, False):
+        export_module.quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", blocks=blocks)
+        session = onnxruntime.InferenceSession(tmp_path / "b.onnx", providers=["CPUExecutionProvider"])
+        error[blocks] = np.abs(session.run(None, {"x": x})[0][1:] - wanted).mean() / wanted.std()
+    assert error[True] < 0.02 < 0.5 < error[False]
 
 
 @pytest.mark.slow
@@ -74,6 +108,40 @@ def test_a_student_of_item_ids(tmp_path, items):  # noqa: F811
     grown = OnnxScorer.load(tmp_path / "onnx", [*items.to_pylist(), {"item_id": "zz", "title": "New"}])
     with pytest.raises(DataError, match="'item zz' is unknown to this model of item ids"):
         grown.score([("zz", "like"), *HISTORY], MOVIES)
+
+
+def test_auc_is_stated_where_labels_are_real(exported, small_log, tmp_path):
+    from sklearn.metrics import roc_auc_score
+
+    loaded = load_merged(exported[0])
+    streams = build_streams(small_log().split().test, Domain.from_dict(DOMAINS["movies"]), loaded.tokenizer)
+    measured = export_onnx(exported[0], tmp_path / "out", streams=streams)
+    collator = StreamCollator(loaded.tokenizer.pad_token_id, 500)
+    answers = predict(loaded.classifier, streams, collator, batch_tokens=500)
+    expected = roc_auc_score(answers.labels, answers.logits[:, 1] - answers.logits[:, 0])
+    assert measured["auc"] == pytest.approx(expected, abs=1e-9)
+    assert measured["float32"]["auc"] == pytest.approx(expected, abs=1e-3)
+    assert measured["int8"]["auc"] == pytest.approx(expected, abs=0.1)
+    assert measured["int8"]["auc"] != measured["auc"]  # of its own answers
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"AUC of torch: {expected:.4f}." in card and f"| {measured['int8']['auc']:.4f} |" in card
+
+
+def test_streams_that_the_student_would_misread(exported, small_log, tmp_path):
+    tokenizer = load_merged(exported[0]).tokenizer
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["brand new"])
+    other = Domain.from_dict({**DOMAINS["movies"], "outcomes": {"skip": " no\n", "click": " yes\n"}})
+    split = small_log().split().test
+    for domain, words, message in (
+        (Domain.from_dict(DOMAINS["movies"]), more, "made with another tokenizer than student"),
+        (other, tokenizer, r"labels \['skip', 'click'\] were made for another domain"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            export_onnx(exported[0], tmp_path / "out", streams=build_streams(split, domain, words))
+    with pytest.raises(ModelError, match="tolerance must be a finite number of at least 0, not -1"):
+        export_onnx(exported[0], tmp_path / "out", tolerance=-1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_opset_that_the_runtime_lacks(exported, tmp_path):

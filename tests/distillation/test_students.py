@@ -21,8 +21,10 @@ from llmrec_peft.distillation.students import (
     start_shallow,
 )
 from llmrec_peft.distillation.teacher import reduced
-from llmrec_peft.errors import ConfigError, DataError, DomainError, ModelError, StreamError
+from llmrec_peft.errors import BundleError, ConfigError, DataError, DomainError, ModelError, StreamError
+from llmrec_peft.inference.merge import merge_bundle
 from llmrec_peft.models.base import load_tokenizer
+from llmrec_peft.models.bundle import save_bundle
 from llmrec_peft.models.predict import predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,6 +91,18 @@ def test_an_item_that_the_student_never_heard_of_is_named(small_log, tmp_path):
     grown = small_log(items=30)
     with pytest.raises(DataError, match=r"'item i2\d' is unknown to this model of item ids .*distil it again"):
         build_streams(grown.split().train, IDS, classifier.tokenizer)
+
+
+def test_a_bundle_on_ids_is_merged_with_a_log_alone(small_log, tmp_path):
+    """Made-up items are none that such a model has."""
+    make_ids(small_log(), tmp_path / "base")
+    adapted = load_classifier(str(tmp_path / "base"), IDS, "lora")
+    save_bundle(tmp_path / "bundle", adapted, adapted.tokenizer, IDS.to_dict())
+    with pytest.raises(BundleError, match="cannot answer made-up items.*; give streams, or data.path"):
+        merge_bundle(tmp_path / "bundle", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    streams = build_streams(small_log().split().test, IDS, adapted.tokenizer)
+    assert merge_bundle(tmp_path / "bundle", tmp_path / "merged", streams=streams)["answers"] == streams.num_targets
 
 
 def test_an_id_cannot_be_an_outcome_or_a_special_token():

@@ -1,6 +1,9 @@
 """A teacher's answers: kept, read again, gone on with, and refused when they are stale."""
 
+import json
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -90,7 +93,7 @@ def test_hooks_are_gone_after_their_block(taught):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in modules)
 
 
-@pytest.mark.parametrize("change", ["teacher", "targets", "layers"])
+@pytest.mark.parametrize("change", ["teacher", "targets", "texts", "layers"])
 def test_stale_answers_are_refused(change, taught, tmp_path, bundle_of, domains):
     teacher, streams = taught
     teacher_answers(teacher, streams.limited(5), tmp_path / "kept", batch_tokens=600)
@@ -100,6 +103,13 @@ def test_stale_answers_are_refused(change, taught, tmp_path, bundle_of, domains)
     elif change == "targets":
         log = BehaviorLog(*make_small_tables(users=7, events=12), name="small")
         streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
+    elif change == "texts":  # of as many tokens, so that the windows are as they were
+        interactions, items = make_small_tables(users=6, events=12)
+        titles = pa.array([title.replace("Item", "Metl") for title in items["title"].to_pylist()])
+        log = BehaviorLog(interactions, items.set_column(1, "title", titles), name="small")
+        changed = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
+        assert changed.lengths.tolist() == streams.lengths.tolist()
+        streams = changed
     else:
         layers = (-1,)
     with pytest.raises(DataError, match=f"stale answers: .*{change}.* remove the directory, or name another"):
@@ -107,6 +117,17 @@ def test_stale_answers_are_refused(change, taught, tmp_path, bundle_of, domains)
     if change == "teacher":
         with pytest.raises(DataError, match="stale answers: they are another teacher's"):
             check_kept(tmp_path / "kept", teacher.manifest)
+
+
+def test_a_note_without_the_texts_of_before_is_read(taught, tmp_path):
+    teacher, streams = taught
+    found = teacher_answers(teacher, streams.limited(5), tmp_path / "kept", batch_tokens=600)
+    path = tmp_path / "kept" / module.NOTE
+    note = json.loads(path.read_text())
+    del note["texts"]
+    path.write_text(json.dumps(note))
+    again = teacher_answers(teacher, streams.limited(5), tmp_path / "kept", batch_tokens=600)
+    np.testing.assert_array_equal(again.logits, found.logits)
 
 
 def test_somebody_elses_directory_is_left_alone(taught, tmp_path):

@@ -142,6 +142,12 @@ def test_saving_replaces_a_bundle_and_nothing_else(make, shake, save, answer, pr
     with pytest.raises(BundleError, match="is a merged model, so no bundle replaces it; choose another directory"):
         save(trained, "merged")
     assert [path.name for path in merged.iterdir()] == [MANIFEST]
+    (merged / MANIFEST).write_text('{"kind": "mer')  # what is left of it no longer says what it is
+    with pytest.raises(BundleError, match="may be a merged model, so it is not replaced; choose another directory"):
+        save(trained, "merged")
+    assert [path.name for path in merged.iterdir()] == [MANIFEST]
+    (directory / MANIFEST).write_text("{")  # a damaged bundle is still one
+    assert torch.equal(answer(load_classifier(save(trained)), prompt), answer(trained, prompt))
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter", "head"])

@@ -55,7 +55,12 @@ def students(recipe, flags, tiny_base, tmp_path_factory):
         "ids": {},
         "shallow": {"student.layers": 1, "loss.hidden": 0.5},
         "small": {"student.base": tiny_base("qwen2"), "loss.hidden": 0.5},
-        "encoder": {"student.kind": "small", "student.base": tiny_base("bert"), "answers.only": "true"},
+        "encoder": {
+            "student.kind": "small",
+            "student.base": tiny_base("bert"),
+            "answers.only": "true",
+            "loss.pairs": 0,
+        },
     }
 
     def factory(kind: str) -> Path:
@@ -233,8 +238,26 @@ def test_a_base_that_cannot_hold_the_window_is_named(flags, tiny_base, tmp_path)
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     changes = {"student.kind": "small", "student.base": short}
-    with pytest.raises(ModelError, match="base has 64 positions but max_length is 512"):
+    with pytest.raises(
+        ModelError, match="cannot hold the teacher's windows: base has 64 positions .*; choose another base"
+    ):
         distill(read_config(DistillConfig, flags(tmp_path / "out", **changes)))
+
+
+def test_a_log_that_the_student_cannot_read_is_refused_before_the_teacher_answers(flags, data, tmp_path):
+    """Ids that differ by a tab alone are two items for the teacher, and one token for a student of ids."""
+    from llmrec_peft.config import DistillConfig, read_config
+
+    path = tmp_path / "log"
+    shutil.copytree(data, path)
+    (file,) = path.glob("items.*")
+    table = pq.read_table(file)
+    ids = [*table["item_id"].to_pylist(), "one item", "one\titem"]
+    table = pa.concat_tables([table, table.slice(0, 2)])
+    pq.write_table(table.set_column(table.column_names.index("item_id"), "item_id", pa.array(ids)), file)
+    with pytest.raises(DataError, match="stands for two items"):
+        distill(read_config(DistillConfig, flags(tmp_path / "out", **{"data.path": path})))
+    assert not (tmp_path / "out").exists()
 
 
 def test_stale_answers_are_refused_before_any_work(students, trained, flags, tmp_path):

@@ -194,5 +194,7 @@ def test_files_of_items_are_read_as_the_package_reads_them(tmp_path):
         assert [[type(items[row["item_id"]].get(key)) for key in row] for row in expected] == types
     with pytest.raises(DataError, match="'a' in more than one row"):
         Items.read([{"item_id": "a"}, {"item_id": "a"}])
+    with pytest.raises(DataError, match="row 0 must be a mapping with an item_id, not 'Toy Story'"):
+        Items.read({"a": "Toy Story"})
     with pytest.raises(DataError, match="does not exist"):
         Items.read(tmp_path / "none.csv")
