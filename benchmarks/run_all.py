@@ -59,7 +59,8 @@ def plan(data: str, domain: Path, out: Path) -> dict[str, list[str]]:
                               "--peer-batch-sizes", "1"),
         "score_speed": script("score_speed", *log, "--domain", str(domain), "--rounds", "1", "--candidates", "20"),
         "bank": script("bank", *log, "--domain", str(domain), "--rounds", "1", "--domains", "10"),
-        "compare_peers": script("compare_peers", *log, "--domain", str(domain), "--seconds", "40", result="peers"),
+        "compare_peers": script("compare_peers", *log, "--domain", str(domain), "--seconds", "40", "--points", "2",
+                                "--validation", "60", "--context", "4", "--targets", "4", result="peers"),
     }  # fmt: skip
 
 

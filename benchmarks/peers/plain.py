@@ -71,10 +71,13 @@ def load_plain(base: str, num_labels: int, *, r: int = 16, alpha: int = 32, seed
 
 
 def plain_trainer(
-    model, tokenizer, prompts: PromptDataset, output_dir: str | Path, *, batch_size: int, accumulation: int = 1,
-    learning_rate: float = 3e-4, seed: int = 0, **changes: Any,
+    model, tokenizer, prompts: Dataset, output_dir: str | Path, *, batch_size: int, accumulation: int = 1,
+    learning_rate: float = 3e-4, seed: int = 0, data_collator: Any = None, **changes: Any,
 ) -> tuple[Trainer, StepClock]:  # fmt: skip
-    """The stock Trainer for one epoch over `prompts`, and the clock of its steps; `changes` are its arguments."""
+    """The stock Trainer for one epoch over `prompts`, and the clock of its steps; `changes` are its arguments.
+
+    Batches are padded to their longest prompt, unless another `data_collator` is given.
+    """
     clock = StepClock()
     settings = {
         "output_dir": str(output_dir),
@@ -96,7 +99,7 @@ def plain_trainer(
         model=model,
         args=arguments,
         train_dataset=prompts,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=data_collator or DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         callbacks=[clock],
     )
