@@ -37,6 +37,7 @@ def test_windows_drawn_hold_the_targets_asked_for(few_shot, small_log, tiny_toke
     assert "6 targets are no whole number of windows of 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_every_run_is_scored_on_the_same_targets(few_shot, small_tables, tiny_base, tmp_path):
     interactions, items = small_tables

@@ -96,6 +96,7 @@ def predicted(streams, directory: Path, p: np.ndarray, numbers: np.ndarray) -> P
     return directory
 
 
+@pytest.mark.slow
 def test_the_protocol_compares_on_the_same_targets(
     module, small_tables, small_log, tiny_base, tiny_tokenizer, tmp_path, capsys
 ):

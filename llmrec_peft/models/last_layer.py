@@ -56,26 +56,26 @@ class LastLayer:
     @contextmanager
     def answers(self, places: torch.Tensor | None) -> Iterator[None]:
         """Inside, this thread's last layer is right at `places` only, int64 [T] of b * L + l; None: everywhere."""
-        _active.places = places
+        _active.places, _active.part = places, None
         try:
             yield
         finally:
-            _active.places = None
+            _active.places = _active.part = None
 
 
-def _gather(_module: nn.Module, args: tuple) -> tuple | None:
-    places = getattr(_active, "places", None)
-    if places is None:
+def _gather(module: nn.Module, args: tuple) -> tuple | None:
+    # A part may lie inside another that has left tokens out already, such as a layer that an adapter wraps.
+    if getattr(_active, "places", None) is None or getattr(_active, "part", None) is not None:
         return None
-    _active.shape = args[0].shape[:2]
-    return (args[0].flatten(0, 1).index_select(0, places)[None], *args[1:])
+    _active.part, _active.shape = module, args[0].shape[:2]
+    return (args[0].flatten(0, 1).index_select(0, _active.places)[None], *args[1:])
 
 
-def _scatter(_module: nn.Module, _args: tuple, output: Any) -> Any:
-    places = getattr(_active, "places", None)
-    if places is None:
+def _scatter(module: nn.Module, _args: tuple, output: Any) -> Any:
+    if getattr(_active, "part", None) is not module:
         return None
+    _active.part = None
     found = output[0] if isinstance(output, tuple) else output  # [1, T, width]
-    whole = found.new_zeros(_active.shape.numel(), found.shape[-1]).index_copy(0, places, found[0])
+    whole = found.new_zeros(_active.shape.numel(), found.shape[-1]).index_copy(0, _active.places, found[0])
     whole = whole.unflatten(0, tuple(_active.shape))
     return (whole, *output[1:]) if isinstance(output, tuple) else whole

@@ -32,8 +32,8 @@ def tasks_of(member: Member, count: int) -> list[Task]:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_answers_alone_equal_the_whole_layer(kind, rows, tiny_base, domains, monkeypatch):
-    classifier = load_classifier(tiny_base(kind), domains["movies"], "head")
+def test_answers_alone_equal_the_whole_layer(kind, rows, tiny_base, domain, monkeypatch):
+    classifier = load_classifier(tiny_base(kind), domain, "head")
     engine = Engine(classifier, 0)
     layer = transformer_layers(classifier.stock)[-1]
     seen: dict[str, list[int]] = {}
@@ -55,8 +55,8 @@ def test_answers_alone_equal_the_whole_layer(kind, rows, tiny_base, domains, mon
     assert all(sizes == [3 * rows, 22] for sizes in seen.values())  # 3 + 4 + 5 tokens, then probes of 3 + 1 + 6
 
 
-def test_a_bundle_that_changes_the_last_layer_sees_all_of_it(tiny_base, domains):
-    classifier = load_classifier(tiny_base("llama"), domains["movies"], "head")
+def test_a_bundle_that_changes_the_last_layer_sees_all_of_it(tiny_base, domain):
+    classifier = load_classifier(tiny_base("llama"), domain, "head")
     engine = Engine(classifier, 0)
     layer = transformer_layers(classifier.stock)[-1]
     path = next(path for path, module in classifier.stock.named_modules() if module is layer.mlp.down_proj)
@@ -72,3 +72,18 @@ def test_a_bundle_that_changes_the_last_layer_sees_all_of_it(tiny_base, domains)
     engine.answer(wanted, 1000)
     np.testing.assert_allclose(changed[0].answers, wanted[0].answers, atol=1e-6, rtol=1e-5)
     assert np.abs(changed[0].answers - plain[0].answers).max() > 1e-3
+
+
+def test_a_part_inside_another_leaves_no_token_out_twice(tiny_base, domain):
+    """PEFT wraps layers of a base that was a classifier before: both have the hooks."""
+    from peft import LoraConfig, get_peft_model
+
+    from llmrec_peft.models import BehaviorClassifier
+
+    plain = load_classifier(tiny_base("llama"), domain, "head").eval()
+    inputs = {"input_ids": torch.randint(5, 300, (2, 9)), "markers": torch.tensor([3, 8, 12, 17])}
+    with torch.no_grad():
+        wanted = plain(**inputs)
+        wrapped = get_peft_model(plain.stock, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+        found = BehaviorClassifier(wrapped, "lora", plain.labels).eval()(**inputs)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)

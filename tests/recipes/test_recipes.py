@@ -101,6 +101,7 @@ def test_metrics_tell_before_from_after(method, trained):
     assert set(metrics["baselines_test"]) >= {"item_rate", "user_rate", "both_rates"}
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_written_configuration_runs_again_to_the_same_answers(method, trained, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # put back what this run changes
