@@ -74,6 +74,7 @@ def test_a_bundle_that_changes_the_last_layer_sees_all_of_it(tiny_base, domain):
     assert np.abs(changed[0].answers - plain[0].answers).max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_part_inside_another_leaves_no_token_out_twice(tiny_base, domain):
     """PEFT wraps layers of a base that was a classifier before: both have the hooks."""
     from peft import LoraConfig, get_peft_model
