@@ -39,7 +39,7 @@ format: $(READY) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 test: lint ## Check style and run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations 20
 
 test-all: lint ## Check style and run all tests
 	$(BIN)/python -m pytest

@@ -22,10 +22,12 @@ import torch
 from measuring import header, machine, memory_mib, quiet, release_memory, spread, write_result
 
 from llmrec_peft import BehaviorLog, Domain, load_classifier
+from llmrec_peft.config import DataConfig
 from llmrec_peft.data.collator import collate, plan_micro_batches
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.inference.bank import DomainBank
 from llmrec_peft.models.bundle import load_bundle, save_bundle
+from llmrec_peft.pipeline.streams import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +53,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict:
     torch.manual_seed(options.seed)
-    log = read(options.data)
+    log = read_log(DataConfig(path=options.data))
     domain = Domain.from_yaml(options.domain)
     bundles = [make_bundle(scratch / f"bundle-{number}", options.base, domain, number) for number in range(2)]
     names = dict(zip(("one", "two"), bundles, strict=True))
@@ -80,14 +82,6 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         "many": many(options, scratch, bundles[0], log),
         "rounds": times,
     }  # fmt: skip
-
-
-def read(path: str) -> BehaviorLog:
-    if path == "simulated:shop":
-        from llmrec_peft.data.simulate import simulate_shop
-
-        return simulate_shop()
-    return BehaviorLog.read(path)
 
 
 def make_bundle(directory: Path, base: str, domain: Domain, seed: int) -> Path:

@@ -25,7 +25,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -311,7 +310,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     """Measure, print the table, write the result and its plot; returns the result."""
     options = parse(arguments)
-    start = time.perf_counter()
     try:
         with quiet(), tempfile.TemporaryDirectory() as place:
             result = run(options, Path(place))
@@ -323,7 +321,7 @@ def main(arguments: list[str] | None = None) -> dict:
     given = sys.argv[1:] if arguments is None else arguments
     given = [Path(word).name if word == options.swift_env else word for word in given]
     started = header(__file__, given, options.seed)
-    result = {"settings": settings, **started, **result, "elapsed_seconds": time.perf_counter() - start}
+    result = {"settings": settings, **started, **result}
     write_result(options.output, result)
     plot(result, Path(options.output).with_suffix(".png"))
     return result

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+STARTED = time.perf_counter()
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
 
@@ -75,6 +76,17 @@ def matmul_rate(sizes: Sequence[int], operations: float = 1.4e11) -> dict[int, f
     return rates
 
 
+def attention_flops(lengths: Sequence[int], width: int, layers: int, *, training: bool = True) -> float:
+    """Operations of causal attention's own two products, over rows of `lengths` tokens.
+
+    Scores and their sum with the values take 2 * width each for every pair of a token and one at or before it, `width`
+    being heads times a head's size; the backward pass takes twice the forward's (PaLM, arXiv 2204.02311, appendix B,
+    counts the same, and pairs that the mask forbids too). What a kernel computes twice counts once.
+    """
+    pairs = sum(length * (length + 1) / 2 for length in lengths)
+    return (3 if training else 1) * 4 * width * pairs * layers
+
+
 def release_memory() -> None:
     """Give freed memory back to the system, so that the next peak is not the last one's."""
     gc.collect()
@@ -114,8 +126,9 @@ def launch_environment(scratch: Path, **variables: str) -> dict[str, str]:
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write JSON under a temporary name and move it into place."""
+    """Write JSON under a temporary name and move it into place; `minutes` since the script began unless it says."""
     path = Path(path)
+    result = {**result, "minutes": result.get("minutes", (time.perf_counter() - STARTED) / 60)}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

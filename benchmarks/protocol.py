@@ -19,7 +19,6 @@ python benchmarks/protocol.py --data DIR --domain recipes/configs/movies/domain.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import lightgbm
@@ -64,7 +63,6 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="default: benchmarks/results/protocol_DOMAIN.json")
     options = parser.parse_args(arguments)
-    start = time.perf_counter()
     domain = Domain.from_yaml(options.domain)
     if len(domain.labels) != 2:
         stop("the protocol compares two labels; this domain has more")
@@ -73,7 +71,7 @@ def main(arguments: list[str] | None = None) -> dict:
     given = [word.partition("=") for word in options.systems]
     shown = ["--data", options.data, "--domain", f"recipes/configs/{domain.name}/domain.yaml",
              *(f"{name}=OUT/{Path(place).name}" for name, _, place in given)]  # fmt: skip
-    result = header(__file__, shown, options.seed) | found | {"minutes": (time.perf_counter() - start) / 60}
+    result = header(__file__, shown, options.seed) | found
     write_result(options.output or ROOT / f"benchmarks/results/protocol_{domain.name}.json", result)
     show(result)
     return result

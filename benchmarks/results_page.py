@@ -15,6 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 DISTILLING = ROOT / "docs" / "distilling.md"
+IMAGES = "../benchmarks/results/"  # from the page
 MARKS = ("<!-- results: python benchmarks/results_page.py -->\n", "<!-- end of results -->\n")
 
 SYSTEMS = {
@@ -32,6 +33,14 @@ SYSTEMS = {
     "fused": "LLM fused with collaborative scores",
 }
 """Systems of the protocol in the order of its tables, with their names."""
+
+PEERS = {
+    "streams": "streams",
+    "plain": "Trainer with PEFT's sequence classification",
+    "instruction": "instruction tuning on the answer's word (TALLRec's way)",
+    "swift": "ms-swift, seq_cls",
+}
+"""Systems of compare_peers.py, with their names."""
 
 STUDENTS = {
     "teacher": "teacher (LoRA on SmolLM2-135M)",
@@ -118,21 +127,45 @@ def by_slice(part: dict) -> str:
 
 
 def few_shot(found: dict) -> str:
+    settings, test, metrics = found["settings"], found["test"], ("auc", "gauc", "logloss")
     rows = [
-        [targets if targets != "0" else "0 (untrained)", str(len(found["runs"][targets])),
-         *(spread(values[name]) for name in ("auc", "gauc", "logloss"))]
-        for targets, values in found["summary"].items()
+        [targets if targets != "0" else "0 (untrained)", PEERS[name], str(len(found["runs"][name][targets])),
+         *(spread(sizes[targets][metric]) for metric in metrics), f"{sizes[targets]['seconds']['median']:.0f}"]
+        for targets in found["summary"][settings["systems"][0]] for name, sizes in found["summary"].items()
     ]  # fmt: skip
-    newest = found["newest_rate"]
-    rows.append(
-        ["the user's ten newest outcomes alone", "", *(cell(newest[name]) for name in ("auc", "gauc", "logloss"))]
-    )
-    settings = found["settings"]
+    rows.append(["", "the user's ten newest outcomes alone", "",
+                 *(cell(found["newest_rate"][metric]) for metric in metrics), ""])  # fmt: skip
+    text = (
+        f"LoRA on {settings['base']}, trained on the same targets, each after at most {settings['history']} events, in "
+        f"whole passes until {settings['seen']} or more are seen, {settings['batch_size'] * settings['window']} a step "
+        f"(streams: windows of {settings['window']}); {test['targets']:,} test targets of {test['users']} users. "
+        "Median and range over the seeds (the last row: a bootstrap interval); seconds are those of training.\n\n"
+    ) + table(["labelled targets", "system", "seeds", "AUC", "GAUC", "logloss", "seconds"], rows)
+    gaps = {targets: gap["auc"] for targets, gap in found["streams_minus_instruction"]["summary"].items()}
+    if gaps:
+        cells = (f"{gap['median']:+.3f} ({gap['min']:+.3f} to {gap['max']:+.3f}) with {targets}"
+                 for targets, gap in gaps.items())  # fmt: skip
+        text += f"\n\nAUC of streams minus that of instruction tuning, seed by seed: {'; '.join(cells)}."
+    return text
+
+
+def _gap(entry: dict) -> str:
+    """AUC of streams minus that of another system, both at their ends."""
+    gap = entry["streams_minus_this_at_the_end"]["auc"]
+    low, high = gap["interval"] or (None, None)
+    return cell({"value": gap["value"], "low": low, "high": high}, sign="+")
+
+
+def step_profile(found: dict) -> str:
+    kinds = found["profile"]
     return (
-        f"LoRA on {settings['base']}, {settings['steps']} steps of at most {settings['batch_size']} windows of "
-        f"{settings['window']} targets; {found['test']['targets']:,} test targets of {found['test']['users']} users. "
-        "Median and range over the seeds (the last row: a bootstrap interval).\n\n"
-    ) + table(["labelled targets", "seeds", "AUC", "GAUC", "logloss"], rows)
+        f"A micro-batch of {found['tokens']:,} tokens ({found['targets']} targets) takes "
+        f"{spread(found['seconds'], 2)} s: products with weights {kinds['products']:.0%}, attention "
+        f"{kinds['attention']:.0%}, the rest {kinds['rest']:.0%}. It reaches {spread(found['matmul_share'], 2)} of the "
+        f"torch.mm rate, attention counted as no work, and {spread(found['matmul_share_with_attention'], 2)} with its "
+        f"own products counted. Were these as fast as torch.mm and all else free, the first would be "
+        f"{found['ceiling']:.2f}: more is not to be had at this length."
+    )
 
 
 def score_speed(found: dict) -> str:
@@ -158,6 +191,28 @@ def train_speed(found: dict) -> str:
     )
 
 
+def cost_curves(found: dict) -> str:
+    """A table and an image a curve."""
+    settings = found["settings"]
+    parts = [
+        f"A window has {settings['window'][0]} history events and {settings['window'][1]} to answer, LoRA rank "
+        f"{settings['default_rank']} and {settings['base']} all of its layers, where a table does not say otherwise. "
+        "The floor is what the tokens' products with weights would allow at the torch.mm rate of the same round; with "
+        "attention, its own products count too. Both count the last layer whole, though most of it runs at the answers "
+        "alone, so that the shares of few layers are too high. Memory is the peak of the whole process."
+    ]  # fmt: skip
+    for name, curve in found["curves"].items():
+        rows = [
+            [str(point["x"]), spread(point["per_s"], 2), spread(point["share"], 2),
+             spread(point["share_with_attention"], 2),
+             spread(point["peak_mib"], 0) if point["peak_mib"] else "not known"]
+            for point in curve["points"]
+        ]  # fmt: skip
+        head = [curve["along"], f"{curve['unit']}/s", "share of the floor", "with attention", "peak MiB"]
+        parts += [table(head, rows), f"![{curve['along']}]({IMAGES}cost_{name}.png)"]
+    return "\n\n".join(parts)
+
+
 def bank(found: dict) -> str:
     return (
         f"A bank of two bundles on mixed requests reaches {spread(found['throughput_of_merged'], 2)} of one merged "
@@ -180,6 +235,40 @@ def students(found: dict) -> str:
     )
 
 
+def peers(found: dict) -> str:
+    at, names, rows = found["compared_at"], PEERS, []
+    for name, entry in found["systems"].items():
+        end, reached = entry["curve"][-1], entry["seconds_to_auc"]
+        low, high = end["auc_interval"] or (None, None)
+        rows.append([
+            names[name], f"{entry['targets_per_s']:.2f}", f"{entry['tokens_per_target']:.0f}",
+            f"{entry['peak_rss_mib']:,.0f}" if entry["peak_rss_mib"] else "not known", f"{entry['targets']:,}",
+            "not asked" if entry["curve"][0]["steps"] else f"{entry['curve'][0]['auc']:.3f}",
+            cell({"value": end["auc"], "low": low, "high": high}),
+            *("not known" if entry[key] is None else f"{entry[key]:.3f}"
+              for key in ("auc_at_equal_seconds", "auc_at_equal_targets")),
+            "not reached" if reached is None else f"{reached:.0f}",
+        ])  # fmt: skip
+    gaps = []
+    for name, entry in found["systems"].items():
+        if "streams_minus_this_at_the_end" in entry:
+            gaps.append(f"{names[name]} {_gap(entry)}")
+    head = ["system", "targets/s", "tokens a target", "peak MiB", "targets trained on", "AUC at the start",
+            "AUC at the end", f"AUC at {at['seconds']:.0f} s", f"AUC at {at['targets']} targets",
+            f"s to AUC {at['auc']:.2f}"]  # fmt: skip
+    validation, settings = found["validation"], found["settings"]
+    text = (
+        f"Each trained LoRA of one rank on one base for {found['settings']['seconds']:.0f} s on the targets of the "
+        f"same windows, and answered {validation['targets']} validation targets of {validation['users']} users. "
+        "Seconds are those of training alone; each starts as by default, streams from the label words' rows. Peers "
+        f"compute {settings['peer_batch'] // settings['peer_accumulation']} prompts at once, streams "
+        f"{settings['micro_tokens']:,} tokens, which their memory shows.\n\n"
+    ) + table(head, rows)
+    if gaps:
+        text += f"\n\nAUC of streams at the end minus that of: {'; '.join(gaps)}."
+    return f"{text}\n\n![Validation AUC against seconds of training]({IMAGES}peers.png)"
+
+
 def serve_size(found: dict) -> str:
     sizes = ", ".join(f"`[{extra}]` {part['mb']:.0f} MB" for extra, part in found["extras"].items())
     return f"Installed in an environment of its own: {sizes} (limit for `[serve]`: {found['limit_mb']} MB)."
@@ -189,7 +278,10 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("protocol_*.json", "Quality", protocol),
     ("few_shot.json", "Few labelled targets", few_shot),
     ("train_speed.json", "Training speed", train_speed),
+    ("step_profile.json", "Where a training step's time goes", step_profile),
+    ("peers.json", "Beside what a user would pick instead", peers),
     ("score_speed.json", "Scoring many candidates", score_speed),
+    ("cost_curves.json", "What a target costs", cost_curves),
     ("bank.json", "Many domains on one base", bank),
     ("serve_size.json", "What serving installs", serve_size),
 )
@@ -216,7 +308,8 @@ def provenance(results: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         machine, versions = found["machine"], found["versions"]
         rows.append([
-            f"`{path.name}`", f"`{found['command']}`", found["date"][:10], str(found["seed"]),
+            f"`{path.name}`", f"`{found['command']}`", found["date"][:10],
+            ", ".join(map(str, found.get("settings", {}).get("seeds", [found["seed"]]))),
             f"{machine['cpu']} {machine['instructions']}, {machine['threads']} of {machine['cores']} threads",
             ", ".join(f"{name} {versions[name].partition('+')[0]}" for name in ("torch", "transformers", "peft")),
             f"{found['minutes']:.0f}" if "minutes" in found else "",
@@ -225,7 +318,7 @@ def provenance(results: Path) -> str:
 
 
 def page(results: Path = RESULTS) -> str:
-    """The text of docs/results.md, or the same of another directory of results."""
+    """The text of docs/results.md, or the same of another directory of results, for a page beside it."""
     parts = [OPENING]
     for pattern, title, write in SECTIONS:
         for path in sorted(results.glob(pattern)):
@@ -233,19 +326,59 @@ def page(results: Path = RESULTS) -> str:
             named = f"{title}: {path.stem.partition('_')[2]}" if "*" in pattern else title
             parts.append(f"## {named}\n\n`{found['command']}`\n\n{write(found)}\n")
     parts.append(f"## How each file was made\n\n{provenance(results)}\n")
-    return "\n".join(parts)
+    text = "\n".join(parts)
+    return text if results == RESULTS else text.replace(IMAGES, f"{results.name}/")
 
 
 def readme_table() -> str:
-    """The README's table: MovieLens, on the targets that every system answered."""
-    found = json.loads((RESULTS / "protocol_movies.json").read_text(encoding="utf-8"))
+    """The README's tables: MovieLens, on the targets that every system answered, and what speed costs and gives."""
+    found = _read("protocol_movies")
     part = found["shared"] if "shared" in found else found["all"]
-    return f"{part['targets']:,} test targets of {part['users']} users:\n\n{quality(part)}\n"
+    return f"{part['targets']:,} test targets of {part['users']} users:\n\n{quality(part)}\n\n{costs()}\n"
+
+
+def costs() -> str:
+    """What is measured beside something else, one line each."""
+    train, score, many, small = (_read(name) for name in ("train_speed", "score_speed", "bank", "students"))
+    peers = _read("peers")
+    stream, plain = train["summary"]["stream"], train["summary"]["plain"]
+    settings, ids, int8 = score["settings"], small["systems"]["ids"], small["systems"]["ids_int8"]
+    teacher = small["systems"]["teacher"]
+    rate = ids["targets_per_second"]["median"] / teacher["targets_per_second"]["median"]
+    gap = small["ids_on_all"]["all"]["systems"]["ids"]["minus_ids_alone"]["gauc"]
+    rows = [
+        ["training, targets/s beside a plain Trainer with PEFT, answers equal",
+         f"{stream['targets_per_s']['median']:.1f} and {plain['targets_per_s']['median']:.2f}: "
+         f"{spread(train['summary']['ratio'], 1)} times", "train_speed"],
+        ["tokens a target, streams and plain",
+         f"{stream['tokens_per_target']['median']:.0f} and {plain['tokens_per_target']['median']:.0f}", "train_speed"],
+        *([f"{peers['settings']['seconds']:.0f} s of training beside {PEERS[name]}: targets/s; AUC less its",
+           f"{peers['systems']['streams']['targets_per_s']:.1f} and {peers['systems'][name]['targets_per_s']:.2f}; "
+           f"{_gap(peers['systems'][name])}", "peers"] for name in ("instruction", "swift")),
+        *([f"{settings['candidates']} candidates after {settings['history_tokens']} tokens, {what}, beside a padded "
+           "batch of prompts", f"{spread(score['ratio'][key], 1)} times as fast", "score_speed"]
+          for key, what in (("scorer", "a new history"), ("kept", "a known one"))),
+        [f"a bank of two domains on {many['settings']['requests']} mixed requests, throughput of one merged model's",
+         spread(many["throughput_of_merged"], 2), "bank"],
+        [f"a swap in memory; from disk; memory a domain of {many['many']['domains']}",
+         f"{many['swaps_ms']['in_memory']['median']:.2f} ms; {many['swaps_ms']['on_disk']['median']:.0f} ms; "
+         f"{many['many']['mb_per_domain']:.0f} MB", "bank"],
+        ["a student of item ids beside its teacher, one core",
+         f"{ids['targets_per_second']['median']:,.0f} targets/s, {rate:,.0f} times; AUC "
+         f"{ids['quality']['auc']['value']:.3f} and {teacher['quality']['auc']['value']:.3f}", "students"],
+        ["the same as int8 ONNX, 50 candidates", f"{int8['latency_ms']['p99']:.1f} ms at P99", "students"],
+        ["the same beside a student without a teacher, GAUC", cell(gap, sign="+"), "students"],
+    ]  # fmt: skip
+    return table(["what", "figure", "file"], [[what, figure, f"`{name}.json`"] for what, figure, name in rows])
+
+
+def _read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def students_table() -> str:
     """The table of docs/distilling.md."""
-    return students(json.loads((RESULTS / "students.json").read_text(encoding="utf-8"))) + "\n"
+    return students(_read("students")) + "\n"
 
 
 TABLES: dict[Path, Callable[[], str]] = {README: readme_table, DISTILLING: students_table}

@@ -19,11 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bank import make_bundle
 from measuring import header, machine, memory_mib, quiet, release_memory, reset_peak, spread, write_result
 
-from llmrec_peft import BehaviorLog, Domain, Scorer, load_classifier
+from llmrec_peft import BehaviorLog, Domain, Scorer
+from llmrec_peft.config import DataConfig
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.models.bundle import load_bundle, save_bundle
+from llmrec_peft.models.bundle import load_bundle
+from llmrec_peft.pipeline.streams import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +51,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict:
-    log = read(options.data)
+    log = read_log(DataConfig(path=options.data))
     domain = Domain.from_yaml(options.domain)
     bundle = options.bundle or make_bundle(scratch / "bundle", options.base, domain, options.seed)
     fresh, kept = Scorer.load(bundle, log, kept_bytes=0), Scorer.load(bundle, log)
@@ -97,24 +100,6 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         "memory_mb": memory(fresh, history, candidates),
         "rounds": seconds,
     }  # fmt: skip
-
-
-def read(path: str) -> BehaviorLog:
-    if path == "simulated:shop":
-        from llmrec_peft.data.simulate import simulate_shop
-
-        return simulate_shop()
-    return BehaviorLog.read(path)
-
-
-def make_bundle(directory: Path, base: str, domain: Domain, seed: int) -> Path:
-    torch.manual_seed(seed)
-    classifier = load_classifier(base, domain, "lora", r=16)
-    with torch.no_grad():
-        for name, value in classifier.named_parameters():
-            if "lora_B" in name:
-                value.normal_(std=0.01)
-    return save_bundle(directory, classifier, classifier.tokenizer, domain.to_dict())
 
 
 def event_of(log: BehaviorLog, domain: Domain, row: int) -> dict:

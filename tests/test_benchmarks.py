@@ -171,3 +171,36 @@ def test_invariance_compares_signed_numbers_and_keeps_what_is_no_number(invarian
     assert str(worker.differences(one, other)["max"]) == "nan"
     with pytest.raises(SystemExit):
         worker.differences(one, {"a": one["a"]})
+
+
+def test_step_profile_counts_a_step_and_its_ceiling(monkeypatch, tiny_base, log_directory, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    step_profile, measuring = (importlib.import_module(name) for name in ("step_profile", "measuring"))
+    monkeypatch.setattr(step_profile, "matmul_rate", lambda sizes: {size: 1e9 * size for size in sizes})
+    arguments = ["--data", str(log_directory), "--base", str(tiny_base("llama")), "--rounds", "2", "--matmul-sizes",
+                 "1", "2", "--output", str(tmp_path / "step.json")]  # fmt: skip
+    result = step_profile.main([*arguments, "--tokens", "400"])
+    assert (tmp_path / "step.json").is_file() and 0 < result["tokens"] <= 400
+    assert result["matmul_flops_per_s"]["median"] == 2e9
+    flops = result["flops"]
+    assert result["ceiling"] == pytest.approx(flops["weights"] / sum(flops.values()))
+    wanted = sum(flops.values()) / flops["weights"]
+    assert result["matmul_share_with_attention"]["max"] / result["matmul_share"]["max"] == pytest.approx(wanted)
+    assert all(share > 0 for share in result["profile"].values())
+    assert sum(result["profile"].values()) == pytest.approx(1)
+    # Each pair of a query and a key at or before it: one multiply-add a number for the score, one for the value.
+    pairs = sum(key <= query for length in (3, 5) for query in range(length) for key in range(length))
+    assert measuring.attention_flops([3, 5], 8, 2, training=False) == pairs * 2 * (2 * 8) * 2
+    assert measuring.attention_flops([3, 5], 8, 2) == 3 * measuring.attention_flops([3, 5], 8, 2, training=False)
+    with pytest.raises(SystemExit) as ended:
+        step_profile.main([*arguments, "--tokens", "1"])
+    assert ended.value.code == 2 and "no window has 1 tokens or fewer" in capsys.readouterr().err
+
+
+def test_step_profile_sorts_operations_by_kind(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    by_kind = importlib.import_module("step_profile").by_kind
+    found = by_kind({"aten::mm": 5.0, "aten::addmm_": 1.0, "aten::_flash_attention_backward": 3.0, "aten::mul": 1.0})
+    assert found == pytest.approx({"products": 0.6, "attention": 0.3, "rest": 0.1})
+    with pytest.raises(ValueError, match="no time"):
+        by_kind({"aten::mm": 0.0})

@@ -9,6 +9,7 @@ answer tokens' logits after its prompt's last token.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils.data import Dataset
@@ -35,10 +36,13 @@ def answer_tokens(tokenizer, prompt: str, words: list[str]) -> list[int]:
 
 
 class InstructionDataset(Dataset):
-    """Prompts with their answer's token; all labels but that one are -100, so that it alone is learnt."""
+    """Prompts with their answer's token; all labels but that one are -100, so that it alone is learnt.
 
-    def __init__(self, texts: list[str], labels: list[int], tokenizer, answers: list[int]):
-        self.prompts = tokenizer(texts)["input_ids"]
+    `texts` are the prompts, or the token ids of each where they are tokens already.
+    """
+
+    def __init__(self, texts: list[str] | list[list[int]], labels: list[int], tokenizer, answers: list[int]):
+        self.prompts = tokenizer(texts)["input_ids"] if isinstance(texts[0], str) else texts
         self.answers = [answers[label] for label in labels]
         self.lengths = [len(ids) + 1 for ids in self.prompts]
 
@@ -91,3 +95,19 @@ def instruction_probabilities(
         logits = model(**batch, position_ids=places, logits_to_keep=1).logits[:, -1, answers]
         found[numbers] = logits.float().softmax(1)
     return found
+
+
+@torch.inference_mode()
+def probabilities_at(model, rows: list[tuple[np.ndarray, np.ndarray]], answers: list[int]) -> torch.Tensor:
+    """Softmax over the answer tokens after every place of every row, in their order, float32 [places, answers].
+
+    A row is the token ids [L] of one text and the places [n] of the last tokens of the prompts that it begins with. A
+    causal model answers there what it answers after each of these prompts alone, and reads their history once.
+    """
+    model.eval()
+    found = []
+    for ids, places in rows:
+        keep = torch.from_numpy(np.asarray(places, np.int64))
+        logits = model(input_ids=torch.from_numpy(np.asarray(ids, np.int64))[None], logits_to_keep=keep).logits
+        found.append(logits[0][:, answers].float().softmax(1))
+    return torch.cat(found)

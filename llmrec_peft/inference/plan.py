@@ -10,7 +10,8 @@ import numpy as np
 
 from llmrec_peft.inference.engine import Engine, Task
 from llmrec_peft.inference.member import Member
-from llmrec_peft.inference.prompts import Prompts, Trunk, check_list
+from llmrec_peft.inference.prompts import Prompts, Trunk
+from llmrec_peft.serving.prompts import check_list
 
 
 @dataclass(frozen=True)

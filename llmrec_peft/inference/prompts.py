@@ -14,11 +14,9 @@ import pyarrow as pa
 from llmrec_peft.data.layout import window_start
 from llmrec_peft.data.tables import listed, shorten
 from llmrec_peft.data.tokens import Vocabulary
-from llmrec_peft.errors import DataError, StreamError
+from llmrec_peft.errors import DataError
 from llmrec_peft.inference.catalogue import Catalogue
-
-Event = str | int | Mapping[str, Any]
-"""An item id of the item table, or a mapping of the columns that the domain's template names."""
+from llmrec_peft.serving.prompts import Event, check_event, check_list, events_to_drop, value_key
 
 KNOWN_EVENTS = 200_000
 """Texts whose tokens are kept; beyond, those that were not asked for the longest go."""
@@ -96,7 +94,7 @@ class Prompts:
                 f"history: entry {place} has the label {shorten(label)}, which domain {self.domain.name!r} does not "
                 f"have; use one of {listed(self.domain.labels)}"
             )
-        _check_event(event, place, "history")
+        check_event(event, place, "history")
         return event, label
 
     def _header(self, user: Mapping[str, Any] | None) -> np.ndarray:
@@ -110,7 +108,7 @@ class Prompts:
                 f"give user={{{missing[0]!r}: ...}}"
             )
         values = {name: _array([user[name]]) for name in columns}
-        key = ("header", *(_key(user[name]) for name in columns))
+        key = ("header", *(value_key(user[name]) for name in columns))
         with self._lock:
             if key not in self._tokens:
                 self._keep(key, self.vocabulary.tokens(self.vocabulary.headers(values, 1).to_pylist())[0])
@@ -153,9 +151,9 @@ class Prompts:
 
     def _event_key(self, event: Any, place: int, what: str) -> Hashable:
         """What an event's text depends on."""
-        _check_event(event, place, what)
+        check_event(event, place, what)
         if isinstance(event, Mapping):
-            return ("columns", *sorted((str(name), _key(value)) for name, value in event.items()
+            return ("columns", *sorted((str(name), value_key(value)) for name, value in event.items()
                                        if name == "item_id" or name in self.domain.event_columns))  # fmt: skip
         return ("item", str(event))
 
@@ -189,31 +187,10 @@ class Prompts:
         Raises:
             StreamError: a probe that does not fit even without history.
         """
-        limit = self.domain.stream.max_length
-        sizes = np.array([0, *(len(event) for event in trunk.events)])
-        total = np.cumsum(sizes)
-        rest = len(trunk.header) + total[-1] - total  # tokens of the trunk without the oldest 0, 1, 2, ... events
-        lengths = np.array([len(probe) for probe in probes], np.int64) + len(self.vocabulary.suffix)
-        over = np.flatnonzero(lengths + rest[-1] > limit)
-        if len(over):
-            raise StreamError(
-                f"candidate {over[0]} takes {lengths[over[0]]} tokens and the header {rest[-1]}, but stream.max_length "
-                f"of domain {self.domain.name!r} is {limit}; shorten the item's text"
-            )
-        return np.searchsorted(-rest, lengths - limit, "left")
-
-
-def check_list(what: str, value: Any) -> None:
-    """Raise DataError for what is no list; a text and a mapping are none."""
-    if isinstance(value, str | Mapping) or not isinstance(value, Sequence | np.ndarray):
-        raise DataError(f"{what} must be a list, not {shorten(value)}; correct it")
-
-
-def _check_event(event: Any, place: int, what: str) -> None:
-    if isinstance(event, bool) or not isinstance(event, str | int | np.integer | Mapping):
-        raise DataError(
-            f"{what}: entry {place} must be an item id or a mapping of columns, not {shorten(event)}; correct it"
-        )
+        return events_to_drop(
+            trunk.header, trunk.events, probes, len(self.vocabulary.suffix), self.domain.stream.max_length,
+            self.domain.name,
+        )  # fmt: skip
 
 
 def _array(values: list[Any]) -> pa.Array:
@@ -222,8 +199,3 @@ def _array(values: list[Any]) -> pa.Array:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return pa.array([None if value is None else str(value) for value in values])
-
-
-def _key(value: Any) -> Hashable:
-    """A value that tells 1 from "1" and True, and lists apart."""
-    return (type(value).__name__, repr(value))

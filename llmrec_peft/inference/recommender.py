@@ -16,8 +16,9 @@ from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.inference.evidence import Evidence
 from llmrec_peft.inference.fusion import Fusion
 from llmrec_peft.inference.histories import Histories
-from llmrec_peft.inference.prompts import Event, check_list
+from llmrec_peft.inference.prompts import Event
 from llmrec_peft.inference.retrieval import SOURCES, Retriever
+from llmrec_peft.serving.prompts import check_list
 
 POOL = 100
 """Candidates that retrieval names for the LLM to rank, by default."""

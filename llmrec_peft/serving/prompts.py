@@ -71,15 +71,16 @@ class Prompts:
             DataError: an unknown item or label, a column that is missing, or what is no list.
             StreamError: a candidate that does not fit the window.
         """
-        _check_list("candidates", candidates)
+        check_list("candidates", candidates)
         events, header = self._trunk(history), self._header(user)
         probes = self._texts(list(candidates), "candidates")
-        return Ask(header, events, probes, self._dropped(header, events, probes))
+        suffix = len(self.words.suffix)
+        return Ask(header, events, probes, events_to_drop(header, events, probes, suffix, self._max_length, self.name))
 
     # -- history -------------------------------------------------------------------------------
 
     def _trunk(self, history: Any) -> tuple[np.ndarray, ...]:
-        _check_list("history", history)
+        check_list("history", history)
         pairs = [self._pair(entry, place) for place, entry in enumerate(history)]
         # Also before the window: whether an id is known must not depend on how much came after it.
         ids = [str(event) for event, _ in pairs if not isinstance(event, Mapping)]
@@ -102,7 +103,7 @@ class Prompts:
                 f"history: entry {place} has the label {shorten(label)}, which domain {self.name!r} does not have; "
                 f"use one of {listed(self.labels)}"
             )
-        _check_event(event, place, "history")
+        check_event(event, place, "history")
         return event, label
 
     def _header(self, user: Mapping[str, Any] | None) -> np.ndarray:
@@ -115,7 +116,7 @@ class Prompts:
                 f"user lacks {listed(missing)}, which the header of domain {self.name!r} names; "
                 f"give user={{{missing[0]!r}: ...}}"
             )
-        key = ("header", *(_key(user[name]) for name in columns))
+        key = ("header", *(value_key(user[name]) for name in columns))
         with self._lock:
             found = self._tokens.get(key)
             if found is None:
@@ -149,9 +150,9 @@ class Prompts:
         """What an event's text depends on."""
         if isinstance(event, str):
             return event
-        _check_event(event, place, what)
+        check_event(event, place, what)
         if isinstance(event, Mapping):
-            return ("columns", *sorted((str(name), _key(value)) for name, value in event.items()
+            return ("columns", *sorted((str(name), value_key(value)) for name, value in event.items()
                                        if name == "item_id" or name in self._event_columns))  # fmt: skip
         return str(event)
 
@@ -203,34 +204,52 @@ class Prompts:
                 "give its columns as a mapping"
             )
 
-    def _dropped(self, header: np.ndarray, events: Sequence[np.ndarray], probes: Sequence[np.ndarray]) -> np.ndarray:
-        """Oldest history events that each probe leaves out; it depends on the probe itself and on no other."""
-        limit = self._max_length
-        sizes = np.array([0, *map(len, events)])
-        total = np.cumsum(sizes)
-        rest = len(header) + total[-1] - total  # tokens of the trunk without the oldest 0, 1, 2, ... events
-        lengths = np.fromiter(map(len, probes), np.int64, len(probes)) + len(self.words.suffix)
-        over = np.flatnonzero(lengths + rest[-1] > limit)
-        if len(over):
-            raise StreamError(
-                f"candidate {over[0]} takes {lengths[over[0]]} tokens and the header {rest[-1]}, but stream.max_length "
-                f"of domain {self.name!r} is {limit}; shorten the item's text"
-            )
-        return np.searchsorted(-rest, lengths - limit, "left")
+
+def events_to_drop(
+    header: np.ndarray, events: Sequence[np.ndarray], probes: Sequence[np.ndarray], suffix: int, limit: int, name: str
+) -> np.ndarray:
+    """How many of the oldest history events each probe leaves out to fit `limit` tokens, int64 [probes].
+
+    It depends on the probe itself and on no other, so that an answer is the same whatever it is asked with.
+
+    Args:
+        header: int32 tokens before the events.
+        events: int32 tokens of each event.
+        probes: int32 tokens of each candidate with its marker.
+        suffix: how many tokens follow a probe.
+        limit: stream.max_length of the domain.
+        name: the domain's.
+
+    Raises:
+        StreamError: a probe that does not fit even without history.
+    """
+    sizes = np.array([0, *map(len, events)])
+    total = np.cumsum(sizes)
+    rest = len(header) + total[-1] - total  # tokens of the trunk without the oldest 0, 1, 2, ... events
+    lengths = np.fromiter(map(len, probes), np.int64, len(probes)) + suffix
+    over = np.flatnonzero(lengths + rest[-1] > limit)
+    if len(over):
+        raise StreamError(
+            f"candidate {over[0]} takes {lengths[over[0]]} tokens and the header {rest[-1]}, but stream.max_length "
+            f"of domain {name!r} is {limit}; shorten the item's text"
+        )
+    return np.searchsorted(-rest, lengths - limit, "left")
 
 
-def _check_list(what: str, value: Any) -> None:
+def check_list(what: str, value: Any) -> None:
+    """Raise DataError for what is no list; a text and a mapping are none."""
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence | np.ndarray):
         raise DataError(f"{what} must be a list, not {shorten(value)}; correct it")
 
 
-def _check_event(event: Any, place: int, what: str) -> None:
+def check_event(event: Any, place: int, what: str) -> None:
+    """Raise DataError for what is neither an item id nor a mapping."""
     if isinstance(event, bool) or not isinstance(event, str | int | np.integer | Mapping):
         raise DataError(
             f"{what}: entry {place} must be an item id or a mapping of columns, not {shorten(event)}; correct it"
         )
 
 
-def _key(value: Any) -> Hashable:
+def value_key(value: Any) -> Hashable:
     """A value that tells 1 from "1" and True, and lists apart."""
     return (type(value).__name__, repr(value))
