@@ -375,7 +375,7 @@ def plot(curve: dict, path: Path) -> None:
     """A curve with both floors, and the peak memory below it; axes are logarithmic where values span a factor of 8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(7, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -399,6 +399,8 @@ def plot(curve: dict, path: Path) -> None:
     line(below, "peak_mib", None, "o-", "#d1661c", True)
     if max(shown) >= 8 * min(shown):
         above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        above.yaxis.set_major_formatter(ScalarFormatter())
     else:
         above.set_ylim(bottom=0)
     below.set_ylim(bottom=0)
