@@ -259,7 +259,7 @@ def plot(result: dict, path: Path) -> None:
     axes.set_ylabel(f"AUC on {result['validation']['targets']} validation targets")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     figure.savefig(path, dpi=130)
 
 
@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> dict:
         stop(str(error))
     print(table(result))
     settings = {key: value for key, value in vars(options).items()
-                if key not in ("data", "domain", "base", "swift_env", "output")}  # fmt: skip
+                if key not in ("data", "domain", "swift_env", "output")}  # fmt: skip
     given = sys.argv[1:] if arguments is None else arguments
     given = [Path(word).name if word == options.swift_env else word for word in given]
     started = header(__file__, given, options.seed)

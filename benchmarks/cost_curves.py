@@ -42,7 +42,8 @@ import torch
 import yaml
 from bank import make_bundle
 from measuring import (
-    attention_flops,
+    attention_of,
+    cell,
     header,
     matmul_rate,
     memory_mib,
@@ -93,20 +94,6 @@ class Point:
 
 
 # -- counting --------------------------------------------------------------------------------------
-
-
-def attention_of(positions: np.ndarray, config, *, training: bool) -> float:
-    """Operations of attention's products for tokens at `positions`, int [L], in the order of the model's input.
-
-    A token at position p sees itself and the p before it on its way, whatever probes lie between. Tokens at positions
-    a to b thus see as much as a plain row of b + 1 tokens does less what one of a tokens does.
-    """
-    text = config.get_text_config()
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    jumps = np.flatnonzero(np.diff(positions) != 1) + 1
-    first, last = positions[np.r_[0, jumps]].tolist(), positions[np.r_[jumps, len(positions)] - 1].tolist()
-    count = functools.partial(attention_flops, width=width, layers=text.num_hidden_layers, training=training)
-    return count([end + 1 for end in last]) - count(first)
 
 
 def floors(entry: dict) -> dict[str, float]:
@@ -289,10 +276,7 @@ def load_scoring(options: argparse.Namespace, log: BehaviorLog, domain: Domain, 
     """A scorer that keeps nothing, a history, and as many candidates as the last point asks for."""
     scorer = Scorer.load(bundle, log, kept_bytes=0)
     asked = argparse.Namespace(tokens=options.tokens, candidates=max(options.candidates), seed=options.seed)
-    try:
-        history, candidates = pick(log, domain, scorer, asked)
-    except SystemExit as ended:  # it would end with exit code 1
-        stop(str(ended))
+    history, candidates = pick(log, domain, scorer, asked)
     scorer.score(history[:1], candidates[:1])  # warms up
     return scorer, history, candidates
 
@@ -354,12 +338,6 @@ def summarise(x: int, entries: list[dict]) -> dict:
 def table(result: dict) -> str:
     """The curves as text: medians with (least to greatest)."""
 
-    def cell(values: dict | None, form: str) -> str:
-        if values is None:
-            return "not known"
-        low, high = form.format(values["min"]), form.format(values["max"])
-        return f"{form.format(values['median'])} ({low} to {high})"
-
     lines = []
     for name, curve in result["curves"].items():
         lines.append(f"{name}: {curve['along']}")
@@ -393,8 +371,8 @@ def plot(curve: dict, path: Path) -> None:
             axes.plot([x for x, _ in kept], middle, style, color=colour, label=label)
         return middle
 
-    shown = line(above, "floor_per_s", "floor: products with weights alone", "--", "#8a8a8a", False)
-    shown += line(above, "floor_with_attention_per_s", "floor with attention's products", ":", "#3b8a4f", False)
+    shown = line(above, "floor_per_s", "what products with weights alone would allow", "--", "#8a8a8a", False)
+    shown += line(above, "floor_with_attention_per_s", "the same with attention's products", ":", "#3b8a4f", False)
     shown += line(above, "per_s", "measured", "o-", "#1f5fa8", True)
     line(below, "peak_mib", None, "o-", "#d1661c", True)
     if max(shown) >= 8 * min(shown):

@@ -14,7 +14,8 @@ is no validation, since so few labels leave none to spare. Both systems are scor
 answers inside a window what it answers after the prompt alone; where a window has probes (`simultaneous: isolate`,
 sampled negatives), instruction is scored on prompts. Seconds are those of training, set-up and scoring left out.
 
-Beside them stands the share of likes among each user's ten newest earlier events, which needs no training at all.
+Beside them stands the rate of likes among each user's newest earlier events, up to ten and five more at the log's own
+rate, which needs no training of a model.
 
     python benchmarks/few_shot.py --data DIR [--targets 16 64 256] [--seeds 0 1 2]
 
@@ -129,8 +130,9 @@ def measure(options: argparse.Namespace, scratch: str) -> dict:
             gaps.setdefault(str(targets), []).append({"seed": seed, "metrics": plain(found)})
     return {
         "settings": {key: getattr(options, key) for key in ("base", "systems", "targets", "seeds", "history", "window",
-                                                            "seen", "batch_size", "learning_rate")}
-        | {"r": RANK, "alpha": ALPHA, "test_seed": TEST_SEED},
+                                                            "seen", "batch_size", "learning_rate", "test_targets",
+                                                            "bootstrap")}
+        | {"micro_tokens": MICRO_TOKENS, "r": RANK, "alpha": ALPHA, "test_seed": TEST_SEED},
         "log": streams.log.name,
         "domain": domain.to_dict(),
         "test": {"targets": len(labels), "users": len(np.unique(users)), "windows": len(test),

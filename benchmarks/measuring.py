@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine and its rates, memory, medians with their spread, and the result file."""
 
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 STARTED = time.perf_counter()
@@ -59,6 +61,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def cell(values: dict[str, float] | None, form: str) -> str:
+    """A spread as text."""
+    if values is None:
+        return "not known"
+    low, high = form.format(values["min"]), form.format(values["max"])
+    return f"{form.format(values['median'])} ({low} to {high})"
+
+
 def matmul_rate(sizes: Sequence[int], operations: float = 1.4e11) -> dict[int, float]:
     """Float32 operations a second of torch.mm on square matrices of each size, over about `operations` or 100 products.
 
@@ -85,6 +95,20 @@ def attention_flops(lengths: Sequence[int], width: int, layers: int, *, training
     """
     pairs = sum(length * (length + 1) / 2 for length in lengths)
     return (3 if training else 1) * 4 * width * pairs * layers
+
+
+def attention_of(positions: np.ndarray, config, *, training: bool) -> float:
+    """Operations of attention's products for tokens at `positions`, int [L], in the order of the model's input.
+
+    A token at position p sees itself and the p before it on its way, whatever probes lie between. Tokens at positions
+    a to b thus see as much as a plain row of b + 1 tokens does less what one of a tokens does.
+    """
+    text = config.get_text_config()
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    jumps = np.flatnonzero(np.diff(positions) != 1) + 1
+    first, last = positions[np.r_[0, jumps]].tolist(), positions[np.r_[jumps, len(positions)] - 1].tolist()
+    count = functools.partial(attention_flops, width=width, layers=text.num_hidden_layers, training=training)
+    return count([end + 1 for end in last]) - count(first)
 
 
 def release_memory() -> None:

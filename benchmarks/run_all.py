@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from measuring import header, write_result
 from results_page import page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,17 +87,19 @@ def main(arguments: list[str] | None = None) -> int:
         from llmrec_peft.data.simulate import write_simulated_shop
 
         write_simulated_shop(out / "log")
-    failed = []
+    failed, seconds = [], {}
     for name in options.only or steps:
         print(f"== {name}: python {' '.join(steps[name])}", flush=True)
         begun = time.perf_counter()
         done = subprocess.run([sys.executable, *steps[name]], cwd=ROOT, check=False)
-        print(
-            f"== {name}: {'done' if done.returncode == 0 else 'FAILED'} in {time.perf_counter() - begun:.0f} s",
-            flush=True,
-        )
+        seconds[name] = time.perf_counter() - begun
+        print(f"== {name}: {'done' if done.returncode == 0 else 'FAILED'} in {seconds[name]:.0f} s", flush=True)
         if done.returncode:
             failed.append(name)
+    write_result(
+        out / "results" / "run_all.json",
+        header(__file__, sys.argv[1:] if arguments is None else arguments, 0) | {"failed": failed, "seconds": seconds},
+    )
     text = page(out / "results")
     (out / "results.md").write_text(text, encoding="utf-8")
     print(text)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bank import make_bundle
-from measuring import header, machine, memory_mib, quiet, release_memory, reset_peak, spread, write_result
+from measuring import header, machine, memory_mib, quiet, release_memory, reset_peak, spread, stop, write_result
 
 from llmrec_peft import BehaviorLog, Domain, Scorer
 from llmrec_peft.config import DataConfig
@@ -125,7 +125,7 @@ def pick(log: BehaviorLog, domain: Domain, scorer: Scorer, options: argparse.Nam
                 extra = {key: value for key, value in event_of(log, domain, row).items() if key != "item_id"}
                 ids = log.items.column("item_id").take(items).to_pylist()
                 return history, [{"item_id": item, **extra} for item in ids]
-    raise SystemExit("no user of this log has a history of so many tokens; lower --tokens")
+    stop("no user of this log has a history of so many tokens; lower --tokens")
 
 
 def fresh_probe(scorer: Scorer, candidate: dict) -> np.ndarray:

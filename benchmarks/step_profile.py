@@ -6,8 +6,9 @@ products with weights; attention (PyTorch's flash kernel, its products and softm
 activations, sums of gradients, and what Python costs).
 
 The share counts 4 N + 6 A operations a token, as train_speed.py does, and attention as none; the share with attention
-adds its own products (measuring.attention_flops). The ceiling is the share that a step would reach in which these run
-at the rate of torch.mm and all else costs nothing.
+adds its own products (measuring.attention_of). The ceiling is the share that a step would reach in which these run
+at the rate of torch.mm and all else costs nothing. The last layer counts whole, though the package runs most of it at
+the answers alone, so that all shares are too high by up to one part in the number of layers.
 
     python benchmarks/step_profile.py --data DIR [--tokens 1024] [--rounds 5]
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import attention_flops, header, matmul_rate, quiet, spread, stop, write_result
+from measuring import attention_of, header, matmul_rate, quiet, spread, stop, write_result
 from torch.profiler import ProfilerActivity, profile
 from train_speed import flops_per_token, read_log
 
@@ -56,7 +57,7 @@ def measure(options: argparse.Namespace) -> dict:
     torch.manual_seed(options.seed)
     classifier = load_classifier(base, domain, "lora", r=16, alpha=32).train()
     batch = StreamCollator(classifier.tokenizer.pad_token_id, options.tokens).one([window])
-    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "markers")}
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask", "branch", "markers")}
 
     def step() -> float:
         start = time.perf_counter()
@@ -73,14 +74,18 @@ def measure(options: argparse.Namespace) -> dict:
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step()
     times = {event.key: float(event.self_cpu_time_total) for event in recorded.key_averages()}
-    config = classifier.stock.config
-    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     tokens = int(window.input_ids.size)
     weights = flops_per_token(classifier)["flops_per_token"] * tokens
-    attention = attention_flops([tokens], width, config.num_hidden_layers)
+    attention = attention_of(window.position_ids, classifier.config, training=True)
     pairs = list(zip(seconds, rates, strict=True))
     return {
-        "settings": {"base": options.base, "domain": domain.name, "rounds": options.rounds},
+        "settings": {
+            "base": options.base,
+            "domain": domain.name,
+            "rounds": options.rounds,
+            "tokens": options.tokens,
+            "matmul_sizes": options.matmul_sizes,
+        },  # fmt: skip
         "tokens": tokens,
         "targets": len(batch["labels"]),
         "flops": {"weights": weights, "attention": attention},

@@ -149,6 +149,8 @@ def ids_alone(answers: dict, log, places: dict, label: str, options: argparse.Na
     unseen = shared[shared.get_level_values(1).isin(cold)]
     result = {}
     for name, part in (("all", shared), ("items without training rows", unseen)):
+        if not len(part):
+            continue  # a log may have no such items
         own = {who: answers[who].loc[part] for who in ("ids", "ids_alone", "ids_int8")}
         result[name] = {"targets": len(part), "systems": quality(own, label, options)}
     return result

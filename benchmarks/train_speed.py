@@ -21,19 +21,20 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from measuring import header, matmul_rate, memory_mib, quiet, reset_peak, spread, stop, write_result
+from measuring import cell, header, matmul_rate, memory_mib, quiet, reset_peak, spread, stop, write_result
 from peers.plain import PromptDataset, StepClock, load_plain, plain_logits, plain_trainer
 
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.download import default_directory
 from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.simulate import simulate_shop
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
 from llmrec_peft.models.predict import predict
-from llmrec_peft.pipeline.streams import build_splits
+from llmrec_peft.pipeline.streams import SIMULATED_SHOP, build_splits
 from llmrec_peft.training.trainer import BehaviorTrainer
 
 ROOT = Path(__file__).resolve().parent
@@ -206,7 +207,10 @@ def flops_per_token(classifier: BehaviorClassifier) -> dict[str, float]:
 
 
 def read_log(data: str | None) -> BehaviorLog:
-    """The log in a directory, by default where the downloader puts MovieLens; ends the run if it is not there."""
+    """The log in a directory, or `simulated:shop`; by default MovieLens where the downloader puts it. Ends the run if
+    it is not there."""
+    if data == SIMULATED_SHOP:
+        return simulate_shop()
     directory = Path(data) if data else default_directory() / "ml-latest-small"
     if not directory.is_dir():
         stop(
@@ -288,12 +292,6 @@ ROWS = (
 
 def table(summary: dict) -> str:
     """The summary as text: medians with (least to greatest)."""
-
-    def cell(values: dict | None, form: str) -> str:
-        if values is None:
-            return "not known"
-        low, high = form.format(values["min"]), form.format(values["max"])
-        return f"{form.format(values['median'])} ({low} to {high})"
 
     lines = [f"{'':20}{'stream':32}plain"]
     for name, key, form in ROWS:

@@ -182,7 +182,12 @@ def test_step_profile_counts_a_step_and_its_ceiling(monkeypatch, tiny_base, log_
     result = step_profile.main([*arguments, "--tokens", "400"])
     assert (tmp_path / "step.json").is_file() and 0 < result["tokens"] <= 400
     assert result["matmul_flops_per_s"]["median"] == 2e9
-    flops = result["flops"]
+    flops, tokens = result["flops"], result["tokens"]
+    # Two layers of hidden size 32 (4 heads, 2 key-value heads, MLP of 64), five norms; LoRA of rank 16 and the head.
+    base = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) + 5 * 32
+    trained = 2 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)) + 2 * 32
+    assert flops["weights"] == tokens * (4 * base + 6 * trained)
+    assert flops["attention"] == 3 * 4 * 32 * 2 * tokens * (tokens + 1) / 2
     assert result["ceiling"] == pytest.approx(flops["weights"] / sum(flops.values()))
     wanted = sum(flops.values()) / flops["weights"]
     assert result["matmul_share_with_attention"]["max"] / result["matmul_share"]["max"] == pytest.approx(wanted)
@@ -192,6 +197,11 @@ def test_step_profile_counts_a_step_and_its_ceiling(monkeypatch, tiny_base, log_
     pairs = sum(key <= query for length in (3, 5) for query in range(length) for key in range(length))
     assert measuring.attention_flops([3, 5], 8, 2, training=False) == pairs * 2 * (2 * 8) * 2
     assert measuring.attention_flops([3, 5], 8, 2) == 3 * measuring.attention_flops([3, 5], 8, 2, training=False)
+    # Windows with probes go through too: what a probe sees is its window before it, not the other probes.
+    (tmp_path / "domain.yaml").write_text(DOMAIN.read_text() + "negatives: {per_positive: 1, label: dislike}\n")
+    probes = step_profile.main([*arguments, "--tokens", "400", "--domain", str(tmp_path / "domain.yaml")])
+    tokens = probes["tokens"]
+    assert 0 < probes["flops"]["attention"] < 3 * 4 * 32 * 2 * tokens * (tokens + 1) / 2
     with pytest.raises(SystemExit) as ended:
         step_profile.main([*arguments, "--tokens", "1"])
     assert ended.value.code == 2 and "no window has 1 tokens or fewer" in capsys.readouterr().err
