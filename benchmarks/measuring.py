@@ -51,8 +51,19 @@ def versions() -> dict[str, str]:
 def command(
     script: str, arguments: Sequence[str], paths: Iterable[str] = ("--data", "--base", "--bundle", "--output")
 ) -> str:
-    """The command as it was given, with paths cut to their last name."""
-    words = [Path(word).name if before in paths else word for before, word in zip(["", *arguments], arguments)]  # noqa: B905
+    """The command as it was given; paths are cut to their last name, those of the repository to their place in it."""
+    root = Path(__file__).resolve().parent.parent
+
+    def shown(word: str) -> str:
+        path = Path(word)
+        if not path.is_absolute():
+            return word
+        return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+    words = [
+        Path(word).name if before in paths else shown(word)
+        for before, word in zip(["", *arguments[:-1]], arguments, strict=True)
+    ]
     return " ".join(["python", f"benchmarks/{Path(script).name}", *words])
 
 

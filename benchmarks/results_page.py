@@ -313,7 +313,9 @@ Brackets are 95 % bootstrap intervals over users, parentheses the least and the 
 Differences are paired on the same users. All of it ran on CPU, in float32 unless said; **nothing here was ever measured
 on a GPU**. Ranking of candidates and distilled students have pages of their own: [recommending](recommending.md),
 [distilling](distilling.md).
+"""
 
+CLAIMS = """
 Where this toolkit is better: training and scoring streams takes a fraction of the time of prompts at equal answers
 (memory is alike where micro-batches are); a fusion of the LLM with collaborative scores beats the LLM, and is ahead of
 everything else on retail; its students of item ids answer thousands of times as fast at the same AUC. Where it is no
@@ -324,6 +326,12 @@ log here, behind a regression on both rates on coupons, and near chance on retai
 movies do not take it past a user's newest outcomes in AUC and logloss. A training step reaches half of the machine's
 matrix-product rate, as a plain Trainer's does; 80 % was the aim. Not measured: any GPU, a base above 135 M parameters,
 long training, more than one seed (few labels: three).
+"""
+
+
+QUICK = """
+These are quick forms: few steps, few targets, one round. They show that everything runs, and what it takes; there is
+nothing to conclude from their quality.
 """
 
 
@@ -344,7 +352,7 @@ def provenance(results: Path) -> str:
 
 def page(results: Path = RESULTS) -> str:
     """The text of docs/results.md, or the same of another directory of results, for a page beside it."""
-    parts = [OPENING]
+    parts = [OPENING + (CLAIMS if results == RESULTS else QUICK)]
     for pattern, title, write in SECTIONS:
         for path in sorted(results.glob(pattern)):
             found = json.loads(path.read_text(encoding="utf-8"))

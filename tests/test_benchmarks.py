@@ -214,3 +214,13 @@ def test_step_profile_sorts_operations_by_kind(monkeypatch):
     assert found == pytest.approx({"products": 0.6, "attention": 0.3, "rest": 0.1})
     with pytest.raises(ValueError, match="no time"):
         by_kind({"aten::mm": 0.0})
+
+
+def test_commands_in_results_show_no_place_outside_the_repository(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    command = importlib.import_module("measuring").command
+    words = ["--data", "/home/me/movies", "--domain", str(DOMAIN), "--other", "/tmp/x/y.yaml", "--rounds", "2"]
+    assert command("/elsewhere/bank.py", words) == (
+        "python benchmarks/bank.py --data movies --domain recipes/configs/movies/domain.yaml --other y.yaml --rounds 2"
+    )
+    assert command("bank.py", []) == "python benchmarks/bank.py"
