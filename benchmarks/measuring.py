@@ -4,6 +4,7 @@ import ctypes
 import functools
 import gc
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -61,8 +62,7 @@ def command(
         return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
     words = [
-        Path(word).name if before in paths else shown(word)
-        for before, word in zip(["", *arguments[:-1]], arguments, strict=True)
+        Path(word).name if before in paths else shown(word) for before, word in itertools.pairwise(["", *arguments])
     ]
     return " ".join(["python", f"benchmarks/{Path(script).name}", *words])
 

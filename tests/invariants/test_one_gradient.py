@@ -137,7 +137,7 @@ def alone(tiny_base, tiny_tokenizer, tmp_path_factory):
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("zero1", "zero2") else [])  # ZeRO-3 exchanges the most
+        pytest.param(name, marks=[] if name in ("ddp", "zero3") else [pytest.mark.slow])  # ZeRO-3 exchanges the most
         for name in TWO_PROCESSES
     ],
 )
