@@ -33,7 +33,7 @@ import torch
 import transformers
 from compare_peers import draw_validation
 from count_features import CountFeatures, Points
-from measuring import header, quiet, spread, stop, write_result
+from measuring import header, plain_intervals, quiet, spread, stop, write_result
 from peers.instruction import InstructionDataset, instruction_trainer, load_instruction, probabilities_at
 from peers.plain import StepClock
 from peers.streams import TargetPrompts, read_domain
@@ -121,13 +121,13 @@ def measure(options: argparse.Namespace, scratch: str) -> dict:
         for name in options.systems:
             spent, answers[name] = SYSTEMS[name](options, base, drawn.get((targets, seed)), test, seed, scratch)
             values = intervals(METRICS, labels, answers[name], users, samples=options.bootstrap)
-            runs[name][str(targets)].append({"seed": seed, **spent, "metrics": plain(values)})
+            runs[name][str(targets)].append({"seed": seed, **spent, "metrics": plain_intervals(values)})
             print(f"{name}, {targets} targets, seed {seed}: AUC {values['auc'].value:.3f} after {spent['steps']} steps "
                   f"in {spent['seconds']:.0f} s", flush=True)  # fmt: skip
         if targets and len(answers) == 2:
             found = differences(METRICS, labels, answers["instruction"], answers["streams"], users,
                                 samples=options.bootstrap)  # fmt: skip
-            gaps.setdefault(str(targets), []).append({"seed": seed, "metrics": plain(found)})
+            gaps.setdefault(str(targets), []).append({"seed": seed, "metrics": plain_intervals(found)})
     return {
         "settings": {key: getattr(options, key) for key in ("base", "systems", "targets", "seeds", "history", "window",
                                                             "seen", "batch_size", "learning_rate", "test_targets",
@@ -289,17 +289,9 @@ def newest(streams: SplitStreams, test: StreamSubset, samples: int) -> dict:
     counts = CountFeatures(streams.log, streams.test.domain, streams.splits.train.rows, streams.test.domain.split.by)
     p = 1 / (1 + np.exp(-counts.frame(points)["newest_rate"].to_numpy()[numbers]))
     users = points.users[numbers]
-    return plain(intervals(METRICS, points.labels[numbers], np.column_stack([1 - p, p]), users, samples=samples))
-
-
-def plain(found: dict) -> dict:
-    """Values with their interval, null where there is none, as with one user."""
-    return {
-        name: {"value": v.value, "low": v.low, "high": v.high}
-        if np.isfinite([v.low, v.high]).all()
-        else {"value": v.value, "low": None, "high": None}
-        for name, v in found.items()
-    }
+    return plain_intervals(
+        intervals(METRICS, points.labels[numbers], np.column_stack([1 - p, p]), users, samples=samples)
+    )
 
 
 def summary(runs: list[dict]) -> dict:

@@ -7,13 +7,14 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,6 +79,17 @@ def cell(values: dict[str, float] | None, form: str) -> str:
         return "not known"
     low, high = form.format(values["min"]), form.format(values["max"])
     return f"{form.format(values['median'])} ({low} to {high})"
+
+
+def plain_interval(found: Any) -> dict[str, float | None]:
+    """An interval of evaluation.bootstrap as JSON: its value and ends, null where there is none, as with one user."""
+    numbers = {key: float(getattr(found, key)) for key in ("value", "low", "high")}
+    return {key: number if math.isfinite(number) else None for key, number in numbers.items()}
+
+
+def plain_intervals(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The same of several, by name."""
+    return {name: plain_interval(one) for name, one in found.items()}
 
 
 def matmul_rate(sizes: Sequence[int], operations: float = 1.4e11) -> dict[int, float]:

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 import yaml
 from count_features import CountFeatures, Points
-from measuring import header, quiet, stop, write_result
+from measuring import header, plain_intervals, quiet, stop, write_result
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -292,16 +292,20 @@ def compared(
     only = np.ones(len(points), bool) if only is None else only
     labels, users, draw = points.labels[only], points.users[only], {"samples": options.bootstrap, "seed": options.seed}
     chances = {name: two(p[only]) for name, p in answers.items()}
-    systems = {name: {"metrics": plain(intervals(METRICS, labels, p, users, **draw))} for name, p in chances.items()}
+    systems = {
+        name: {"metrics": plain_intervals(intervals(METRICS, labels, p, users, **draw))} for name, p in chances.items()
+    }
     if "llm" in chances:
         for name, p in chances.items():
             if name != "llm":
-                systems[name]["minus_llm"] = plain(differences(COMPARED, labels, chances["llm"], p, users, **draw))
+                systems[name]["minus_llm"] = plain_intervals(
+                    differences(COMPARED, labels, chances["llm"], p, users, **draw)
+                )
     parts = {}
     for title, mask in slices.items():
         mask = mask[only]
         if len(np.unique(labels[mask])) == 2:
-            found = {name: plain(intervals(("auc", "gauc"), labels[mask], p[mask], users[mask], samples=200,
+            found = {name: plain_intervals(intervals(("auc", "gauc"), labels[mask], p[mask], users[mask], samples=200,
                                            seed=options.seed)) for name, p in chances.items()}  # fmt: skip
             parts[title] = {"targets": int(mask.sum()), "systems": found}
     return {"targets": int(only.sum()), "users": len(np.unique(users)), "positives": int(labels.sum()),
@@ -311,11 +315,6 @@ def compared(
 def two(p: np.ndarray) -> np.ndarray:
     p = np.clip(p, 1e-7, 1 - 1e-7)
     return np.column_stack([1 - p, p])
-
-
-def plain(found: dict) -> dict:
-    return {name: {key: None if np.isnan(value) else float(value) for key, value in
-                   (("value", v.value), ("low", v.low), ("high", v.high))} for name, v in found.items()}  # fmt: skip
 
 
 def show(result: dict) -> None:

@@ -153,17 +153,22 @@ def few_shot(found: dict) -> str:
     return text
 
 
-def _range(found: dict, key: str) -> str:
-    """From the least to the greatest of the systems."""
-    values = [entry[key] for entry in found["systems"].values()]
+def _seconds(found: dict) -> str:
+    """Seconds of training, from the least to the greatest of the systems."""
+    values = [entry["seconds"] for entry in found["systems"].values()]
     return f"{min(values):.0f} to {max(values):.0f}"
 
 
 def _gap(entry: dict) -> str:
     """AUC of streams minus that of another system, both at their ends."""
     gap = entry["streams_minus_this_at_the_end"]["auc"]
-    low, high = gap["interval"] or (None, None)
-    return cell({"value": gap["value"], "low": low, "high": high}, sign="+")
+    return _with_ends(gap["value"], gap["interval"], sign="+")
+
+
+def _with_ends(value: float, ends: list[float] | None, sign: str = "") -> str:
+    """A value with its interval, if there is one."""
+    low, high = ends or (None, None)
+    return cell({"value": value, "low": low, "high": high}, sign=sign)
 
 
 def step_profile(found: dict) -> str:
@@ -250,12 +255,11 @@ def peers(found: dict) -> str:
     at, names, rows = found["compared_at"], PEERS, []
     for name, entry in found["systems"].items():
         end, reached = entry["curve"][-1], entry["seconds_to_auc"]
-        low, high = end["auc_interval"] or (None, None)
         rows.append([
             names[name], f"{entry['targets_per_s']:.2f}", f"{entry['tokens_per_target']:.0f}",
             f"{entry['peak_rss_mib']:,.0f}" if entry["peak_rss_mib"] else "not known", f"{entry['targets']:,}",
             "not asked" if entry["curve"][0]["steps"] else f"{entry['curve'][0]['auc']:.3f}",
-            cell({"value": end["auc"], "low": low, "high": high}),
+            _with_ends(end["auc"], end["auc_interval"]),
             *("not known" if entry[key] is None else f"{entry[key]:.3f}"
               for key in ("auc_at_equal_seconds", "auc_at_equal_targets")),
             "not reached" if reached is None else f"{reached:.0f}",
@@ -269,7 +273,7 @@ def peers(found: dict) -> str:
             f"s to AUC {at['auc']:.2f}"]  # fmt: skip
     validation, settings = found["validation"], found["settings"]
     text = (
-        f"Each trained LoRA of one rank on one base for {_range(found, 'seconds')} s on the targets of the "
+        f"Each trained LoRA of one rank on one base for {_seconds(found)} s on the targets of the "
         f"same windows, and answered {validation['targets']} validation targets of {validation['users']} users. "
         "Seconds are those of training alone; each starts as by default, streams from the label words' rows. Peers "
         f"compute {settings['peer_batch'] // settings['peer_accumulation']} prompts at once, streams "
@@ -407,7 +411,7 @@ def costs() -> str:
         trained["streams"] / pick(trained[name] for name in trained if name != "streams") for pick in (min, max)
     )
     said = (
-        f"In those {_range(peers, 'seconds')} s streams saw {least:.0f} to {most:.0f} times as many targets as the "
+        f"In those {_seconds(peers)} s streams saw {least:.0f} to {most:.0f} times as many targets as the "
         f"peers, whose batch of {peers['settings']['peer_batch']} prompts was not tuned; on "
         f"{peers['validation']['targets']} validation targets no AUC can be told from another's: that run shows "
         "speed, not quality."

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from measuring import header, stop, write_result
+from measuring import header, plain_interval, stop, write_result
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
@@ -176,7 +176,7 @@ def _as_shares(values: np.ndarray) -> np.ndarray:
 def _intervals(values: dict[str, np.ndarray], users: np.ndarray, mask: np.ndarray, seed: int) -> dict:
     ones = np.ones(int(mask.sum()), int)
     return {
-        name: _plain(intervals(["po_ratio"], ones, _as_shares(value[mask]), users[mask], seed=seed)["po_ratio"])
+        name: plain_interval(intervals(["po_ratio"], ones, _as_shares(value[mask]), users[mask], seed=seed)["po_ratio"])
         for name, value in values.items()
     }
 
@@ -184,18 +184,13 @@ def _intervals(values: dict[str, np.ndarray], users: np.ndarray, mask: np.ndarra
 def _differences(before: dict[str, np.ndarray], after: dict[str, np.ndarray], users: np.ndarray, seed: int) -> dict:
     ones = np.ones(len(users), int)
     return {
-        name: _plain(
+        name: plain_interval(
             differences(["po_ratio"], ones, _as_shares(before[name]), _as_shares(after[name]), users, seed=seed)[
                 "po_ratio"
             ]
         )
         for name in before
     }
-
-
-def _plain(interval) -> dict[str, float | None]:
-    numbers = {key: getattr(interval, key) for key in ("value", "low", "high")}
-    return {key: value if np.isfinite(value) else None for key, value in numbers.items()}
 
 
 def _shown(value: dict[str, float | None]) -> str:

@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> dict:
             "rounds": options.rounds,
             "tokens": options.tokens,
             "matmul_sizes": options.matmul_sizes,
-        },  # fmt: skip
+        },
         "tokens": tokens,
         "targets": len(batch["labels"]),
         "flops": {"weights": weights, "attention": attention},

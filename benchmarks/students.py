@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from measuring import header, quiet, spread, write_result
+from measuring import header, plain_intervals, quiet, spread, write_result
 
 from llmrec_peft import Scorer
 from llmrec_peft.config import DataConfig
@@ -132,11 +132,11 @@ def quality(answers: dict[str, pd.DataFrame], label: str, options: argparse.Name
     draw, found = {"samples": options.bootstrap, "seed": options.seed}, {}
     for name, table in answers.items():
         classes, p, users = both(table, label)
-        found[name] = {"quality": plain(intervals(METRICS, classes, p, users, **draw))}
+        found[name] = {"quality": plain_intervals(intervals(METRICS, classes, p, users, **draw))}
         for other in ("teacher", f"{name.removesuffix('_int8')}_alone", name.removesuffix("_int8")):
             if other in answers and other != name:
                 before = both(answers[other], label)[1]
-                found[name][f"minus_{other}"] = plain(differences(METRICS, classes, before, p, users, **draw))
+                found[name][f"minus_{other}"] = plain_intervals(differences(METRICS, classes, before, p, users, **draw))
     return found
 
 
@@ -154,10 +154,6 @@ def ids_alone(answers: dict, log, places: dict, label: str, options: argparse.Na
         own = {who: answers[who].loc[part] for who in ("ids", "ids_alone", "ids_int8")}
         result[name] = {"targets": len(part), "systems": quality(own, label, options)}
     return result
-
-
-def plain(found: dict) -> dict:
-    return {name: {"value": v.value, "low": v.low, "high": v.high} for name, v in found.items()}
 
 
 def speed(directory: Path, log, options: argparse.Namespace, fast: bool) -> dict:

@@ -24,17 +24,18 @@ import yaml
 from measuring import cell, header, matmul_rate, memory_mib, quiet, reset_peak, spread, stop, write_result
 from peers.plain import PromptDataset, StepClock, load_plain, plain_logits, plain_trainer
 
+from llmrec_peft.config import DataConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.download import default_directory
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.simulate import simulate_shop
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
 from llmrec_peft.models.predict import predict
 from llmrec_peft.pipeline.streams import SIMULATED_SHOP, build_splits
+from llmrec_peft.pipeline.streams import read_log as read_named_log
 from llmrec_peft.training.trainer import BehaviorTrainer
 
 ROOT = Path(__file__).resolve().parent
@@ -209,15 +210,13 @@ def flops_per_token(classifier: BehaviorClassifier) -> dict[str, float]:
 def read_log(data: str | None) -> BehaviorLog:
     """The log in a directory, or `simulated:shop`; by default MovieLens where the downloader puts it. Ends the run if
     it is not there."""
-    if data == SIMULATED_SHOP:
-        return simulate_shop()
-    directory = Path(data) if data else default_directory() / "ml-latest-small"
-    if not directory.is_dir():
+    path = data or str(default_directory() / "ml-latest-small")
+    if path != SIMULATED_SHOP and not Path(path).is_dir():
         stop(
-            f"{directory} is no directory; fetch the log with: python -m llmrec_peft.data.download ml-latest-small, "
+            f"{path} is no directory; fetch the log with: python -m llmrec_peft.data.download ml-latest-small, "
             f"or name one with --data"
         )
-    return BehaviorLog.read(directory)
+    return read_named_log(DataConfig(path=path))
 
 
 def run(options: argparse.Namespace, scratch: str) -> dict:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -246,6 +247,16 @@ def make_small_tables(users: int = 20, events: int = 15, items: int = 24, seed: 
 def small_tables() -> tuple[pa.Table, pa.Table]:
     """(interactions, items) Arrow tables of `small_log`, before any validation."""
     return make_small_tables()
+
+
+@pytest.fixture
+def log_directory(small_tables, tmp_path) -> Path:
+    """A directory with the files of `small_log`, `log` in the test's own."""
+    data = tmp_path / "log"
+    data.mkdir()
+    for table, name in zip(small_tables, ("interactions", "items"), strict=True):
+        pq.write_table(table, data / f"{name}.parquet")
+    return data
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import importlib
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -17,17 +16,6 @@ TRAIN_SPEED = ["--rounds", "2", "--batch-size", "2", "--peer-targets", "3", "--p
 def train_speed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("train_speed")
-
-
-@pytest.fixture
-def log_directory(small_tables, tmp_path):
-    """Directory of the small log."""
-    interactions, items = small_tables
-    data = tmp_path / "log"
-    data.mkdir()
-    pq.write_table(interactions, data / "interactions.parquet")
-    pq.write_table(items, data / "items.parquet")
-    return data
 
 
 @pytest.fixture
@@ -216,11 +204,11 @@ def test_step_profile_sorts_operations_by_kind(monkeypatch):
         by_kind({"aten::mm": 0.0})
 
 
-def test_commands_in_results_show_no_place_outside_the_repository(monkeypatch):
+def test_commands_in_results_show_no_place_outside_the_repository(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     command = importlib.import_module("measuring").command
-    words = ["--data", "/home/me/movies", "--domain", str(DOMAIN), "--other", "/tmp/x/y.yaml", "--rounds", "2"]
-    assert command("/elsewhere/bank.py", words) == (
+    words = ["--data", str(tmp_path / "movies"), "--domain", str(DOMAIN), "--other", str(tmp_path / "y.yaml")]
+    assert command(str(tmp_path / "bank.py"), [*words, "--rounds", "2"]) == (
         "python benchmarks/bank.py --data movies --domain recipes/configs/movies/domain.yaml --other y.yaml --rounds 2"
     )
     assert command("bank.py", []) == "python benchmarks/bank.py"

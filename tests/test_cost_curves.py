@@ -8,7 +8,6 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft import Domain
@@ -44,15 +43,22 @@ def curves(monkeypatch):
 
 
 @pytest.fixture
-def arguments(small_tables, tiny_base, tmp_path):
+def arguments(log_directory, tiny_base, tmp_path):
     """Of a short run on a tiny base and log; a step is one window."""
-    data = tmp_path / "log"
-    data.mkdir()
-    for table, name in zip(small_tables, ("interactions", "items"), strict=True):
-        pq.write_table(table, data / f"{name}.parquet")
     points = [word for name, xs in POINTS.items() for word in (f"--{name}", *map(str, xs))]
     return [
-        *("--data", str(data), "--base", str(tiny_base("llama")), *points, "--window", "3", "4", "--rounds", "2"),
+        *(
+            "--data",
+            str(log_directory),
+            "--base",
+            str(tiny_base("llama")),
+            *points,
+            "--window",
+            "3",
+            "4",
+            "--rounds",
+            "2",
+        ),
         *("--step-tokens", "1", "--tokens", "60", "--max-length", "2048", "--matmul-sizes", "2", "1"),
         *("--output", str(tmp_path / "out" / "cost_curves.json")),
     ]

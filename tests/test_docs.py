@@ -117,6 +117,32 @@ def test_no_placeholder_is_left(page):
     assert not re.findall(r"^[A-Z]{4,}$", page.read_text(encoding="utf-8"), flags=re.M)
 
 
+def test_results_in_the_readme_are_those_of_the_files():
+    results = ROOT / "benchmarks" / "results"
+    speed, bank, score, students = (
+        json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("train_speed", "bank", "score_speed", "students")
+    )
+    flat = " ".join(PAGES[0].read_text(encoding="utf-8").split())
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+
+    def cell(value: dict, digits: int) -> str:
+        return f"{value['median']:.{digits}f} ({value['min']:.{digits}f} to {value['max']:.{digits}f})"
+
+    assert f"{cell(speed['summary']['ratio'], 1)} times" in flat
+    share, swaps, many = bank["throughput_of_merged"], bank["swaps_ms"], bank["many"]
+    assert f"| {cell(share, 2)} |" in flat
+    assert f"{swaps['in_memory']['median']:.2f} ms" in flat and f"{swaps['on_disk']['median']:.0f} ms" in flat
+    assert f"memory a domain of {many['domains']} |" in flat and f"{many['mb_per_domain']:.0f} MB" in flat
+    for name, ratio in score["ratio"].items():
+        assert f"{cell(ratio, 1)}" in (page if name == "extended" else flat)
+    assert f"after {score['settings']['history_tokens']} tokens" in flat
+    ids, gap = students["systems"]["ids"], students["ids_on_all"]["all"]["systems"]["ids"]["minus_ids_alone"]["gauc"]
+    assert f"{ids['targets_per_second']['median']:,.0f} targets/s" in flat
+    assert f"{students['systems']['ids_int8']['latency_ms']['p99']:.1f} ms at P99" in flat
+    assert f"GAUC | {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" in flat
+
+
 def test_the_page_of_results_is_what_the_files_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     pages = importlib.import_module("results_page")

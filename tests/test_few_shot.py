@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -40,12 +39,10 @@ def streams(small_log, tiny_tokenizer):
 
 
 @pytest.fixture
-def arguments(small_tables, tiny_base, tmp_path):
+def arguments(log_directory, tiny_base, tmp_path):
     """Of a run on the small log and a tiny base."""
-    for table, name in zip(small_tables, ("interactions", "items"), strict=True):
-        pq.write_table(table, tmp_path / f"{name}.parquet")
     return [
-        *("--data", str(tmp_path), "--base", str(tiny_base("llama")), "--targets", "8", "16", "--seeds", "0", "1"),
+        *("--data", str(log_directory), "--base", str(tiny_base("llama")), "--targets", "8", "16", "--seeds", "0", "1"),
         *("--history", "5", "--window", "4", "--seen", "16", "--batch-size", "2", "--learning-rate", "0.01"),
         *("--bootstrap", "20", "--test-targets", "20", "--output", str(tmp_path / "result.json")),
     ]
@@ -171,11 +168,18 @@ def check_page(pages, result: dict) -> None:
     """Every size has a row for each system, and the gap stands below."""
     result = copy.deepcopy(result)
     result["summary"]["instruction"]["8"]["auc"] = {"median": 0.1234, "min": 0.1, "max": 0.2}
+    result["streams_minus_instruction"]["runs"]["16"][1]["metrics"]["gauc"] = {"value": 0.1, "low": -0.2, "high": 0.3}
     text = pages.few_shot(result)
-    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    above, below = text.split("Streams minus instruction tuning")
+    rows = [line for line in above.splitlines() if line.startswith("| ")][2:]
     assert [row.split(" | ")[1] for row in rows[:-1]] == [pages.PEERS["streams"], pages.PEERS["instruction"]] * 3
     assert "0.123 (0.100 to 0.200)" in rows[3] and rows[3].startswith("| 8 | instruction")
-    assert "seed by seed" in text.splitlines()[-1] and " with 8; " in text and "20 or more" not in text
+    assert "20 or more" not in text
+    gaps = [line.split(" | ") for line in below.splitlines() if line.startswith("| ")][2:]
+    assert [gap[:2] for gap in gaps] == [["| 8", "0"], ["| 8", "1"], ["| 16", "0"], ["| 16", "1"]]
+    assert gaps[3][3] == "+0.100 [-0.200, +0.300] |"
+    first = result["streams_minus_instruction"]["runs"]["8"][0]["metrics"]["auc"]["value"]
+    assert gaps[0][2].startswith(f"{first:+.3f}")
 
 
 @pytest.mark.parametrize(

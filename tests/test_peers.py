@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -127,14 +126,19 @@ def test_a_curve_tells_nothing_outside_its_points(benchmark):
 
 
 @pytest.fixture
-def arguments(small_tables, tiny_base, tmp_path):
+def arguments(log_directory, tiny_base, tmp_path):
     """Of a short run of compare_peers on a tiny base and log."""
-    data = tmp_path / "log"
-    data.mkdir()
-    for table, name in zip(small_tables, ("interactions", "items"), strict=True):
-        pq.write_table(table, data / f"{name}.parquet")
     return [
-        *("--data", str(data), "--domain", str(DOMAIN), "--base", str(tiny_base("llama")), "--seconds", "1000"),
+        *(
+            "--data",
+            str(log_directory),
+            "--domain",
+            str(DOMAIN),
+            "--base",
+            str(tiny_base("llama")),
+            "--seconds",
+            "1000",
+        ),
         *("--steps", "2", "--validation", "14", "--pool", "40", "--context", "3", "--targets", "4"),
         *("--peer-batch", "4", "--learning-rate", "0.01", "--output", str(tmp_path / "out" / "peers.json")),
     ]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft import BehaviorLog, Domain
@@ -98,17 +97,12 @@ def predicted(streams, directory: Path, p: np.ndarray, numbers: np.ndarray) -> P
 
 @pytest.mark.slow
 def test_the_protocol_compares_on_the_same_targets(
-    module, small_tables, small_log, tiny_base, tiny_tokenizer, tmp_path, capsys
+    module, log_directory, small_log, tiny_base, tiny_tokenizer, tmp_path, capsys
 ):
     protocol = module("protocol")
-    interactions, items = small_tables
-    data = tmp_path / "log"
-    data.mkdir()
-    pq.write_table(interactions, data / "interactions.parquet")
-    pq.write_table(items, data / "items.parquet")
     domain = tmp_path / "domain.yaml"
     domain.write_text(json.dumps(DOMAIN))
-    streams = build_splits(BehaviorLog.read(data), Domain.from_yaml(domain), tiny_tokenizer)
+    streams = build_splits(BehaviorLog.read(log_directory), Domain.from_yaml(domain), tiny_tokenizer)
     test, rng = streams.test, np.random.default_rng(0)
     truth = (test.target_labels == 1).astype(float)
     p = np.clip(0.5 + 0.2 * (truth - 0.5) + 0.2 * rng.normal(size=len(truth)), 0.01, 0.99)
@@ -118,7 +112,7 @@ def test_the_protocol_compares_on_the_same_targets(
         "ids": predicted(test, tmp_path / "ids", p, np.arange(len(p))),
     }
     result = protocol.main([
-        "--data", str(data), "--domain", str(domain), "--base", str(tiny_base("llama")), "--bootstrap", "20",
+        "--data", str(log_directory), "--domain", str(domain), "--base", str(tiny_base("llama")), "--bootstrap", "20",
         "--output", str(tmp_path / "result.json"), *(f"{name}={place}" for name, place in places.items()),
     ])  # fmt: skip
     fitted = {
@@ -147,7 +141,7 @@ def test_the_protocol_compares_on_the_same_targets(
     other["timestamp"] += 1
     other.to_parquet(tmp_path / "ids" / "predictions.parquet")
     with pytest.raises(SystemExit):
-        protocol.main(["--data", str(data), "--domain", str(domain), "--base", str(tiny_base("llama")), "--no-text",
-                       "--output", str(tmp_path / "none.json"), f"ids={tmp_path / 'ids'}"])  # fmt: skip
+        protocol.main(["--data", str(log_directory), "--domain", str(domain), "--base", str(tiny_base("llama")),
+                       "--no-text", "--output", str(tmp_path / "none.json"), f"ids={tmp_path / 'ids'}"])  # fmt: skip
     assert "test answers are to other targets" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()
