@@ -117,9 +117,7 @@ def floors(entry: dict) -> dict[str, float]:
 
 def fitting(streams: StreamDataset, context: int, targets: int) -> np.ndarray:
     """Numbers of the windows that have exactly so many history events and events to answer; ends the run if none."""
-    begin, edge, start, end = streams._windows.T
-    joined = np.concatenate([[0], np.cumsum(streams._joins)])
-    found = np.flatnonzero((joined[edge] - joined[begin] == context) & (end - start == targets))
+    found = np.flatnonzero((streams.history_sizes == context) & (np.diff(streams.target_offsets) == targets))
     if not len(found):
         stop(f"no training window has {context} history events and {targets} to answer; ask for fewer")
     return found

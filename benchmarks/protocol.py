@@ -10,8 +10,10 @@ test is scored once):
   means of what the user took and left, and on the user's rate.
 
 Read from the output directories of recipes, NAME=OUT (or NAME=OUT:PART for a system of recipes/fuse.py): the LLM, the
-fusion, a stream model of item ids. Systems that answered all test targets are compared on all of them, and all systems
-on those that every one answered. Differences to `llm` are paired; brackets are 95 % bootstrap intervals over users.
+fusion, a stream model of item ids. A name given again is the same system trained with another seed: the first is
+compared, and the spread of all is shown beside. Systems that answered all test targets are compared on all of them, and
+all systems on those that every one answered. Differences to `llm` are paired; brackets are 95 % bootstrap intervals
+over users.
 
 python benchmarks/protocol.py --data DIR --domain recipes/configs/movies/domain.yaml llm=OUT/movies fused=OUT/fuse:fused
 """
@@ -27,7 +29,7 @@ import pandas as pd
 import torch
 import yaml
 from count_features import CountFeatures, Points
-from measuring import header, plain_intervals, quiet, stop, write_result
+from measuring import cell, header, plain_intervals, quiet, spread, stop, write_result
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -36,6 +38,7 @@ from llmrec_peft.config import DataConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.evaluation.bootstrap import differences, intervals
+from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.evaluation.report import count_slices
 from llmrec_peft.inference.evidence import Evidence
 from llmrec_peft.inference.histories import signs
@@ -45,6 +48,7 @@ from llmrec_peft.pipeline.streams import SplitStreams, build_splits, read_log
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("auc", "gauc", "logloss", "ne", "ece", "po_ratio")
 COMPARED = ("auc", "gauc", "logloss")
+SEEDED = (*COMPARED, "ne", "ece")
 LEAVES = (7, 15, 31, 63)  # of the trees; validation chooses
 COUNTED = ("item_rate", "user_rate", "item_count", "user_count")
 WIDTH = 64  # principal components of the text embeddings
@@ -86,21 +90,33 @@ def measure(options: argparse.Namespace, domain: Domain) -> dict:
     answers = counted(frames, points) | boosted(frames, points, options.seed) | collaborative(streams, points, options)
     if not options.no_text:
         answers["text"] = frozen_text(streams, points, frames, options)
-    answers |= {name: read_answers(place, streams.test, points["test"]) for name, place in map(parted, options.systems)}
+    given: dict[str, list[str]] = {}
+    for name, place in map(parted, options.systems):
+        given.setdefault(name, []).append(place)
+    read = {name: [read_answers(place, streams.test, points["test"]) for place in places]
+            for name, places in given.items()}  # fmt: skip
+    answers |= {name: several[0] for name, several in read.items()}
     slices = sliced(streams, points["test"])
     result = {
         "log": log.name,
         "split": {"by": domain.split.by, **{name: len(part) for name, part in points.items()}},
-        "budgets": {name: budget(place) for name, place in map(parted, options.systems)},
+        "budgets": {name: budget(places[0]) for name, places in given.items()},
         "all": compared(
             {name: p for name, p in answers.items() if np.isfinite(p).all()}, points["test"], slices, options
         ),
     }
-    shared = np.isfinite(np.column_stack(list(answers.values()))).all(1)
+    again = [p for several in read.values() for p in several[1:]]
+    shared = np.isfinite(np.column_stack([*answers.values(), *again])).all(1)
     if not shared.any():
         stop("no test target was answered by all systems; were they run on this log and domain?")
     if not shared.all():
         result["shared"] = compared(answers, points["test"], slices, options, shared)
+    if again:
+        result["seeds"] = {
+            name: seeded(several, given[name], points["test"], shared)
+            for name, several in read.items()
+            if len(several) > 1
+        }
     return result
 
 
@@ -312,6 +328,22 @@ def compared(
             "systems": systems, "slices": parts}  # fmt: skip
 
 
+def seeded(several: list[np.ndarray], places: list[str], points: Points, only: np.ndarray) -> dict:
+    """Seeds of one system's runs, and the spread of its metrics over them on the targets that all answered."""
+    labels, users = points.labels[only], points.users[only]
+    found = [compute_metrics(labels, two(p[only]), users) for p in several]
+    return {
+        "seeds": [seed_of(place) for place in places],
+        "metrics": {name: [float(metrics[name]) for metrics in found] for name in SEEDED},
+    }
+
+
+def seed_of(place: str) -> int | None:
+    """Training seed of a run by its configuration; None where it has none."""
+    config = Path(place.partition(":")[0]) / "config.yaml"
+    return yaml.safe_load(config.read_text()).get("train", {}).get("seed") if config.is_file() else None
+
+
 def two(p: np.ndarray) -> np.ndarray:
     p = np.clip(p, 1e-7, 1 - 1e-7)
     return np.column_stack([1 - p, p])
@@ -329,6 +361,9 @@ def show(result: dict) -> None:
                     f"{v['value']:>8.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in (values[m] for m in COMPARED)
                 )
                 print(f"{name:22}{cells}{values['ece']['value']:>10.3f}")
+    for name, found in result.get("seeds", {}).items():
+        values = "; ".join(f"{m} {cell(spread(found['metrics'][m]), '{:.3f}')}" for m in COMPARED)
+        print(f"{name}, seeds {', '.join(map(str, found['seeds']))}: {values}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ would write.
 """
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +100,21 @@ def protocol(found: dict) -> str:
         if slices:
             parts.append(f"GAUC by slice, on the targets {what}:")
             parts.append(slices)
+    if "seeds" in found:
+        parts.append("Training again with other seeds, on the targets that every system and seed answered, the median "
+                     "with the least and the greatest:")  # fmt: skip
+        parts.append(seeds(found["seeds"]))
     return "\n\n".join(parts)
+
+
+def seeds(found: dict) -> str:
+    metrics = ("auc", "gauc", "logloss", "ne", "ece")
+    rows = []
+    for name in ordered(found):
+        values = found[name]["metrics"]
+        spreads = ({"median": statistics.median(v), "min": min(v), "max": max(v)} for v in map(values.get, metrics))
+        rows.append([SYSTEMS[name], ", ".join(map(str, found[name]["seeds"])), *(spread(one) for one in spreads)])
+    return table(["system", "seeds", "AUC", "GAUC", "logloss", "NE", "ECE"], rows)
 
 
 def quality(part: dict) -> str:

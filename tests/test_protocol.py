@@ -111,9 +111,12 @@ def test_the_protocol_compares_on_the_same_targets(
         "llm": predicted(test, tmp_path / "llm", p, half),
         "ids": predicted(test, tmp_path / "ids", p, np.arange(len(p))),
     }
+    other_seed = predicted(test, tmp_path / "again", np.sqrt(p), half)
+    (tmp_path / "again" / "config.yaml").write_text("train: {seed: 7}")
     result = protocol.main([
         "--data", str(log_directory), "--domain", str(domain), "--base", str(tiny_base("llama")), "--bootstrap", "20",
         "--output", str(tmp_path / "result.json"), *(f"{name}={place}" for name, place in places.items()),
+        f"llm={other_seed}",
     ])  # fmt: skip
     fitted = {
         "item_rate",
@@ -137,6 +140,13 @@ def test_the_protocol_compares_on_the_same_targets(
         )
     assert result["shared"]["systems"]["ids"]["minus_llm"]["auc"]["value"] == 0
     assert result["budgets"]["llm"] == {"targets": 3}
+    again = result["seeds"]["llm"]
+    assert again["seeds"] == [None, 7] and set(result["seeds"]) == {"llm"}
+    first = result["shared"]["systems"]["llm"]["metrics"]
+    # The order of the answers is the first run's, their size is not.
+    assert again["metrics"]["auc"] == [first["auc"]["value"]] * 2
+    assert again["metrics"]["logloss"][0] == first["logloss"]["value"] != again["metrics"]["logloss"][1]
+    assert "llm, seeds None, 7: auc" in capsys.readouterr().out
     other = pd.read_parquet(tmp_path / "ids" / "predictions.parquet")
     other["timestamp"] += 1
     other.to_parquet(tmp_path / "ids" / "predictions.parquet")

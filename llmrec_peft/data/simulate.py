@@ -5,10 +5,12 @@ probability of each click is known, hence the AUC of an ideal observer too.
 
 The logit of a click of user u on product i is
 
-    bias_u + taste_u[category_i] + brand_u[brand_i] + quality_i - 4 (price rank_i - budget_u)^2 + intercept
+    bias_u + appeal[category_i] + taste_u[category_i] + brand_u[brand_i] + quality_i - 4 (price rank_i - budget_u)^2
+    + intercept
 
-with normal biases, tastes and qualities, the price rank of i inside its category and the budget of u both in [0, 1]. So
-what a user clicked before says what the user will click next, through words of the title, the category and the price.
+with normal biases, appeals, tastes and qualities, the price rank of i inside its category and the budget of u both in
+[0, 1]. So what all users clicked says which products are liked, and what one user clicked before says what that user
+will click next, both through words of the title, the category and the price.
 
     python -m llmrec_peft.data.simulate DIRECTORY
 """
@@ -173,7 +175,7 @@ def draw_shop(users: int = 300, seed: int = 0, *, items: int = 400, sessions: fl
 
     # The tastes come from their own stream, so that they do not depend on how many products were shown.
     taste_rng = np.random.default_rng([seed, 1])
-    taste = taste_rng.normal(0.0, 1.5, (users, len(CATALOGUE)))
+    taste = taste_rng.normal(0.0, 1.2, (users, len(CATALOGUE))) + taste_rng.normal(0.0, 1.2, len(CATALOGUE))
     loyalty = taste_rng.normal(0.0, 0.7, (users, brand.max() + 1))
     bias = taste_rng.normal(0.0, 0.7, users)
     budget = taste_rng.uniform(0.0, 1.0, users)

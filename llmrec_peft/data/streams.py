@@ -16,7 +16,7 @@ class StreamDataset(torch.utils.data.Dataset):
     """The windows of one split, made into tokens when they are asked for.
 
     Attributes:
-        lengths: int64 [windows], tokens of each.
+        lengths, history_sizes: int64 [windows], tokens and history events of each.
         target_offsets: int64 [windows + 1]; window w answers targets target_offsets[w]:target_offsets[w + 1].
         target_rows, target_items, target_labels, target_lists: arrays [targets] (row of the log, row of its item
             table, class number or -1 for none, list number); sampled negatives have the row of their positive.
@@ -218,6 +218,7 @@ class StreamDataset(torch.utils.data.Dataset):
         begin, edge, start, end = self._windows.T
         header = self._headers.lengths[user_of[start] if len(self._headers) > 1 else np.zeros_like(start)]
         self.lengths = len(self.vocabulary.prefix) + header + past[edge] - past[begin] + ends[end - 1] - begins[start]
+        self.history_sizes = events[edge] - events[begin]
 
     def _spans(self, history: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where each target begins and ends if all is laid down in order; int64 [target positions] each.
@@ -320,6 +321,20 @@ class StreamDataset(torch.utils.data.Dataset):
         if not is_last:
             for position in members:
                 self._join(build, position)
+
+    def texts(self) -> list[np.ndarray]:
+        """Arrays that decide the tokens of headers and events, and the places they stand at: for fingerprints."""
+        return [self._classes, self._text, self._negative_text, self._events.offsets, self._events.tokens,
+                self._headers.offsets, self._headers.tokens]  # fmt: skip
+
+    def contents(self) -> list[np.ndarray]:
+        """Arrays that decide every stream: for fingerprints."""
+        vocabulary = self.vocabulary
+        return [
+            self.lengths, self.target_offsets, self.target_rows, self.target_items, self.target_labels,
+            self.target_lists, self._windows, self._kept, self._joins, self._group, *self.texts(),
+            vocabulary.prefix, vocabulary.suffix, vocabulary.marker, *vocabulary.outcomes,
+        ]  # fmt: skip
 
     @property
     def num_targets(self) -> int:

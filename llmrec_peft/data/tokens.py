@@ -95,6 +95,7 @@ class Vocabulary:
         marker: int32 tokens of the marker.
         outcomes: int32 tokens of each label's word, in class order.
         forbidden: texts that data may not spell.
+        reserved: int64, sorted; special and added tokens that no text of an item may become.
 
     Raises:
         StreamError: the marker or an outcome has no tokens, or two outcomes have the same. Where each item is one
@@ -124,7 +125,7 @@ class Vocabulary:
         spelled = tokenise(tokenizer, literals)[0]
         ids = np.array([*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids], np.int32)
         # A text of a base's vocabulary may be unknown to it; that token stands for data.
-        self._reserved = np.setdiff1d(
+        self.reserved = np.setdiff1d(
             ids, [*spelled, *([] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id])]
         )
 
@@ -137,7 +138,7 @@ class Vocabulary:
         flat, offsets = tokenise(self.tokenizer, texts)
         if self.reads_ids:
             return self._only_known(texts, flat), offsets
-        bad = np.isin(flat, self._reserved)
+        bad = np.isin(flat, self.reserved)
         width = len(self.marker)
         if len(flat) >= width:
             runs = np.lib.stride_tricks.sliding_window_view(flat, width)
@@ -166,7 +167,7 @@ class Vocabulary:
 
     def _without(self, ids: np.ndarray) -> np.ndarray:
         """Tokens of one text without reserved tokens and runs that spell the marker."""
-        ids, width, marker = ids[~np.isin(ids, self._reserved)], len(self.marker), self.marker.tolist()
+        ids, width, marker = ids[~np.isin(ids, self.reserved)], len(self.marker), self.marker.tolist()
         kept: list[int] = []
         for token in ids.tolist():
             kept.append(token)

@@ -21,6 +21,7 @@ from torch import nn
 
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.files import plain, write_json
 from llmrec_peft.data.layout import Stream
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError, ModelError
@@ -32,7 +33,6 @@ from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.bundle import Bundle
 from llmrec_peft.models.card import CARD
 from llmrec_peft.models.classifier import BehaviorClassifier
-from llmrec_peft.models.files import plain, write_json
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.manifest import installed
 from llmrec_peft.models.predict import Predictions, predict
@@ -119,7 +119,7 @@ def export_onnx(
         _check(out, measured)
         content |= {"measured": measured, "files": {path.name: serving.sha256(path) for path in scratch.iterdir()}}
         with writing(out):
-            write_json(scratch / serving.MANIFEST, serving.sealed(plain(content)))
+            write_json(serving.sealed(plain(content)), scratch / serving.MANIFEST)
             (scratch / CARD).write_text(_card(content), encoding="utf-8")
             publish(scratch, out)
     return measured | {"seconds": time.perf_counter() - start}
@@ -495,7 +495,7 @@ def _content(manifest: Mapping[str, Any], vocabulary: Vocabulary, loaded: Bundle
             **{name: getattr(vocabulary, name).tolist() for name in ("prefix", "suffix", "marker")},
             "outcomes": [ids.tolist() for ids in vocabulary.outcomes],
             "pad": tokenizer.pad_token_id,
-            "reserved": vocabulary._reserved.tolist(),
+            "reserved": vocabulary.reserved.tolist(),
             "unknown_item": tokenizer.unk_token_id if vocabulary.reads_ids else None,
         },
         "forbidden": vocabulary.forbidden,

@@ -71,8 +71,7 @@ def targets_fingerprint(streams: StreamDataset) -> str:
 def texts_fingerprint(streams: StreamDataset) -> str:
     """SHA-256 of the tokens of a data set's headers and events, and of where they stand."""
     found = hashlib.sha256()
-    for array in (streams._classes, streams._text, streams._negative_text, streams._events.offsets,
-                  streams._events.tokens, streams._headers.offsets, streams._headers.tokens):  # fmt: skip
+    for array in streams.texts():
         found.update(f"{array.dtype}{array.shape}".encode())
         found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()

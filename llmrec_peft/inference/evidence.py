@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmrec_peft.data.files import write_json
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import BundleError, ConfigError, DataError
 from llmrec_peft.inference.collaborative import (
@@ -30,7 +31,7 @@ from llmrec_peft.inference.collaborative import (
 )
 from llmrec_peft.inference.fusion import GATES, Features, Fusion
 from llmrec_peft.inference.histories import Histories
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights, write_json
+from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
 from llmrec_peft.models.manifest import digest
 from llmrec_peft.models.tensors import read_header
 
@@ -213,7 +214,7 @@ class Evidence:
                 "adapter_sha256": adapter,
             }
             save_file(self._tensors(), scratch / ARRAYS, metadata={"manifest_sha256": digest(manifest)})
-            write_json(scratch / MANIFEST, manifest | {"files": {ARRAYS: sha256(scratch / ARRAYS)}})
+            write_json(manifest | {"files": {ARRAYS: sha256(scratch / ARRAYS)}}, scratch / MANIFEST)
             scratch.chmod(0o755)
             move_into_place(scratch, directory)
         finally:

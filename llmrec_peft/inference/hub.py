@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.data.files import write_json
 from llmrec_peft.errors import BundleError, ConfigError
 from llmrec_peft.inference import merged
 from llmrec_peft.inference.merged import check_merged, write_manifest
 from llmrec_peft.models.base import BASES
 from llmrec_peft.models.bundle import check_bundle
 from llmrec_peft.models.card import CARD, REPOSITORY, bundle_card, hub_id, merged_card
-from llmrec_peft.models.files import is_weights, read_json, sha256, write_json
+from llmrec_peft.models.files import is_weights, read_json, sha256
 from llmrec_peft.models.manifest import CONFIG, MANIFEST, WEIGHTS, is_merged
 
 _READ_FIRST = (CONFIG, merged.CONFIG, merged.INDEX)
@@ -122,10 +123,11 @@ def _text(card: Path) -> str | None:
 def _rename_base(directory: Path, scratch: Path, manifest: Mapping[str, Any], base: str) -> None:
     """Write the two files of a bundle that name its base, with another name."""
     config = read_json(directory / CONFIG)
-    write_json(scratch / CONFIG, {**config, "base_model_name_or_path": BASES[base].hub_id if base in BASES else base})
+    hub_base = BASES[base].hub_id if base in BASES else base
+    write_json({**config, "base_model_name_or_path": hub_base}, scratch / CONFIG)
     options = {**manifest["model_options"], "base": base, "gguf_file": None}
     digests = {**manifest["files"], CONFIG: sha256(scratch / CONFIG)}
-    write_json(scratch / MANIFEST, {**manifest, "model_options": options, "files": digests})
+    write_json({**manifest, "model_options": options, "files": digests}, scratch / MANIFEST)
 
 
 def _tokenizer_files(directory: Path, tokenizer: Any) -> list[str]:

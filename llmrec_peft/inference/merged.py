@@ -21,11 +21,12 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from llmrec_peft.data.files import write_json
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.models.base import load_model, load_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.classifier import BehaviorClassifier
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights, write_json
+from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
@@ -355,7 +356,7 @@ def describe(scratch: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_manifest(scratch: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Seal a manifest and write it; returns it as it will be read."""
-    write_json(scratch / MANIFEST, {**manifest, "seal": _seal(manifest)})
+    write_json({**manifest, "seal": _seal(manifest)}, scratch / MANIFEST)
     return json.loads((scratch / MANIFEST).read_text("utf-8"))
 
 

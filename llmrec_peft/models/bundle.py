@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from llmrec_peft.data.files import write_json
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
 from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
 from llmrec_peft.models.card import CARD, bundle_card
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights, write_json
+from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
@@ -101,11 +102,11 @@ def save_bundle(
         base = base or classifier.base
         tensors = adapter_tensors(classifier, state)
         save_file(tensors, scratch / WEIGHTS, metadata=weights_metadata(classifier.labels, domain, calibration))
-        write_json(scratch / CONFIG, adapter_config(classifier, base))
+        write_json(adapter_config(classifier, base), scratch / CONFIG)
         _check_written(scratch / WEIGHTS, tensors, classifier)
         manifest = _manifest(classifier, tokenizer, dict(domain), base, calibration, counts, metrics)
         manifest["files"] = {name: sha256(scratch / name) for name in (CONFIG, WEIGHTS)}
-        write_json(scratch / MANIFEST, manifest)
+        write_json(manifest, scratch / MANIFEST)
         (scratch / CARD).write_text(bundle_card(manifest), encoding="utf-8")
         scratch.chmod(0o755)
         move_into_place(scratch, directory)

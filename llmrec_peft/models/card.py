@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.data.files import plain
 from llmrec_peft.models.base import BASES, HEAD_NAMES
-from llmrec_peft.models.files import plain
 
 CARD = "README.md"
 REPOSITORY = "OWNER/NAME"

@@ -1,14 +1,13 @@
-"""The cache directory, and the JSON, digests and move into place that bundles are written and read with."""
+"""The cache directory, and the digests, checks and move into place that bundles are written and read with."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +63,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BundleError(
             f"{path} holds a {type(value).__name__} where a mapping belongs; copy it again or train again"
         )
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON; numpy numbers become Python's, and NaN or infinity becomes null."""
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def plain(value: Any) -> Any:
-    """`value` in JSON's types: numpy numbers as Python's, and null for what is not a number, which JSON cannot say."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     return value
 
 

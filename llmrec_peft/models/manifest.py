@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.data.files import plain
 from llmrec_peft.errors import BundleError
-from llmrec_peft.models.files import plain, read_json
+from llmrec_peft.models.files import read_json
 from llmrec_peft.models.options import METHODS
 
 FORMAT_VERSION = 1

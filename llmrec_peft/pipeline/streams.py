@@ -43,7 +43,7 @@ class SplitStreams:
         """
         digest = hashlib.sha256(base_fingerprint(base, trust_remote_code=trust_remote_code).encode())
         for streams in (self.train, self.valid) if valid else (self.train,):
-            for array in _content(streams):
+            for array in streams.contents():
                 digest.update(f"{array.dtype}{array.shape}".encode())
                 flat = array.reshape(-1)
                 # In pieces, as the tokens may lie on disk.
@@ -55,18 +55,6 @@ class SplitStreams:
         """How the log was split, for the bundle: `check_split` reads it."""
         boundaries = self.splits.boundaries
         return {"by": self.splits.by, "boundaries": None if boundaries is None else list(boundaries)}
-
-
-def _content(streams: StreamDataset) -> list[np.ndarray]:
-    """Arrays that decide every stream of a split."""
-    vocabulary = streams.vocabulary
-    return [
-        streams.lengths, streams.target_offsets, streams.target_rows, streams.target_items, streams.target_labels,
-        streams.target_lists, streams._windows, streams._kept, streams._classes, streams._joins, streams._group,
-        streams._text, streams._negative_text, streams._events.offsets, streams._events.tokens,
-        streams._headers.offsets, streams._headers.tokens, vocabulary.prefix, vocabulary.suffix, vocabulary.marker,
-        *vocabulary.outcomes,
-    ]  # fmt: skip
 
 
 def _counts(streams: StreamDataset) -> dict[str, int]:
