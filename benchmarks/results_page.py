@@ -187,14 +187,19 @@ def _with_ends(value: float, ends: list[float] | None, sign: str = "") -> str:
 
 
 def step_profile(found: dict) -> str:
-    kinds = found["profile"]
+    kinds, masked = found["profile"], found.get("one_mask")
+    faster = (
+        f" It is {spread(masked['ratio'], 2)} times as fast as under one mask ({spread(masked['seconds'], 2)} s)."
+        if masked
+        else ""
+    )
     return (
         f"A micro-batch of {found['tokens']:,} tokens ({found['targets']} targets) takes "
         f"{spread(found['seconds'], 2)} s: products with weights {kinds['products']:.0%}, attention "
         f"{kinds['attention']:.0%}, the rest {kinds['rest']:.0%}. It reaches {spread(found['matmul_share'], 2)} of the "
         f"torch.mm rate, attention counted as no work, and {spread(found['matmul_share_with_attention'], 2)} with its "
         f"own products counted. Were these as fast as torch.mm and all else free, the first would be "
-        f"{found['ceiling']:.2f}. The last layer counts whole in all of these, though most of it is left out."
+        f"{found['ceiling']:.2f}. The last layer counts whole in all of these, though most of it is left out.{faster}"
     )
 
 
@@ -317,6 +322,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("few_shot.json", "Few labelled targets", few_shot),
     ("train_speed.json", "Training speed", train_speed),
     ("step_profile.json", "Where a training step's time goes", step_profile),
+    ("step_profile_*.json", "The same of a window with probes", step_profile),
     ("peers.json", "Beside what a user would pick instead", peers),
     ("score_speed.json", "Scoring many candidates", score_speed),
     ("cost_curves.json", "What a target costs", cost_curves),
@@ -375,7 +381,7 @@ def page(results: Path = RESULTS) -> str:
     for pattern, title, write in SECTIONS:
         for path in sorted(results.glob(pattern)):
             found = json.loads(path.read_text(encoding="utf-8"))
-            named = f"{title}: {path.stem.partition('_')[2]}" if "*" in pattern else title
+            named = f"{title}: {path.stem.rpartition('_')[2]}" if "*" in pattern else title
             parts.append(f"## {named}\n\n`{found['command']}`\n\n{write(found)}\n")
     parts.append(f"## How each file was made\n\n{provenance(results)}\n")
     text = "\n".join(parts)

@@ -2,13 +2,16 @@
 
 One micro-batch of the movies recipe (a window near the longest) goes forward and backward through the LoRA classifier,
 a few times beside torch.mm in turns, and once more under PyTorch's profiler. Its own time by kind of operation:
-products with weights; attention (PyTorch's flash kernel, its products and softmax); the rest (norms, rotations,
-activations, sums of gradients, and what Python costs).
+products with weights; attention (PyTorch's flash kernel, or products and softmax in blocks); the rest (norms,
+rotations, activations, sums of gradients, and what Python costs).
 
 The share counts 4 N + 6 A operations a token, as train_speed.py does, and attention as none; the share with attention
 adds its own products (measuring.attention_of). The ceiling is the share that a step would reach in which these run
 at the rate of torch.mm and all else costs nothing. The last layer counts whole, though the package runs most of it at
 the answers alone, so that all shares are too high by up to one part in the number of layers.
+
+A window with probes is timed in turns with the same under one dense mask too, which is what Transformers would do with
+it.
 
     python benchmarks/step_profile.py --data DIR [--tokens 1024] [--rounds 5]
 """
@@ -20,19 +23,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import attention_of, header, matmul_rate, quiet, spread, stop, write_result
+from measuring import attention_of, cell, header, matmul_rate, quiet, spread, stop, write_result
 from torch.profiler import ProfilerActivity, profile
 from train_speed import flops_per_token, read_log
 
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.errors import LLMRecError
+from llmrec_peft.models import attention as blocks
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.pipeline.streams import build_splits
 
 ROOT = Path(__file__).resolve().parent
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear")
+BLOCKS = ("aten::bmm", "aten::_softmax", "aten::_softmax_backward_data", "aten::masked_fill_")
+"""What attention in blocks is made of, beside its copies, which count as the rest."""
 
 
 def by_kind(times: dict[str, float]) -> dict[str, float]:
@@ -41,7 +47,7 @@ def by_kind(times: dict[str, float]) -> dict[str, float]:
     if not total > 0:
         raise ValueError("the profile holds no time")
     products = sum(value for name, value in times.items() if name in PRODUCTS)
-    attention = sum(value for name, value in times.items() if "attention" in name)
+    attention = sum(value for name, value in times.items() if "attention" in name or name in BLOCKS)
     return {"products": products / total, "attention": attention / total,
             "rest": (total - products - attention) / total}  # fmt: skip
 
@@ -59,16 +65,19 @@ def measure(options: argparse.Namespace) -> dict:
     batch = StreamCollator(classifier.tokenizer.pad_token_id, options.tokens).one([window])
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask", "branch", "markers")}
 
-    def step() -> float:
+    def step(kind: str = classifier.config._attn_implementation) -> float:
+        classifier.stock.set_attn_implementation(kind)
         start = time.perf_counter()
         torch.nn.functional.cross_entropy(classifier(**inputs), batch["labels"]).backward()
         classifier.zero_grad()
         return time.perf_counter() - start
 
+    probes = batch["branch"] is not None and classifier.config._attn_implementation == blocks.NAME
     step()
-    seconds, rates = [], []
+    seconds, masked, rates = [], [], []
     for number in range(options.rounds):
         rates.append(max(matmul_rate(options.matmul_sizes).values()))
+        masked += [step("sdpa")] if probes else []
         seconds.append(step())
         print(f"round {number + 1}: {seconds[-1]:.2f} s, torch.mm {rates[-1] / 1e9:.0f} GFLOP/s", flush=True)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -90,6 +99,12 @@ def measure(options: argparse.Namespace) -> dict:
         "targets": len(batch["labels"]),
         "flops": {"weights": weights, "attention": attention},
         "seconds": spread(seconds),
+        "one_mask": {
+            "seconds": spread(masked),
+            "ratio": spread([slow / fast for slow, fast in zip(masked, seconds, strict=True)]),
+        }
+        if probes
+        else None,
         "matmul_flops_per_s": spread(rates),
         "matmul_share": spread([weights / (second * rate) for second, rate in pairs]),
         "matmul_share_with_attention": spread([(weights + attention) / (second * rate) for second, rate in pairs]),
@@ -106,6 +121,8 @@ def show(result: dict) -> None:
     print(f"share of torch.mm {share['median']:.1%} ({share['min']:.1%} to {share['max']:.1%}); attention counted "
           f"{both['median']:.1%} ({both['min']:.1%} to {both['max']:.1%}); ceiling of the first "
           f"{result['ceiling']:.1%}")  # fmt: skip
+    if result["one_mask"]:
+        print(f"{cell(result['one_mask']['ratio'], '{:.2f}')} times as fast as under one mask")
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -189,6 +189,9 @@ def test_step_profile_counts_a_step_and_its_ceiling(monkeypatch, tiny_base, log_
     (tmp_path / "domain.yaml").write_text(DOMAIN.read_text() + "negatives: {per_positive: 1, label: dislike}\n")
     probes = step_profile.main([*arguments, "--tokens", "400", "--domain", str(tmp_path / "domain.yaml")])
     tokens = probes["tokens"]
+    assert result["one_mask"] is None
+    one_mask = probes["one_mask"]
+    assert one_mask["ratio"]["min"] * probes["seconds"]["min"] <= one_mask["seconds"]["max"]
     assert 0 < probes["flops"]["attention"] < 3 * 4 * 32 * 2 * tokens * (tokens + 1) / 2
     with pytest.raises(SystemExit) as ended:
         step_profile.main([*arguments, "--tokens", "1"])
@@ -198,7 +201,8 @@ def test_step_profile_counts_a_step_and_its_ceiling(monkeypatch, tiny_base, log_
 def test_step_profile_sorts_operations_by_kind(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     by_kind = importlib.import_module("step_profile").by_kind
-    found = by_kind({"aten::mm": 5.0, "aten::addmm_": 1.0, "aten::_flash_attention_backward": 3.0, "aten::mul": 1.0})
+    found = by_kind({"aten::mm": 5.0, "aten::addmm_": 1.0, "aten::_flash_attention_backward": 2.5, "aten::mul": 1.0,
+                     "aten::bmm": 0.5})  # fmt: skip
     assert found == pytest.approx({"products": 0.6, "attention": 0.3, "rest": 0.1})
     with pytest.raises(ValueError, match="no time"):
         by_kind({"aten::mm": 0.0})

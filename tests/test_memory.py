@@ -112,10 +112,17 @@ def real_pass(classifier, probes: bool) -> tuple[int, int]:
 def test_activations_are_those_of_a_real_pass(tiny_base, method, attn, probes):
     settings = {"method": method, "attn": attn}
     config = config_of(tiny_base("llama"), probes=probes, **settings)
+    classifier = loaded(tiny_base("llama"), **settings)
+    peak, saved = real_pass(classifier, probes)
     traced = trace_passes(empty_classifier(config), config)
-    peak, saved = real_pass(loaded(tiny_base("llama"), **settings), probes)
     assert traced == pytest.approx(peak, abs=64)
     assert saved < traced
+    if probes and attn == "sdpa":  # on a CPU they go through in blocks, on a GPU by the kernel
+        config = config_of(tiny_base("llama"), probes=probes, **{**settings, "device": "gpu"})
+        classifier.stock.set_attn_implementation("sdpa")
+        peak, _ = real_pass(classifier, probes)
+        assert trace_passes(empty_classifier(config), config) == pytest.approx(peak, abs=64)
+        assert abs(peak - traced) > 1000
 
 
 def test_checkpointing_leaves_less_to_keep(tiny_base):

@@ -17,7 +17,6 @@ from torch import nn
 from llmrec_peft.data.collator import collate, plan_micro_batches
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.errors import ModelError
-from llmrec_peft.inference.attention import ProbeLayout, install, laid_out
 from llmrec_peft.inference.kept import Kept, KeptTrunks
 from llmrec_peft.inference.member import Member
 from llmrec_peft.models.classifier import BehaviorClassifier
@@ -109,7 +108,6 @@ class Engine:
         self.pad_token_id, self.kept = pad_token_id, kept
         self._modules = dict(classifier.stock.named_modules())
         self._hooked: set[str] = set()
-        self._two_parts = install(classifier.stock)
         self._last_layer = LastLayer(classifier.stock)
         self._lock = threading.Lock()
         self._active = threading.local()
@@ -215,22 +213,12 @@ class Engine:
                 branch = _pads(sizes, inputs["input_ids"].shape[1], device)
         self._active.spans, self._active.shape = spans, tuple(inputs["input_ids"].shape)
         try:
-            with laid_out(self._layout(rows, branch)), self._last_layer.answers(self._answers(spans, inputs)):
+            with self._last_layer.answers(self._answers(spans, inputs)):
                 hidden = self.classifier.hidden_states(**inputs, branch=branch, past=past, past_seen=seen).float()
         finally:
             self._active.spans = ()
         self._read(rows, spans, hidden)
         return [self._keep(row, number, past, seen) if row.keep else None for number, row in enumerate(rows)]
-
-    def _layout(self, rows: list[_Row], branch: torch.Tensor | None) -> ProbeLayout | None:
-        """How one row lies, where its probes can be answered apart from each other."""
-        if branch is None or len(rows) > 1 or not self._two_parts:
-            return None
-        (row,) = rows
-        if row.last - row.first < 2:
-            return None
-        sizes = [len(probe) for probe in row.task.probes[row.first : row.last]]
-        return ProbeLayout(sum(map(len, row.task.trunk)) - row.begin, sizes, self.classifier.device)
 
     def _answers(self, spans: list[_Span], inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """The answers' places, where no bundle changes the last layer, for which its hooks would need all tokens."""

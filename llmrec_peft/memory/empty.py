@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmrec_peft.memory.config import MemoryConfig
+from llmrec_peft.models import attention
 from llmrec_peft.models.base import (
     UNTRAINED,
     base_errors,
@@ -50,7 +51,11 @@ def empty_classifier(config: MemoryConfig) -> BehaviorClassifier:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     with torch.device("meta"):
         labels = [str(number) for number in range(config.labels)]
-        return with_method(model, tuning, labels, source, trained=True).train()
+        classifier = with_method(model, tuning, labels, source, trained=True).train()
+    # Probes are answered in blocks on a CPU alone.
+    if config.device == "gpu" and classifier.config._attn_implementation == attention.NAME:
+        classifier.stock.set_attn_implementation("sdpa")
+    return classifier
 
 
 def _directory(base: str) -> str:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from llmrec_peft.errors import ModelError
 from llmrec_peft.memory.config import MemoryConfig
 from llmrec_peft.memory.empty import bytes_of
+from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.training.losses import BehaviorLoss
 
@@ -64,7 +66,7 @@ def trace_passes(classifier: BehaviorClassifier, config: MemoryConfig) -> int:
     """
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # errors are told below, in a line
     try:
-        with FakeTensorMode(), StorageMeter() as meter, _plain_positions_known(), _linear_of(config):
+        with FakeTensorMode(), StorageMeter() as meter, _places_known(), _linear_of(config):
             materialise(classifier)
             for parameter in classifier.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -172,19 +174,23 @@ def _like_state(state: Any, fake: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _plain_positions_known() -> Iterator[None]:
-    """Tell Transformers that no rows are packed, which it reads off the positions' values where there are any.
+def _places_known() -> Iterator[None]:
+    """Tell Transformers that no rows are packed, and the attention in blocks that all is trunk: both read values.
 
     `BehaviorClassifier` gives positions 0, 1, 2, ... to rows without probes, and a mask to others.
     """
     from transformers import masking_utils
 
-    original = masking_utils.find_packed_sequence_indices
+    def lay_out(mask: torch.Tensor, branch: torch.Tensor, *_rest: Any) -> None:
+        mask.layouts = [attention.Layout(np.zeros(branch.shape[1], np.int64)) for _ in branch]
+
+    packed, layouts = masking_utils.find_packed_sequence_indices, attention.lay_out
     masking_utils.find_packed_sequence_indices = lambda *_args, **_kwargs: None
+    attention.lay_out = lay_out
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = original
+        masking_utils.find_packed_sequence_indices, attention.lay_out = packed, layouts
 
 
 class _KeepsItsInput(torch.autograd.Function):

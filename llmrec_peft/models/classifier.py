@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llmrec_peft.errors import ConfigError, ModelError
+from llmrec_peft.models import attention
 from llmrec_peft.models.base import (
     Quantization,
     backbone_of,
@@ -41,9 +42,6 @@ from llmrec_peft.models.options import (
 )
 from llmrec_peft.models.sharding import assign, whole, whole_shape
 
-PROBE_ATTENTION = "llmrec_probes"
-"""Name of the attention that inference may put in the place of sdpa; see inference/attention.py."""
-
 
 class BehaviorClassifier(nn.Module):
     """Wraps a stock `AutoModelForSequenceClassification`, or a PeftModel around one, in `.model`.
@@ -59,6 +57,8 @@ class BehaviorClassifier(nn.Module):
         self.labels = list(labels)
         self.encoder = is_encoder(self.stock.config)
         self._last_layer = LastLayer(self.stock)
+        if not self.encoder:
+            attention.install(self.stock)
         self.tokenizer: Any = None
         self.base: str = ""
         self.model_options: Any = None
@@ -143,6 +143,8 @@ class BehaviorClassifier(nn.Module):
         mask, positions = attention_mask, position_ids
         if branch is not None:
             mask = self._branch_mask(branch, attention_mask, past_seen)
+            if self.config._attn_implementation == attention.NAME and mask.device.type == "cpu":
+                attention.lay_out(mask, branch, attention_mask, past_seen)
         elif attention_mask is None:
             positions = _plain_positions(input_ids, position_ids, markers)
         backbone = backbone_of(self.stock)
@@ -196,7 +198,7 @@ class BehaviorClassifier(nn.Module):
         every layer unchanged: boolean for sdpa, additive in the model's dtype for eager.
         """
         kind = self.config._attn_implementation
-        if kind not in ("sdpa", PROBE_ATTENTION, "eager"):
+        if kind not in ("sdpa", attention.NAME, "eager"):
             raise ModelError(f"attention {kind!r} cannot hide probes from each other; set model.attn to sdpa")
         if attention_mask is not None:
             branch = branch.masked_fill(attention_mask == 0, -1)

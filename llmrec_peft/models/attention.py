@@ -1,0 +1,221 @@
+"""Attention of rows with probes, in blocks that leave out what the mask forbids, for float32 on a CPU.
+
+PyTorch's kernel computes every score under a mask and throws the forbidden ones away: those of each probe with every
+other. Here the tokens are laid out trunk first, and a block of queries meets the trunk up to the last point that one of
+them hangs off and its own tokens, and nothing else. The formulas are those of Vaswani et al., 2017, arXiv 1706.03762,
+section 3.2.1; the backward pass computes the weights W again, and with G the gradient of the answers
+
+    W = softmax(Q K^T + mask),  dV = W^T G,  dW = G V^T,  dS = W * (dW - rowsum(W * dW)),  dQ = dS K,  dK = dS^T Q
+
+Everywhere else it is Transformers' sdpa, rows without probes among them: the kernel has a causal form for those.
+
+Shape letters: B rows, L tokens of a row, P tokens before them, H heads, h key heads, D head width; laid out, n queries
+and m keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+NAME = "llmrec_blocks"
+"""Of this attention among Transformers'."""
+STEP = 128
+"""Queries of a block, about: few enough that their weights stay in the cache."""
+
+
+class Block(NamedTuple):
+    """Queries first:last. They look at the keys 0:trunk and at those of their own tokens, in this order.
+
+    `hidden`, bool [last - first, c], says which of the last c of these keys each query must not see.
+    """
+
+    first: int
+    last: int
+    trunk: int
+    hidden: torch.Tensor
+
+
+class Layout:
+    """How the tokens of one row are laid out, and in which blocks they are answered.
+
+    Args:
+        branch: int [L]; 0 for the trunk, a number for each probe, -1 for tokens that nobody sees or reads.
+        seen: bool [P], which earlier tokens are there; they belong to the trunk.
+
+    Attributes:
+        tokens: int64 [n], places in the row, trunk first; None where that is the row itself.
+        keys: int64 [m], places in earlier and new tokens together; None where that is all of them.
+        past: earlier tokens that are there; query i is key past + i.
+    """
+
+    def __init__(self, branch: np.ndarray, seen: np.ndarray | None = None) -> None:
+        before = np.empty(0, np.int64) if seen is None else np.flatnonzero(seen)
+        trunk, probes = np.flatnonzero(branch == 0), np.flatnonzero(branch > 0)
+        tokens = np.concatenate([trunk, probes])
+        places = np.concatenate([before, tokens + (0 if seen is None else len(seen))])
+        self.past = len(before)
+        self.tokens = self.keys = None
+        if len(tokens) < len(branch) or (np.diff(tokens) != 1).any():
+            self.tokens = torch.from_numpy(tokens)
+        if len(places) < len(branch) + (0 if seen is None else len(seen)) or (np.diff(places) != 1).any():
+            self.keys = torch.from_numpy(places)
+        points = np.searchsorted(trunk, probes)  # trunk tokens before each token of a probe
+        self.blocks = _trunk_blocks(self.past, len(trunk))
+        self.blocks += _probe_blocks(self.past, len(trunk), points, branch[probes])
+
+
+def _trunk_blocks(past: int, length: int) -> list[Block]:
+    later = torch.ones(STEP, STEP, dtype=torch.bool).triu_(1)
+    ends = [(first, min(first + STEP, length)) for first in range(0, length, STEP)]
+    return [Block(first, last, past + first, later[: last - first, : last - first]) for first, last in ends]
+
+
+def _probe_blocks(past: int, trunk: int, points: np.ndarray, numbers: np.ndarray) -> list[Block]:
+    """Whole probes, as many as make STEP tokens and as hang off points less than STEP apart."""
+    if not len(numbers):
+        return []
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    cuts, begin = [], 0
+    for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        if start > begin and (end - begin > STEP or points[start] - points[begin] >= STEP):
+            cuts.append((begin, start))
+            begin = start
+    cuts.append((begin, len(numbers)))
+    blocks = []
+    for first, last in cuts:
+        own, at = numbers[first:last], points[first:last, None]
+        order = np.arange(last - first)
+        apart = (own[:, None] != own) | (order[:, None] < order)
+        beyond = np.arange(at.min(), at.max())[None, :] >= at
+        hidden = torch.from_numpy(np.concatenate([beyond, apart], axis=1))
+        blocks.append(Block(trunk + first, trunk + last, past + int(at.max()), hidden))
+    return blocks
+
+
+class _Attend(torch.autograd.Function):
+    """Answers [H, n, D] of scaled queries [H, n, D] on keys and values [H, m, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, layout: Layout) -> torch.Tensor:
+        # Token by token, as the layer reads it.
+        result = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
+        for block in layout.blocks:
+            part = slice(block.first, block.last)
+            weights = _weights(query[:, part], _looked_at(key, block, layout), block)
+            result[:, part] = weights @ _looked_at(value, block, layout)
+        ctx.save_for_backward(query, key, value)
+        ctx.layout = layout
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor):
+        query, key, value = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for block in layout.blocks:
+            part = slice(block.first, block.last)
+            queries, grads = query[:, part], grad[:, part]
+            keys, values = _looked_at(key, block, layout), _looked_at(value, block, layout)
+            weights = _weights(queries, keys, block)
+            _add(of_value, block, layout, weights.transpose(1, 2) @ grads)
+            of_weights = grads @ values.transpose(1, 2)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_query[:, part] = of_scores @ keys
+            _add(of_key, block, layout, of_scores.transpose(1, 2) @ queries)
+        return of_query, of_key, of_value, None
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor, block: Block) -> torch.Tensor:
+    """W [H, queries, keys]."""
+    scores = queries @ keys.transpose(1, 2)
+    scores[..., scores.shape[-1] - block.hidden.shape[1] :].masked_fill_(block.hidden, float("-inf"))
+    return scores.softmax(-1)
+
+
+def _looked_at(tensor: torch.Tensor, block: Block, layout: Layout) -> torch.Tensor:
+    """Keys or values of a block, [H, keys, D]."""
+    first, last = layout.past + block.first, layout.past + block.last
+    if block.trunk == first:
+        return tensor[:, :last]
+    return torch.cat([tensor[:, : block.trunk], tensor[:, first:last]], 1)
+
+
+def _add(total: torch.Tensor, block: Block, layout: Layout, part: torch.Tensor) -> None:
+    """Add to those of a block's keys or values, [H, keys, D], in `total`."""
+    first, last = layout.past + block.first, layout.past + block.last
+    total[:, : block.trunk] += part[:, : block.trunk]
+    total[:, first:last] += part[:, block.trunk :]
+
+
+def block_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layouts: list[Layout], scale: float
+) -> torch.Tensor:
+    """Answers [B, L, H, D] of queries [B, H, L, D] on keys and values [B, h, P + L, D].
+
+    Tokens that a row's layout leaves out get zeros.
+    """
+    share = query.shape[1] // key.shape[1]
+    results = []
+    for layout, queries, keys, values in zip(layouts, query * scale, key, value, strict=True):
+        if layout.tokens is not None:
+            queries = queries.index_select(1, layout.tokens)
+        if layout.keys is not None:
+            keys, values = keys.index_select(1, layout.keys), values.index_select(1, layout.keys)
+        both = (tensor.repeat_interleave(share, 0) for tensor in (keys, values))
+        found = _Attend.apply(queries, *both, layout).transpose(0, 1)  # [n, H, D]
+        if layout.tokens is not None:
+            found = found.new_zeros(query.shape[2], *found.shape[1:]).index_copy(0, layout.tokens, found)
+        results.append(found)
+    return torch.stack(results)
+
+
+def lay_out(
+    mask: torch.Tensor, branch: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: torch.Tensor | None
+) -> torch.Tensor:
+    """The 4-D mask of `BehaviorClassifier`, with the layouts that say the same; whoever does not know them reads it."""
+    rows = branch if attention_mask is None else branch.masked_fill(attention_mask == 0, -1)
+    seen = [None] * len(rows) if past_seen is None else past_seen.numpy()
+    mask.layouts = [Layout(row, before) for row, before in zip(rows.numpy(), seen, strict=True)]
+    return mask
+
+
+def install(model: nn.Module) -> bool:
+    """Let a stock model's sdpa attention be this one; False where the model's code has no such choice."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    if model.config._attn_implementation == NAME:
+        return True
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return False
+
+    def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any):
+        layouts = _layouts(query, key, value, mask, rest)
+        if layouts is None:
+            return sdpa_attention_forward(module, query, key, value, mask, **rest)
+        scale = rest.get("scaling")
+        return block_attention(query, key, value, layouts, query.shape[-1] ** -0.5 if scale is None else scale), None
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(NAME)
+    return model.config._attn_implementation == NAME
+
+
+def _layouts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, rest: dict) -> list | None:
+    """The rows' layouts, where the mask carries them and blocks serve."""
+    layouts = getattr(mask, "layouts", None)
+    if layouts is None or mask.shape[-2:] != (query.shape[2], key.shape[2]):
+        return None
+    plain = not rest.get("dropout") and all(rest.get(name) is None for name in _NOT_PLAIN)
+    fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in (query, key, value))
+    return layouts if plain and fits else None
+
+
+_NOT_PLAIN = ("softcap", "position_bias", "s_aux", "head_mask", "cache")

@@ -1,0 +1,157 @@
+"""Attention of probes in blocks equals attention under the one mask, forward and backward, and computes less."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmrec_peft.models import attention
+from llmrec_peft.models.attention import Layout, block_attention
+from tests.models.test_classifier import stream_with_probes
+
+SIZES = [
+    ([3], [[1, 4]]),  # probes of one point
+    ([0], [[2, 3, 1]]),  # no trunk at all
+    ([2, 5, 0, 70], [[1], [90, 3], [60, 60, 60], []]),  # points before, inside and after; blocks are cut
+    ([1] * 150, [[1]] * 150),  # a probe at every point
+    ([300], [[]]),  # no probe
+]
+
+
+def laid(trunks: list[int], probes: list[list[int]], pads: int) -> list[int]:
+    """Branch numbers: so many trunk tokens and then those probes, again and again."""
+    branch, number = [], 0
+    for trunk, sizes in zip(trunks, probes, strict=True):
+        branch += [0] * trunk
+        for size in sizes:
+            number += 1
+            branch += [number] * size
+    return branch + [-1] * pads
+
+
+def one_mask(branch: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """allow(q, k) [L, P + L]; tokens that are left out see themselves."""
+    order = torch.arange(len(branch))
+    before, real = order[None, :] <= order[:, None], branch >= 0
+    allow = before & real[None, :] & real[:, None] & ((branch == 0)[None, :] | (branch[None, :] == branch[:, None]))
+    return torch.cat([seen[None, :] & real[:, None], allow | (order[None, :] == order[:, None])], dim=1)
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+@pytest.mark.parametrize("past", [0, 9])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("share", [1, 2])
+def test_blocks_equal_one_mask(share, sizes, past, pads):
+    torch.manual_seed(0)
+    branch = torch.tensor(laid(*sizes, pads))
+    seen = torch.arange(past) < past - 2
+    query = torch.randn(1, 4, len(branch), 8, requires_grad=True)
+    key, value = (torch.randn(1, 4 // share, past + len(branch), 8, requires_grad=True) for _ in range(2))
+    layout = Layout(branch.numpy(), seen.numpy() if past else None)
+    found = block_attention(query, key, value, [layout], 0.3)[0].transpose(0, 1)
+    repeated = (tensor.repeat_interleave(share, 1) for tensor in (key, value))
+    expected = F.scaled_dot_product_attention(query, *repeated, one_mask(branch, seen), scale=0.3)[0]
+    real = branch >= 0
+    assert (found[:, ~real] == 0).all()
+    torch.testing.assert_close(found[:, real], expected[:, real], atol=2e-6, rtol=1e-5)
+    grad = torch.randn_like(expected) * real[:, None]
+    for mine, theirs in zip(
+        torch.autograd.grad(found, (query, key, value), grad),
+        torch.autograd.grad(expected, (query, key, value), grad),
+        strict=True,
+    ):
+        assert theirs.abs().max() > 0.1
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_have_layouts_of_their_own():
+    torch.manual_seed(0)
+    rows = [laid([4, 2], [[3, 2], [1]], 0), laid([7], [[2]], 3)]
+    query, key, value = torch.randn(3, 2, 2, 12, 8)
+    together = block_attention(query, key, value, [Layout(np.array(row)) for row in rows], 1.0)
+    for number, row in enumerate(rows):
+        one = slice(number, number + 1)
+        alone = block_attention(query[one], key[one], value[one], [Layout(np.array(row))], 1.0)
+        assert torch.equal(together[one], alone)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def test_blocks_leave_out_what_the_mask_forbids():
+    """40 probes of 15 tokens at two points of a trunk of 400: little more than what is allowed is computed."""
+    branch = np.array(laid([200, 200], [[15] * 20, [15] * 20], 0))
+    blocks = Layout(branch).blocks
+    computed = sum((last - first) * (trunk + last - first) for first, last, trunk, _ in blocks)
+    allowed = int(one_mask(torch.from_numpy(branch), torch.ones(0, dtype=torch.bool)).sum())
+    assert sorted(range(len(branch))) == [token for first, last, *_ in blocks for token in range(first, last)]
+    assert computed < 1.5 * allowed < 0.5 * len(branch) ** 2
+
+
+@pytest.fixture
+def blocks_taken(monkeypatch) -> list[int]:
+    """Grows by one at each call of the attention in blocks."""
+    calls: list[int] = []
+    original = attention.block_attention
+    monkeypatch.setattr(attention, "block_attention", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_training_takes_this_way(kind, checkpointing, make, shake, blocks_taken):
+    """Loss and gradient are those of sdpa, under checkpointing too, which runs layers again."""
+    classifier = shake(make(kind, activation_checkpointing=checkpointing)).train()
+    batch = stream_with_probes(torch.Generator().manual_seed(3), classifier.config.vocab_size)
+    labels = torch.arange(8) % 2
+    found = {}
+    for name in (attention.NAME, "sdpa"):
+        classifier.stock.set_attn_implementation(name)
+        loss = F.cross_entropy(classifier(**batch), labels)
+        loss.backward()
+        grad = torch.cat([p.grad.flatten() for p in classifier.parameters() if p.requires_grad])
+        found[name] = loss.detach(), grad
+        classifier.zero_grad()
+        layers = classifier.config.num_hidden_layers
+        assert len(blocks_taken) == layers * (2 if checkpointing else 1)
+    (loss, grad), (expected_loss, expected) = found[attention.NAME], found["sdpa"]
+    torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
+    assert (grad - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("setting", ["bfloat16", "dropout", "plain rows"])
+def test_where_blocks_do_not_serve_it_is_sdpa(setting, make, shake, blocks_taken):
+    classifier = shake(make("llama", dtype="bfloat16" if setting == "bfloat16" else "float32")).train()
+    if setting == "dropout":
+        for layer in classifier.stock.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+    batch = stream_with_probes(torch.Generator().manual_seed(3), classifier.config.vocab_size)
+    if setting == "plain rows":
+        batch = {"input_ids": batch["input_ids"], "markers": torch.tensor([4, 25])}
+    logits = classifier(**batch)
+    assert logits.isfinite().all() and not blocks_taken
+
+
+def test_the_engine_takes_this_way(make, blocks_taken, monkeypatch):
+    """A row of probes goes through in blocks, and is answered as under the mask."""
+    from llmrec_peft.inference.engine import Engine, Task
+    from llmrec_peft.inference.member import Member
+
+    classifier = make("llama", "head")
+    engine = Engine(classifier, 0)
+    head = torch.randn(2, classifier.config.hidden_size)
+    member = Member.__new__(Member)
+    for name, value in {"deltas": {}, "head": head, "directory": "x"}.items():
+        object.__setattr__(member, name, value)
+    monkeypatch.setattr(Member, "labels", ["a", "b"])
+    trunk = tuple(torch.randint(5, 50, (n,)).numpy() for n in (3, 4, 5))
+    probes = [torch.randint(5, 50, (n,)).numpy() for n in (3, 1, 6)]
+    answers = []
+    for name in (attention.NAME, "sdpa"):
+        classifier.stock.set_attn_implementation(name)
+        task = Task(member, trunk, probes)
+        engine.answer([task], 1000)
+        answers.append(torch.from_numpy(task.answers.copy()))
+        assert len(blocks_taken) == classifier.config.num_hidden_layers
+    torch.testing.assert_close(answers[0], answers[1], atol=1e-5, rtol=1e-5)
+    assert answers[0].std() > 0.01
