@@ -284,7 +284,8 @@ def budget(place: str) -> dict:
         found = {key: train[key] for key in ("max_steps", "epochs") if train.get(key)}
     if (directory / "metrics.json").is_file():
         cost = json.loads((directory / "metrics.json").read_text()).get("cost", {})
-        found |= {"targets": cost.get("training targets"), "seconds": cost.get("training steps alone, seconds")}
+        found |= {"targets": cost.get("training targets"), "seconds": cost.get("training steps alone, seconds"),
+                  "device": cost.get("device")}  # fmt: skip
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -86,9 +86,10 @@ def protocol(found: dict) -> str:
     split, parts = found["split"], []
     budget = found["budgets"].get("llm")
     if budget:
+        device = f" ({budget['device']})" if "device" in budget else ""
         parts.append(f"The LLM trained {budget.get('max_steps', budget.get('epochs'))} steps: about "
                      f"{budget['targets']:,} of {split['train']:,} training targets in {budget['seconds'] / 60:.0f} "
-                     "minutes on two cores; the others saw all of them.")  # fmt: skip
+                     f"minutes{device}; the others saw all of them.")  # fmt: skip
     for key, what in (("shared", "that every system answered"), ("all", "of the test split")):
         if key not in found:
             continue
@@ -381,7 +382,7 @@ def page(results: Path = RESULTS) -> str:
     for pattern, title, write in SECTIONS:
         for path in sorted(results.glob(pattern)):
             found = json.loads(path.read_text(encoding="utf-8"))
-            named = f"{title}: {path.stem.rpartition('_')[2]}" if "*" in pattern else title
+            named = f"{title}: {path.stem.removeprefix(pattern.partition('*')[0])}" if "*" in pattern else title
             parts.append(f"## {named}\n\n`{found['command']}`\n\n{write(found)}\n")
     parts.append(f"## How each file was made\n\n{provenance(results)}\n")
     text = "\n".join(parts)

@@ -36,18 +36,19 @@ from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.pipeline.streams import build_splits
 
 ROOT = Path(__file__).resolve().parent
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear")
 BLOCKS = ("aten::bmm", "aten::_softmax", "aten::_softmax_backward_data", "aten::masked_fill_")
 """What attention in blocks is made of, beside its copies, which count as the rest."""
 
 
-def by_kind(times: dict[str, float]) -> dict[str, float]:
+def by_kind(times: dict[str, float], in_blocks: bool) -> dict[str, float]:
     """Shares of the operations' own times: products, attention, rest. Raises ValueError if they come to nothing."""
     total = sum(times.values())
     if not total > 0:
         raise ValueError("the profile holds no time")
-    products = sum(value for name, value in times.items() if name in PRODUCTS)
-    attention = sum(value for name, value in times.items() if "attention" in name or name in BLOCKS)
+    own = BLOCKS if in_blocks else ()
+    attention = sum(value for name, value in times.items() if "attention" in name or name in own)
+    products = sum(value for name, value in times.items() if name in PRODUCTS and name not in own)
     return {"products": products / total, "attention": attention / total,
             "rest": (total - products - attention) / total}  # fmt: skip
 
@@ -72,13 +73,18 @@ def measure(options: argparse.Namespace) -> dict:
         classifier.zero_grad()
         return time.perf_counter() - start
 
-    probes = batch["branch"] is not None and classifier.config._attn_implementation == blocks.NAME
-    step()
+    in_blocks = classifier.config._attn_implementation == blocks.NAME and len(window) >= blocks.SHORT
+    probes = in_blocks and batch["branch"] is not None
     seconds, masked, rates = [], [], []
-    for number in range(options.rounds):
+    for number in range(-1, options.rounds):  # the first is to warm up
         rates.append(max(matmul_rate(options.matmul_sizes).values()))
-        masked += [step("sdpa")] if probes else []
+        masked += [step("sdpa")] if probes and number % 2 else []
         seconds.append(step())
+        masked += [step("sdpa")] if probes and not number % 2 else []
+        if number < 0:
+            for values in (seconds, masked, rates):
+                values.clear()
+            continue
         print(f"round {number + 1}: {seconds[-1]:.2f} s, torch.mm {rates[-1] / 1e9:.0f} GFLOP/s", flush=True)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step()
@@ -109,7 +115,7 @@ def measure(options: argparse.Namespace) -> dict:
         "matmul_share": spread([weights / (second * rate) for second, rate in pairs]),
         "matmul_share_with_attention": spread([(weights + attention) / (second * rate) for second, rate in pairs]),
         "ceiling": weights / (weights + attention),
-        "profile": by_kind(times),
+        "profile": by_kind(times, probes),
     }
 
 

@@ -15,7 +15,8 @@ from llmrec_peft.memory.__main__ import main
 from llmrec_peft.memory.empty import bytes_of, empty_classifier, weights
 from llmrec_peft.memory.estimate import tensors_in
 from llmrec_peft.memory.shares import Tensors, part_of, share_out
-from llmrec_peft.memory.trace import StorageMeter, trace_optimizer, trace_passes
+from llmrec_peft.memory.trace import StorageMeter, branch_of, trace_optimizer, trace_passes
+from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.training.losses import BehaviorLoss
 from tests.conftest import ROOT
@@ -84,7 +85,8 @@ def real_pass(classifier, probes: bool) -> tuple[int, int]:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batch = {"input_ids": torch.zeros(ROWS, LENGTH, dtype=torch.int64), "markers": torch.arange(ROWS * TARGETS)}
     if probes:
-        batch["position_ids"], batch["branch"] = (torch.zeros(ROWS, LENGTH, dtype=torch.int64) for _ in range(2))
+        batch["position_ids"] = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+        batch["branch"] = torch.from_numpy(branch_of(LENGTH, TARGETS)).repeat(ROWS, 1)
     labels = torch.zeros(ROWS * TARGETS, dtype=torch.int64)
     own = [*weights(classifier, True), *weights(classifier, False)]
     there = {tensor.untyped_storage().data_ptr() for tensor in [*own, *batch.values(), labels]}
@@ -109,7 +111,8 @@ def real_pass(classifier, probes: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("probes", [False, True])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)
-def test_activations_are_those_of_a_real_pass(tiny_base, method, attn, probes):
+def test_activations_are_those_of_a_real_pass(tiny_base, method, attn, probes, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", LENGTH)
     settings = {"method": method, "attn": attn}
     config = config_of(tiny_base("llama"), probes=probes, **settings)
     classifier = loaded(tiny_base("llama"), **settings)

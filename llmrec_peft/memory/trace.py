@@ -66,7 +66,8 @@ def trace_passes(classifier: BehaviorClassifier, config: MemoryConfig) -> int:
     """
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # errors are told below, in a line
     try:
-        with FakeTensorMode(), StorageMeter() as meter, _places_known(), _linear_of(config):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)  # masks of attention in blocks are constants
+        with fake, StorageMeter() as meter, _places_known(config), _linear_of(config):
             materialise(classifier)
             for parameter in classifier.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -173,16 +174,24 @@ def _like_state(state: Any, fake: Any) -> Any:
     return made
 
 
+def branch_of(length: int, probes: int) -> np.ndarray:
+    """Branch numbers, int64 [length], of a row that is trunk to a half and `probes` probes of like sizes after it."""
+    places = np.arange(length)
+    return np.where(places < length // 2, 0, 1 + (places - length // 2) * probes // (length - length // 2))
+
+
 @contextlib.contextmanager
-def _places_known() -> Iterator[None]:
-    """Tell Transformers that no rows are packed, and the attention in blocks that all is trunk: both read values.
+def _places_known(config: MemoryConfig) -> Iterator[None]:
+    """Tell Transformers that no rows are packed, and attention in blocks where probes lie: both read values.
 
     `BehaviorClassifier` gives positions 0, 1, 2, ... to rows without probes, and a mask to others.
     """
     from transformers import masking_utils
 
     def lay_out(mask: torch.Tensor, branch: torch.Tensor, *_rest: Any) -> None:
-        mask.layouts = [attention.Layout(np.zeros(branch.shape[1], np.int64)) for _ in branch]
+        if branch.shape[1] >= attention.SHORT:
+            row = branch_of(branch.shape[1], config.targets)
+            mask.layouts = [attention.Layout(row) for _ in range(len(branch))]
 
     packed, layouts = masking_utils.find_packed_sequence_indices, attention.lay_out
     masking_utils.find_packed_sequence_indices = lambda *_args, **_kwargs: None

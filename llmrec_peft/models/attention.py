@@ -7,10 +7,10 @@ section 3.2.1; the backward pass computes the weights W again, and with G the gr
 
     W = softmax(Q K^T + mask),  dV = W^T G,  dW = G V^T,  dS = W * (dW - rowsum(W * dW)),  dQ = dS K,  dK = dS^T Q
 
-Everywhere else it is Transformers' sdpa, rows without probes among them: the kernel has a causal form for those.
+Batches without probes, short rows, other types of numbers and other devices keep Transformers' sdpa.
 
-Shape letters: B rows, L tokens of a row, P tokens before them, H heads, h key heads, D head width; laid out, n queries
-and m keys.
+Shape letters: B rows, L tokens of a row, P tokens before them, H heads, h key heads, g = H / h heads that share one, D
+head width; laid out, n queries and m keys; of a block, t queries and c keys.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ from torch import nn
 NAME = "llmrec_blocks"
 """Of this attention among Transformers'."""
 STEP = 128
-"""Queries of a block, about: few enough that their weights stay in the cache."""
+"""Queries of a block, at most: few enough that their weights stay in the cache."""
+SHORT = 256
+"""Tokens of a row from which blocks pay. Many short rows are faster in one call under one mask."""
+_LATER = torch.ones(STEP, STEP, dtype=torch.bool).triu_(1)
 
 
 class Block(NamedTuple):
-    """Queries first:last. They look at the keys 0:trunk and at those of their own tokens, in this order.
+    """Queries first:last. They look at the keys 0:trunk and at those of the tokens start:last, in this order.
 
-    `hidden`, bool [last - first, c], says which of the last c of these keys each query must not see.
+    `hidden`, bool [t, at most c], says which of the last of these keys each query must not see.
     """
 
     first: int
     last: int
     trunk: int
+    start: int
     hidden: torch.Tensor
 
 
@@ -69,44 +73,46 @@ class Layout:
 
 
 def _trunk_blocks(past: int, length: int) -> list[Block]:
-    later = torch.ones(STEP, STEP, dtype=torch.bool).triu_(1)
     ends = [(first, min(first + STEP, length)) for first in range(0, length, STEP)]
-    return [Block(first, last, past + first, later[: last - first, : last - first]) for first, last in ends]
+    return [Block(first, last, past + first, first, _LATER[: last - first, : last - first]) for first, last in ends]
 
 
 def _probe_blocks(past: int, trunk: int, points: np.ndarray, numbers: np.ndarray) -> list[Block]:
-    """Whole probes, as many as make STEP tokens and as hang off points less than STEP apart."""
+    """Whole probes, as many as fit in STEP tokens and hang off points less than STEP apart; a longer one is cut."""
     if not len(numbers):
         return []
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    cuts, begin = [], 0
+    groups, begin = [], 0
     for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
         if start > begin and (end - begin > STEP or points[start] - points[begin] >= STEP):
-            cuts.append((begin, start))
+            groups.append((begin, start))
             begin = start
-    cuts.append((begin, len(numbers)))
+    groups.append((begin, len(numbers)))
     blocks = []
-    for first, last in cuts:
-        own, at = numbers[first:last], points[first:last, None]
-        order = np.arange(last - first)
-        apart = (own[:, None] != own) | (order[:, None] < order)
-        beyond = np.arange(at.min(), at.max())[None, :] >= at
-        hidden = torch.from_numpy(np.concatenate([beyond, apart], axis=1))
-        blocks.append(Block(trunk + first, trunk + last, past + int(at.max()), hidden))
+    for start, end in groups:
+        for first in range(start, end, STEP):
+            last = min(first + STEP, end)
+            at, own = points[first:last, None], numbers[start:last]
+            apart = own != numbers[first:last, None]
+            later = np.arange(start, last) > np.arange(first, last)[:, None]
+            beyond = np.arange(at.min(), at.max()) >= at
+            hidden = torch.from_numpy(np.concatenate([beyond, apart | later], axis=1))
+            blocks.append(Block(trunk + first, trunk + last, past + int(at.max()), trunk + start, hidden))
     return blocks
 
 
 class _Attend(torch.autograd.Function):
-    """Answers [H, n, D] of scaled queries [H, n, D] on keys and values [H, m, D]."""
+    """Answers [h, g, n, D] of scaled queries [h, g, n, D] on keys and values [h, m, D]."""
 
     @staticmethod
     def forward(ctx: Any, query, key, value, layout: Layout) -> torch.Tensor:
+        heads, share, length, _ = query.shape
         # Token by token, as the layer reads it.
-        result = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
+        result = query.new_empty(length, heads, share, value.shape[-1]).permute(1, 2, 0, 3)
         for block in layout.blocks:
-            part = slice(block.first, block.last)
-            weights = _weights(query[:, part], _looked_at(key, block, layout), block)
-            result[:, part] = weights @ _looked_at(value, block, layout)
+            weights = _weights(_queries(query, block), _looked_at(key, block, layout.past), block)
+            found = weights @ _looked_at(value, block, layout.past)
+            result[:, :, block.first : block.last] = found.unflatten(1, (share, -1))
         ctx.save_for_backward(query, key, value)
         ctx.layout = layout
         return result
@@ -115,41 +121,44 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor):
         query, key, value = ctx.saved_tensors
-        layout: Layout = ctx.layout
+        past, share = ctx.layout.past, query.shape[1]
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for block in layout.blocks:
-            part = slice(block.first, block.last)
-            queries, grads = query[:, part], grad[:, part]
-            keys, values = _looked_at(key, block, layout), _looked_at(value, block, layout)
+        for block in ctx.layout.blocks:
+            queries, grads = _queries(query, block), _queries(grad, block)
+            keys, values = _looked_at(key, block, past), _looked_at(value, block, past)
             weights = _weights(queries, keys, block)
-            _add(of_value, block, layout, weights.transpose(1, 2) @ grads)
+            _add(of_value, block, past, weights.transpose(1, 2) @ grads)
             of_weights = grads @ values.transpose(1, 2)
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_query[:, part] = of_scores @ keys
-            _add(of_key, block, layout, of_scores.transpose(1, 2) @ queries)
+            of_query[:, :, block.first : block.last] = (of_scores @ keys).unflatten(1, (share, -1))
+            _add(of_key, block, past, of_scores.transpose(1, 2) @ queries)
         return of_query, of_key, of_value, None
 
 
+def _queries(tensor: torch.Tensor, block: Block) -> torch.Tensor:
+    """A block's part of [h, g, n, D], as [h, g * t, D]."""
+    return tensor[:, :, block.first : block.last].flatten(1, 2)
+
+
 def _weights(queries: torch.Tensor, keys: torch.Tensor, block: Block) -> torch.Tensor:
-    """W [H, queries, keys]."""
+    """W [h, g * t, c]."""
     scores = queries @ keys.transpose(1, 2)
-    scores[..., scores.shape[-1] - block.hidden.shape[1] :].masked_fill_(block.hidden, float("-inf"))
+    by_query = scores.unflatten(1, (-1, block.last - block.first))
+    by_query[..., scores.shape[-1] - block.hidden.shape[1] :].masked_fill_(block.hidden, float("-inf"))
     return scores.softmax(-1)
 
 
-def _looked_at(tensor: torch.Tensor, block: Block, layout: Layout) -> torch.Tensor:
-    """Keys or values of a block, [H, keys, D]."""
-    first, last = layout.past + block.first, layout.past + block.last
-    if block.trunk == first:
-        return tensor[:, :last]
-    return torch.cat([tensor[:, : block.trunk], tensor[:, first:last]], 1)
+def _looked_at(tensor: torch.Tensor, block: Block, past: int) -> torch.Tensor:
+    """Keys or values of a block, [h, c, D]."""
+    if block.trunk == past + block.start:
+        return tensor[:, : past + block.last]
+    return torch.cat([tensor[:, : block.trunk], tensor[:, past + block.start : past + block.last]], 1)
 
 
-def _add(total: torch.Tensor, block: Block, layout: Layout, part: torch.Tensor) -> None:
-    """Add to those of a block's keys or values, [H, keys, D], in `total`."""
-    first, last = layout.past + block.first, layout.past + block.last
+def _add(total: torch.Tensor, block: Block, past: int, part: torch.Tensor) -> None:
+    """Add to those of a block's keys or values, [h, c, D], in `total`."""
     total[:, : block.trunk] += part[:, : block.trunk]
-    total[:, first:last] += part[:, block.trunk :]
+    total[:, past + block.start : past + block.last] += part[:, block.trunk :]
 
 
 def block_attention(
@@ -159,15 +168,14 @@ def block_attention(
 
     Tokens that a row's layout leaves out get zeros.
     """
-    share = query.shape[1] // key.shape[1]
     results = []
     for layout, queries, keys, values in zip(layouts, query * scale, key, value, strict=True):
         if layout.tokens is not None:
             queries = queries.index_select(1, layout.tokens)
         if layout.keys is not None:
             keys, values = keys.index_select(1, layout.keys), values.index_select(1, layout.keys)
-        both = (tensor.repeat_interleave(share, 0) for tensor in (keys, values))
-        found = _Attend.apply(queries, *both, layout).transpose(0, 1)  # [n, H, D]
+        found = _Attend.apply(queries.unflatten(0, (len(keys), -1)), keys, values, layout)
+        found = found.flatten(0, 1).transpose(0, 1)  # [n, H, D]
         if layout.tokens is not None:
             found = found.new_zeros(query.shape[2], *found.shape[1:]).index_copy(0, layout.tokens, found)
         results.append(found)
@@ -176,16 +184,24 @@ def block_attention(
 
 def lay_out(
     mask: torch.Tensor, branch: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: torch.Tensor | None
-) -> torch.Tensor:
-    """The 4-D mask of `BehaviorClassifier`, with the layouts that say the same; whoever does not know them reads it."""
+) -> None:
+    """Let the 4-D mask of `BehaviorClassifier` carry its rows' layouts; who does not know them reads the mask itself.
+
+    They differ in what nobody reads: a pad sees itself by the mask, and is left out of the layout. Short rows, and
+    tensors of other devices or of a tracer, whose values cannot be read, carry none.
+    """
+    if type(branch) is not torch.Tensor or branch.device.type != "cpu" or branch.shape[1] < SHORT:
+        return
     rows = branch if attention_mask is None else branch.masked_fill(attention_mask == 0, -1)
     seen = [None] * len(rows) if past_seen is None else past_seen.numpy()
     mask.layouts = [Layout(row, before) for row, before in zip(rows.numpy(), seen, strict=True)]
-    return mask
 
 
 def install(model: nn.Module) -> bool:
-    """Let a stock model's sdpa attention be this one; False where the model's code has no such choice."""
+    """Let a stock model's sdpa attention be this one; False where its code has no such choice.
+
+    Where there is an accelerator the model stays as it is: it will run there, and Trainer asks for sdpa by its name.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
@@ -193,6 +209,8 @@ def install(model: nn.Module) -> bool:
     if model.config._attn_implementation == NAME:
         return True
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return False
+    if torch.accelerator.is_available():
         return False
 
     def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any):
@@ -215,7 +233,7 @@ def _layouts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: 
         return None
     plain = not rest.get("dropout") and all(rest.get(name) is None for name in _NOT_PLAIN)
     fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in (query, key, value))
-    return layouts if plain and fits else None
+    return layouts if plain and fits and not torch.is_autocast_enabled("cpu") else None
 
 
 _NOT_PLAIN = ("softcap", "position_bias", "s_aux", "head_mask", "cache")

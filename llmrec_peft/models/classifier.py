@@ -143,7 +143,7 @@ class BehaviorClassifier(nn.Module):
         mask, positions = attention_mask, position_ids
         if branch is not None:
             mask = self._branch_mask(branch, attention_mask, past_seen)
-            if self.config._attn_implementation == attention.NAME and mask.device.type == "cpu":
+            if self.config._attn_implementation == attention.NAME:
                 attention.lay_out(mask, branch, attention_mask, past_seen)
         elif attention_mask is None:
             positions = _plain_positions(input_ids, position_ids, markers)

@@ -144,7 +144,10 @@ def _cost(trainer: BehaviorTrainer, costs: Costs) -> dict[str, float | str]:
     scale = 1 if platform.system() == "Darwin" else 1024
     peaks = gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9])
     found["peak memory, GB"] = max(peaks)  # of the process that had the most
-    found["device"] = f"{trainer.args.device.type}, {trainer.accelerator.num_processes} process(es)"
+    device = trainer.args.device.type
+    found["device"] = f"{device}, {trainer.accelerator.num_processes} process(es)"
+    if device == "cpu":
+        found["device"] += f" of {torch.get_num_threads()} thread(s)"
     return found
 
 

@@ -17,6 +17,7 @@ SIZES = [
     ([2, 5, 0, 70], [[1], [90, 3], [60, 60, 60], []]),  # points before, inside and after; blocks are cut
     ([1] * 150, [[1]] * 150),  # a probe at every point
     ([300], [[]]),  # no probe
+    ([20, 3], [[400], [5, 140, 2]]),  # probes longer than a block
 ]
 
 
@@ -66,6 +67,26 @@ def test_blocks_equal_one_mask(share, sizes, past, pads):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_one_long_probe_is_cut_as_a_trunk_is():
+    blocks = Layout(np.array(laid([100], [[600]], 0))).blocks
+    computed = sum((last - first) * (trunk + last - start) for first, last, trunk, start, _ in blocks)
+    assert max(last - first for first, last, *_ in blocks) == attention.STEP
+    assert computed < 0.7 * 700**2
+
+
+@pytest.mark.parametrize("rows", [[[-1] * 4 + [0] * 5 + [1] * 3], [[0, 0, -1, 0, 1, -1, 1, 2, -1]], [[-1] * 6]])
+def test_tokens_anywhere_can_be_left_out(rows):
+    """Left padding, holes, and a row of pads alone."""
+    branch, seen = torch.tensor(rows[0]), torch.tensor([True, False, True])
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, size, 8) for size in (len(branch), *[3 + len(branch)] * 2))
+    found = block_attention(query, key, value, [Layout(branch.numpy(), seen.numpy())], 1.0)[0].transpose(0, 1)
+    expected = F.scaled_dot_product_attention(query, key, value, one_mask(branch, seen), scale=1.0)[0]
+    real = branch >= 0
+    assert (found[:, ~real] == 0).all()
+    torch.testing.assert_close(found[:, real], expected[:, real], atol=2e-6, rtol=1e-5)
+
+
 def test_rows_have_layouts_of_their_own():
     torch.manual_seed(0)
     rows = [laid([4, 2], [[3, 2], [1]], 0), laid([7], [[2]], 3)]
@@ -82,7 +103,7 @@ def test_blocks_leave_out_what_the_mask_forbids():
     """40 probes of 15 tokens at two points of a trunk of 400: little more than what is allowed is computed."""
     branch = np.array(laid([200, 200], [[15] * 20, [15] * 20], 0))
     blocks = Layout(branch).blocks
-    computed = sum((last - first) * (trunk + last - first) for first, last, trunk, _ in blocks)
+    computed = sum((last - first) * (trunk + last - start) for first, last, trunk, start, _ in blocks)
     allowed = int(one_mask(torch.from_numpy(branch), torch.ones(0, dtype=torch.bool)).sum())
     assert sorted(range(len(branch))) == [token for first, last, *_ in blocks for token in range(first, last)]
     assert computed < 1.5 * allowed < 0.5 * len(branch) ** 2
@@ -94,6 +115,7 @@ def blocks_taken(monkeypatch) -> list[int]:
     calls: list[int] = []
     original = attention.block_attention
     monkeypatch.setattr(attention, "block_attention", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(attention, "SHORT", 2)
     return calls
 
 
@@ -119,16 +141,31 @@ def test_training_takes_this_way(kind, checkpointing, make, shake, blocks_taken)
     assert (grad - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("setting", ["bfloat16", "dropout", "plain rows"])
-def test_where_blocks_do_not_serve_it_is_sdpa(setting, make, shake, blocks_taken):
-    classifier = shake(make("llama", dtype="bfloat16" if setting == "bfloat16" else "float32")).train()
-    if setting == "dropout":
-        for layer in classifier.stock.model.layers:
-            layer.self_attn.attention_dropout = 0.5
+@pytest.mark.parametrize("setting", ["bfloat16", "autocast", "dropout", "softcap", "short rows", "traced"])
+def test_where_blocks_do_not_serve_it_is_sdpa(setting, make, shake, blocks_taken, monkeypatch):
+    """The same classifier takes blocks until something asks for more than they give."""
+    classifier = shake(make("llama"))
     batch = stream_with_probes(torch.Generator().manual_seed(3), classifier.config.vocab_size)
-    if setting == "plain rows":
-        batch = {"input_ids": batch["input_ids"], "markers": torch.tensor([4, 25])}
-    logits = classifier(**batch)
+    with torch.no_grad():
+        classifier(**batch)
+        assert len(blocks_taken) == classifier.config.num_hidden_layers
+        blocks_taken.clear()
+        if setting == "bfloat16":
+            classifier.stock.model.to(torch.bfloat16)
+        elif setting == "short rows":
+            monkeypatch.setattr(attention, "SHORT", batch["branch"].shape[1] + 1)
+        elif setting == "traced":
+            batch["branch"] = batch["branch"].as_subclass(type("Traced", (torch.Tensor,), {}))
+        if setting in ("dropout", "softcap"):
+            asked = {"dropout": 0.5} if setting == "dropout" else {"softcap": 2.0}
+            query = torch.randn(1, 2, 20, 8)
+            mask = classifier._branch_mask(batch["branch"][:1], None)
+            attention.lay_out(mask, batch["branch"][:1], None, None)
+            assert attention._layouts(query, query, query, mask, {}) is mask.layouts
+            assert attention._layouts(query, query, query, mask, asked) is None
+            return
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+            logits = classifier(**batch)
     assert logits.isfinite().all() and not blocks_taken
 
 
