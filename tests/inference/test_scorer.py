@@ -16,6 +16,7 @@ from llmrec_peft.inference.bank import DomainBank
 from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.inference.merge import merge_bundle
 from llmrec_peft.inference.prompts import Prompts, window_start
+from llmrec_peft.models import attention
 from tests.inference.setup_requests import CALIBRATION, HISTORY, MOVIES, SHOP, SHOP_HISTORY, USER, alone
 
 pytestmark = [
@@ -23,6 +24,12 @@ pytestmark = [
     # PEFT's own call
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
+
+
+@pytest.fixture(autouse=True, params=[2, 1000], ids=["blocks", "one mask"])
+def short(request, monkeypatch) -> None:
+    """Attention in blocks, which long rows of probes take, and under one mask."""
+    monkeypatch.setattr(attention, "SHORT", request.param)
 
 
 class Passes:

@@ -11,7 +11,7 @@ import torch
 from llmrec_peft.data.collator import StreamCollator, collate
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
-from llmrec_peft.models import load_classifier
+from llmrec_peft.models import attention, load_classifier
 from llmrec_peft.models.predict import predict
 from tests.reference import NaiveStreams, sampled_items
 
@@ -89,8 +89,11 @@ def in_batches(classifier, streams, size, side, pad):
     return torch.cat([classifier(**batch) for batch in batches])
 
 
+@pytest.mark.parametrize("short", [2, 1000])
 @pytest.mark.parametrize(("kind", "method", "attn"), MODELS)
-def test_stream_equals_prompt(kind, method, attn, make, case, tiny_tokenizer):
+def test_stream_equals_prompt(kind, method, attn, short, make, case, tiny_tokenizer, monkeypatch):
+    """With attention in blocks (`short` is where they begin), and under one mask."""
+    monkeypatch.setattr(attention, "SHORT", short)
     classifier = make(kind, method, attn=attn)
     for shape in SHAPES:
         streams, prompts = case(shape)
