@@ -349,9 +349,9 @@ better: after six minutes of training beside its peers, its AUC on a hundred tar
 it is worse: with 16 labels streams end below instruction tuning in AUC, and below the untrained head, in two of three
 seeds; after the few steps that two cores can afford, the LLM alone stays behind gradient boosting on counts on every
 log here, behind a regression on both rates on coupons, and near chance on retail's sampled negatives; a few labels of
-movies do not take it past a user's newest outcomes in AUC and logloss. A training step reaches half of the machine's
-matrix-product rate, as a plain Trainer's does; 80 % was the aim. Not measured: any GPU, a base above 135 M parameters,
-long training, more than one seed (few labels: three).
+movies do not take it past a user's newest outcomes in AUC and logloss. A training step of a log with both outcomes
+reaches half of the machine's matrix-product rate, as a plain Trainer's does; 80 % was the aim. Not measured: any GPU, a
+base above 135 M parameters, long training, more than one seed of the LLM (movies: two, few labels: three).
 """
 
 
