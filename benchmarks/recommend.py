@@ -15,7 +15,6 @@ python benchmarks/recommend.py --data DIR --bundle OUT/bundle [--targets 150] [-
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,10 +48,9 @@ def main() -> None:
     parser.add_argument("--output", help="result file; by default benchmarks/results/recommend_<domain>.json")
     options = parser.parse_args()
     with quiet():
-        start = time.perf_counter()
         found = measure(options)
     name = found["domain"]
-    result = header(__file__, sys.argv[1:], options.seed) | found | {"seconds": time.perf_counter() - start}
+    result = header(__file__, sys.argv[1:], options.seed) | found
     write_result(options.output or ROOT / f"benchmarks/results/recommend_{name}.json", result)
     show(found)
 

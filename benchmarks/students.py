@@ -54,12 +54,11 @@ def main() -> None:
     parser.add_argument("--output", default=str(ROOT / "benchmarks/results/students.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start = time.perf_counter()
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         found = measure(options, Path(scratch))
     words = [part.split("=")[0] for part in options.students]
     shown = ["--data", options.data, "--teacher", Path(options.teacher).name, *(f"{word}=OUT/{word}" for word in words)]
-    result = header(__file__, shown, options.seed) | found | {"seconds": time.perf_counter() - start}
+    result = header(__file__, shown, options.seed) | found
     write_result(options.output, result)
     show(result)
     plot(result, Path(options.output).with_suffix(".png"))
