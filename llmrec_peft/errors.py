@@ -11,6 +11,11 @@ LLMRecError (a ValueError)
 Each message is one line that names the thing, the rule, the value received and the next step.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LLMRecError(ValueError):
     """Base of all errors that this package raises on purpose.
@@ -43,3 +48,35 @@ class ModelError(LLMRecError):
 
 class BundleError(LLMRecError):
     """An adapter bundle that is damaged or does not match what it is loaded on."""
+
+
+@contextmanager
+def input_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[None]:
+    """Turn what a library raises on a user's input into one of our errors: the door that all input of a kind enters by.
+
+    Put around the whole reading of a log, a bundle, a configuration or a request, never around computation. Our own
+    errors pass as they are. The library's exception stays as the cause.
+
+    Args:
+        kind: the class to raise.
+        what: what is read, such as `log /data/x`.
+        advice: what the user can do.
+    """
+    try:
+        yield
+    except LLMRecError:
+        raise
+    except MemoryError as error:
+        raise kind(f"{what} does not fit into memory; {advice}") from error
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        file = f": {error.filename}" if error.filename else ""
+        raise kind(f"{what} cannot be used ({reason}{file}); {advice}") from error
+    except Exception as error:
+        raise kind(f"{what} cannot be used ({type(error).__name__}: {one_line(error)}); {advice}") from error
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """The first line of an error's message, shortened."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= limit else text[: limit - 3] + "..."

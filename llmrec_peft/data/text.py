@@ -22,6 +22,16 @@ def listed(values: list[str]) -> str:
     return ", ".join(str(value) for value in values) or "none"
 
 
+def replace_surrogates(text: str) -> str:
+    """The text with each half of a surrogate pair replaced by U+FFFD; two halves that fit become their character.
+
+    JSON can spell half a pair by an escape; Arrow, tokenizers and UTF-8 cannot hold one.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def template_columns(template: str) -> list[str]:
     """Names in braces of a template, each once, in order."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from llmrec_peft.data.spool import BATCH_ROWS, collect
 from llmrec_peft.data.tables import ID_TYPE, is_blank, listed
-from llmrec_peft.errors import DataError
+from llmrec_peft.errors import DataError, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -169,12 +169,6 @@ def check_utf8(path: Path) -> None:
                     ) from error
         except (OSError, EOFError):
             return  # damaged compression is reported by the caller
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message, shortened."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def fill_blank_titles(items: pa.Table) -> tuple[pa.Table, int]:

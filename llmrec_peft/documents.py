@@ -1,0 +1,186 @@
+"""Reads JSON and YAML that others wrote, within limits on bytes, depth and numbers: the one place that parses either.
+
+No other module of the package calls `json.load`, `json.loads` or a YAML loader on a file or text from outside. The
+functions raise the error class that the caller names, always in one line. Nothing here needs torch or Arrow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import DataError, LLMRecError, one_line
+
+MAX_JSON_BYTES = 64 << 20
+"""Bytes of a JSON file, at most: the largest tokenizer.json in use has about 35 MB."""
+MAX_YAML_BYTES = 1 << 20
+"""Bytes of a YAML file, at most: its loader is slow, and configurations are small."""
+MAX_DEPTH = 100
+"""Levels of nested lists and mappings, at most."""
+MAX_DIGITS = 40
+"""Digits of a whole number, at most: every such number is a finite float too."""
+MAX_NODES = 2_000_000
+"""Values in one document, at most; an alias in YAML counts as all that it stands for."""
+
+_LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
+
+
+def read_bytes(path: str | Path, *, error: type[LLMRecError] = DataError, limit: int, pipes: bool = False) -> bytes:
+    """Bytes of a file, `limit` at most.
+
+    A file that grows under the read, is sparse, or is a device never takes more memory than the limit. Pipes are
+    refused unless `pipes`, since one without a writer would wait for ever.
+
+    Raises:
+        error: no such file, not a regular file, a path that no file system takes, or more bytes than the limit.
+    """
+    try:
+        path = Path(path)
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+            raise error(f"{path} is no regular file; name a file")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except (OSError, ValueError) as fault:  # ValueError: NUL in the path
+        if isinstance(fault, LLMRecError):
+            raise
+        reason = getattr(fault, "strerror", None) or one_line(fault)
+        raise error(f"cannot read {shortened(path)} ({reason}); give an existing file") from None
+    if len(content) > limit:
+        raise error(f"{path} has more than {limit:,} bytes, the most that is read; name the right file")
+    return content
+
+
+def read_json(
+    path: str | Path,
+    *,
+    error: type[LLMRecError] = DataError,
+    limit: int = MAX_JSON_BYTES,
+    advice: str = "write the file again",
+) -> Any:
+    """The value in a JSON file that this or another toolkit wrote.
+
+    Raises:
+        error: not readable, not UTF-8, not JSON, too large or too deep, a number that is not finite, or half a
+            surrogate pair in a text.
+    """
+    return parse_json(read_bytes(path, error=error, limit=limit), str(path), error=error, advice=advice, strict=True)
+
+
+def read_mapping(
+    path: str | Path,
+    *,
+    error: type[LLMRecError] = DataError,
+    limit: int = MAX_JSON_BYTES,
+    advice: str = "write the file again",
+) -> dict[str, Any]:
+    """`read_json` of a file that must hold a mapping."""
+    value = read_json(path, error=error, limit=limit, advice=advice)
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a {type(value).__name__} where a mapping belongs; {advice}")
+    return value
+
+
+def parse_json(
+    text: str | bytes,
+    where: str,
+    *,
+    error: type[LLMRecError] = DataError,
+    advice: str = "correct it there",
+    strict: bool = False,
+) -> Any:
+    """The value of a JSON text; `where` names it in messages, such as `line 7 of x.jsonl`.
+
+    Depth and digits are always limited. `strict` also refuses NaN, infinities and half surrogate pairs, which data may
+    hold and manifests may not.
+
+    Raises:
+        error: not UTF-8, not JSON, or beyond a limit.
+    """
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text)
+    except json.JSONDecodeError as fault:
+        raise error(f"{where} is not JSON: {fault.msg} (line {fault.lineno}); {advice}") from None
+    except UnicodeDecodeError as fault:
+        raise error(f"{where} is not UTF-8: {one_line(fault)}; {advice}") from None
+    except RecursionError:
+        raise error(f"{where} nests deeper than {MAX_DEPTH} levels; {advice}") from None
+    except ValueError:  # Python reads no whole number of more than 4,300 digits
+        raise error(f"{where} holds a whole number of more than {MAX_DIGITS} digits; {advice}") from None
+    # Most lines of a log are spared the walk: with so few brackets a text cannot be too deep.
+    if strict or text.count("[") + text.count("{") > MAX_DEPTH or _LONG_NUMBER.search(text):
+        check_tree(value, where, error=error, advice=advice, strict=strict)
+    return value
+
+
+def read_yaml(path: str | Path, *, error: type[LLMRecError], what: str | None = None) -> Any:
+    """The value in a YAML file of plain values; `what` names it in messages in place of its path.
+
+    Raises:
+        error: not readable, not UTF-8, not YAML, too large or too deep.
+    """
+    where = what or str(path)
+    try:
+        content = read_bytes(path, error=error, limit=MAX_YAML_BYTES, pipes=True)
+    except error as fault:
+        raise error(str(fault) if what is None else f"{what}: {fault}") from None
+    return parse_yaml(content, where, error=error)
+
+
+def parse_yaml(text: str | bytes, where: str, *, error: type[LLMRecError], advice: str = "correct it there") -> Any:
+    """The value of a YAML text of plain values. Raises `error` if it is not UTF-8, not YAML, or beyond a limit."""
+    import yaml
+
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise error(f"{where} nests deeper than {MAX_DEPTH} levels; {advice}") from None
+    # ValueError: a date or a whole number that Python does not take; TypeError: a key that is a list
+    except (yaml.YAMLError, ValueError, TypeError) as fault:
+        raise error(f"{where}: must be YAML in UTF-8; {' '.join(str(fault).split())[:300]}; {advice}") from None
+    check_tree(value, where, error=error, advice=advice)
+    return value
+
+
+def check_tree(
+    value: Any, where: str, *, error: type[LLMRecError] = DataError, advice: str = "correct it", strict: bool = False
+) -> None:
+    """Raise `error` if a value of lists, mappings, texts and numbers is beyond a limit of this module.
+
+    Args:
+        strict: also refuse numbers that are not finite and half surrogate pairs.
+    """
+
+    def refuse(reason: str) -> NoReturn:
+        raise error(f"{where} {reason}; {advice}")
+
+    waiting, seen = [(value, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        seen += 1
+        if depth > MAX_DEPTH:
+            refuse(f"nests deeper than {MAX_DEPTH} levels")
+        if seen > MAX_NODES:
+            refuse(f"holds more than {MAX_NODES:,} values")
+        if isinstance(node, dict):
+            waiting += [(part, depth + 1) for pair in node.items() for part in pair]
+        elif isinstance(node, list | tuple):
+            waiting += [(part, depth + 1) for part in node]
+        elif isinstance(node, int) and abs(node) >= 10**MAX_DIGITS:
+            refuse(f"holds a whole number of more than {MAX_DIGITS} digits")
+        elif strict and isinstance(node, float) and not abs(node) < float("inf"):
+            refuse(f"holds the number {node}, which is not finite")
+        elif strict and isinstance(node, str) and any("\ud800" <= character <= "\udfff" for character in node):
+            refuse("holds half a surrogate pair, which is no character")
+
+
+def shortened(value: object, limit: int = 100) -> str:
+    """A path or text for a one-line message, cut in its middle; characters that cannot be printed are escaped."""
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
