@@ -22,6 +22,7 @@ from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import installed
+from llmrec_peft.models.prompt_tokens import tokens_around
 
 PACKAGES = ("llmrec_peft", "torch", "transformers", "safetensors")
 
@@ -67,7 +68,10 @@ def save_student(
         "combination": None,
         "base": {"name": lesson.options.base or lesson.options.kind},
         "dtype": "float32",
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(classifier.tokenizer)},
+        "tokenizer": {
+            "fingerprint": tokenizer_fingerprint(classifier.tokenizer),
+            **tokens_around(classifier.tokenizer, encoder=classifier.encoder),
+        },
         "domain": dict(domain),
         "labels": list(outcomes),
         "words": list(outcomes.values()),

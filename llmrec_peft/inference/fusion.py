@@ -30,6 +30,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, logsumexp
 
 from llmrec_peft.errors import BundleError, DataError
+from llmrec_peft.probabilities import checked
 
 GATES = ("log_user_events", "log_item_rows")
 """Features that every fusion has: how much is known of the user and of the item."""
@@ -146,6 +147,7 @@ class Fusion:
 
         Raises:
             DataError: logits with another number of classes, or features with other names or another length.
+            ModelError: probabilities that are not finite.
         """
         logits = np.asarray(llm_logits, np.float64)
         if logits.ndim != 2 or logits.shape[1] != len(self.positive):
@@ -160,7 +162,7 @@ class Fusion:
                 f"{', '.join(features.names)} of {len(features.values)}; use the models that it was fitted with"
             )
         if features is None or self.strength is None:
-            return np.exp(log_p)
+            return checked(np.exp(log_p))
         known = np.flatnonzero(np.isfinite(features.values).all(axis=1) & np.isfinite(logits).all(axis=1))
         z = log_odds(logits[known], self.positive)
         columns = _columns(np.column_stack([z, features.values[known]]), self._frame())
@@ -172,7 +174,7 @@ class Fusion:
             np.where(side, _log_share(moved)[:, None], _log_share(-moved)[:, None]),
         )
         log_p[known] += after - before
-        return np.exp(log_p)
+        return checked(np.exp(log_p))
 
     def _frame(self) -> dict[str, tuple[float, ...]]:
         return {name: getattr(self, name) for name in ("centre", "scale", "low", "high")}

@@ -27,7 +27,7 @@ from llmrec_peft.models.base import load_model, load_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
     FORMAT_VERSION,
@@ -159,7 +159,7 @@ def load_merged(
 
     Args:
         dtype: number format of the weights; the one that they were saved in if None. The head is float32.
-        attn: attention kernel; sdpa if None.
+        attn: attention kernel; the bundle's own if None.
         trust_remote_code: allow code that came with the base to run.
 
     Raises BundleError naming both values of any mismatch.
@@ -167,8 +167,9 @@ def load_merged(
     directory = Path(directory)
     manifest, _, tokenizer = check_merged(directory, trust_remote_code)
     options = ModelOptions(
-        base=str(directory), dtype=dtype or manifest["dtype"], attn=attn or "sdpa", trust_remote_code=trust_remote_code
-    )
+        base=str(directory), dtype=dtype or manifest["dtype"], attn=attn or manifest.get("attn", "sdpa"),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     labels = manifest["labels"]
     try:
         model = load_model(
@@ -233,6 +234,11 @@ def _tokenizer(directory: Path, manifest: Mapping[str, Any], trust_remote_code: 
     except ModelError as error:
         raise BundleError(f"merged model {directory} has no tokenizer that loads: {error}") from error
     found, said = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
+    if found != said and fits(tokenizer, said):
+        raise BundleError(
+            f"the tokenizer of merged model {directory} puts an end token behind every text, which stock classes read "
+            "in place of the marker, so other programs give other answers; merge again with this version"
+        )
     if found != said:
         raise BundleError(
             f"merged model {directory} was trained with a tokenizer of fingerprint {_short(said)}, but its files have "
