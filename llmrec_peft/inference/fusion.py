@@ -147,7 +147,7 @@ class Fusion:
 
         Raises:
             DataError: logits with another number of classes, or features with other names or another length.
-            ModelError: probabilities that are not finite.
+            ModelError: weights so large that probabilities of finite logits are not finite.
         """
         logits = np.asarray(llm_logits, np.float64)
         if logits.ndim != 2 or logits.shape[1] != len(self.positive):
@@ -162,7 +162,7 @@ class Fusion:
                 f"{', '.join(features.names)} of {len(features.values)}; use the models that it was fitted with"
             )
         if features is None or self.strength is None:
-            return checked(np.exp(log_p))
+            return np.exp(log_p)
         known = np.flatnonzero(np.isfinite(features.values).all(axis=1) & np.isfinite(logits).all(axis=1))
         z = log_odds(logits[known], self.positive)
         columns = _columns(np.column_stack([z, features.values[known]]), self._frame())
@@ -174,7 +174,9 @@ class Fusion:
             np.where(side, _log_share(moved)[:, None], _log_share(-moved)[:, None]),
         )
         log_p[known] += after - before
-        return checked(np.exp(log_p))
+        found = np.exp(log_p)
+        checked(found[known])
+        return found
 
     def _frame(self) -> dict[str, tuple[float, ...]]:
         return {name: getattr(self, name) for name in ("centre", "scale", "low", "high")}

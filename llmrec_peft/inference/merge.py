@@ -19,7 +19,7 @@ import torch
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import IndependentPrompts
-from llmrec_peft.data.tokens import UNKNOWN_ITEM, Vocabulary
+from llmrec_peft.data.tokens import UNKNOWN_ITEM
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
@@ -29,6 +29,7 @@ from llmrec_peft.inference.merged import (
     check_room,
     describe,
     load_merged,
+    loading_notes,
     publish,
     save_merged,
     scratch_beside,
@@ -39,10 +40,8 @@ from llmrec_peft.inference.samples import SampleStreams
 from llmrec_peft.inference.stock import measure_stock, prepare_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.card import CARD, merged_card
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.manifest import MANIFEST, WEIGHTS, installed, read_manifest
 from llmrec_peft.models.predict import Predictions, predict
-from llmrec_peft.models.prompt_tokens import tokens_around
 
 Dtype = Literal["float32", "bfloat16"]
 TOLERANCE = {"float32": 1e-3, "low": 0.25}
@@ -169,12 +168,18 @@ def write_merge(
         streams, labelled = _streams(adapted, settings)
         before = _answers(adapted, streams, settings)
         model = fold(adapted.classifier, getattr(torch, dtype))
-        _prepare(adapted, model.config)
+        prepare_tokenizer(adapted.tokenizer, model.config, adapted.domain, encoder=adapted.classifier.encoder)
         size = sum(value.numel() * value.element_size() for value in model.parameters())
         check_room(scratch, size)
         with writing(out):
             save_merged(scratch, model, adapted.tokenizer, max_shard_size=settings.max_shard_size)
-        content = {**content, **_loaded_as(adapted), "dtype": dtype, "measured": {}, "versions": installed(*_PACKAGES)}
+        content = {
+            **content,
+            **loading_notes(adapted.classifier, adapted.tokenizer),
+            "dtype": dtype,
+            "measured": {},
+            "versions": installed(*_PACKAGES),
+        }
         del adapted, model
         gc.collect()  # models refer to themselves
         with writing(out):
@@ -256,23 +261,6 @@ class _Prompts:
 
 
 _STOCK_PROMPTS = 8
-
-
-def _prepare(adapted: Bundle, config: Any) -> None:
-    marker = Vocabulary(Domain.from_dict(adapted.domain, source="the bundle's domain"), adapted.tokenizer).marker
-    prepare_tokenizer(adapted.tokenizer, config, marker, encoder=adapted.classifier.encoder)
-
-
-def _loaded_as(adapted: Bundle) -> dict[str, Any]:
-    """What a merged model says of its tokenizer, which may be none of the bundle's, and of its attention."""
-    attn = adapted.classifier.model_options.attn
-    return {
-        "tokenizer": {
-            "fingerprint": tokenizer_fingerprint(adapted.tokenizer),
-            **tokens_around(adapted.tokenizer, encoder=adapted.classifier.encoder),
-        },
-        "attn": attn if attn == "eager" else "sdpa",
-    }
 
 
 def _answers(bundle: Bundle, streams: Any, settings: MergeSettings) -> Predictions:

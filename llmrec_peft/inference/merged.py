@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from llmrec_peft.models.manifest import (
     read_manifest,
 )
 from llmrec_peft.models.options import ModelOptions
+from llmrec_peft.models.prompt_tokens import tokens_around
 from llmrec_peft.models.tensors import fingerprint, read_headers
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -127,12 +128,62 @@ def read_merged(directory: str | Path) -> dict[str, Any]:
             f"{outcomes}; {_RESTORE}"
         )
     check_calibration(manifest["calibration"], len(outcomes), str(path))
+    _check_parts(manifest, path)
     found = _seal(manifest)
     if found != manifest["seal"]:
         raise BundleError(
             f"{path} has the SHA-256 {found[:16]}..., but says {manifest['seal'][:16]}..., so it was edited; {_RESTORE}"
         )
     return manifest
+
+
+def _check_parts(manifest: Mapping[str, Any], path: Path) -> None:
+    """Raise BundleError, naming the part, for a value that is not of its type: a seal does not keep a forger out."""
+    for name, sound in (
+        ("dtype", manifest["dtype"] in _DTYPES),
+        ("attn", manifest.get("attn", "sdpa") in ("sdpa", "eager")),
+        ("files", set(manifest["files"]) == {CONFIG} and _are(str, manifest["files"].values())),
+        ("weights", isinstance(manifest["weights"].get("fingerprint"), str)),
+        ("tokenizer", isinstance(manifest["tokenizer"].get("fingerprint"), str)),
+        ("merged_from", all(map(_is_origin, manifest["merged_from"]))),
+        ("metrics", isinstance(manifest["metrics"].get("test"), dict | None)),
+        ("measured", all(value is None or isinstance(value, str) or _is_number(value)
+                         for value in manifest["measured"].values())),
+        ("counts", _is_split(manifest["counts"].get("split"))),
+    ):  # fmt: skip
+        if not sound:
+            raise BundleError(f"{path} has no valid entry {name!r}: {str(manifest.get(name))[:80]!r}; {_RESTORE}")
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _is_split(split: Any) -> bool:
+    """Whether this is `SplitStreams.split_note` of a run, or nothing."""
+    if split is None:
+        return True
+    boundaries = split.get("boundaries", ()) if isinstance(split, dict) else ()
+    return boundaries is None or (
+        isinstance(boundaries, list) and len(boundaries) == 2 and all(map(_is_number, boundaries))
+    )
+
+
+def _is_origin(part: Any) -> bool:
+    """Whether this is what `merge.provenance` says of one bundle."""
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("name"), str | None)
+        and _are(str, (part.get("method"), part.get("weights_sha256")))
+        and _is_number(part.get("weight"))
+    )
+
+
+def _are(kind: type, values: Iterable[Any]) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def check_merged(directory: str | Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], list[Path], Any]:
@@ -338,6 +389,18 @@ def writing(directory: Path) -> Iterator[None]:
         raise BundleError(
             f"merged model {directory} cannot be written ({reason}); make room or choose another directory"
         ) from error
+
+
+def loading_notes(classifier: BehaviorClassifier, tokenizer: Any) -> dict[str, Any]:
+    """Entries of a manifest that say how the model is loaded again: its tokenizer and its attention kernel."""
+    options = classifier.model_options
+    return {
+        "tokenizer": {
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            **tokens_around(tokenizer, encoder=classifier.encoder),
+        },
+        "attn": "eager" if options is not None and options.attn == "eager" else "sdpa",
+    }
 
 
 def save_merged(scratch: Path, model: nn.Module, tokenizer: Any, *, max_shard_size: str | int) -> None:

@@ -6,18 +6,19 @@ is not the pad token, so nothing may follow a prompt's marker, and the marker mu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llmrec_peft.data.tokens import special_tokens_around
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.tokens import Vocabulary, special_tokens_around
 from llmrec_peft.errors import BundleError
 
 
-def prepare_tokenizer(tokenizer: Any, config: Any, marker: np.ndarray, *, encoder: bool) -> None:
+def prepare_tokenizer(tokenizer: Any, config: Any, domain: Mapping[str, Any], *, encoder: bool) -> None:
     """Make a merged model's tokenizer and configuration such that stock classes read a decoder at its marker.
 
     Padding goes to the right, as learned positions count from the first token of a row, pads among them. Where the
@@ -25,7 +26,7 @@ def prepare_tokenizer(tokenizer: Any, config: Any, marker: np.ndarray, *, encode
 
     Args:
         tokenizer, config: of the model; both change.
-        marker: token ids of the domain's marker, int [n].
+        domain: the plain mapping.
 
     Raises BundleError where the tokenizer cannot leave its end token out, or has no other token to pad with.
     """
@@ -35,10 +36,11 @@ def prepare_tokenizer(tokenizer: Any, config: Any, marker: np.ndarray, *, encode
     if len(suffix):
         raise BundleError(
             f"tokenizer {type(tokenizer).__name__} puts {tokenizer.convert_ids_to_tokens(suffix.tolist())} behind "
-            "every text and cannot be told not to, so stock classes would read that token and not the marker; serve the "
-            "bundle in a Scorer or a DomainBank, or train on a tokenizer without an end token"
+            "every text and cannot be told not to, so stock classes would read that token and not the marker; serve "
+            "the bundle in a Scorer or a DomainBank, or train on a tokenizer without an end token"
         )
     tokenizer.padding_side = "right"
+    marker = Vocabulary(Domain.from_dict(domain, source="the bundle's domain"), tokenizer).marker
     if not len(marker) or int(marker[-1]) != tokenizer.pad_token_id:
         return
     known = dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])
