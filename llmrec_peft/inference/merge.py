@@ -172,7 +172,10 @@ def write_merge(
         size = sum(value.numel() * value.element_size() for value in model.parameters())
         check_room(scratch, size)
         with writing(out):
-            save_merged(scratch, model, adapted.tokenizer, max_shard_size=settings.max_shard_size)
+            save_merged(
+                scratch, model, adapted.tokenizer, max_shard_size=settings.max_shard_size,
+                trust_remote_code=settings.trust_remote_code,
+            )  # fmt: skip
         content = {
             **content,
             **loading_notes(adapted.classifier, adapted.tokenizer),

@@ -40,7 +40,7 @@ from llmrec_peft.models.manifest import (
     read_manifest,
 )
 from llmrec_peft.models.options import ModelOptions
-from llmrec_peft.models.prompt_tokens import tokens_around
+from llmrec_peft.models.prompt_tokens import save_tokenizer, tokens_around
 from llmrec_peft.models.tensors import fingerprint, read_headers
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -403,10 +403,12 @@ def loading_notes(classifier: BehaviorClassifier, tokenizer: Any) -> dict[str, A
     }
 
 
-def save_merged(scratch: Path, model: nn.Module, tokenizer: Any, *, max_shard_size: str | int) -> None:
+def save_merged(
+    scratch: Path, model: nn.Module, tokenizer: Any, *, max_shard_size: str | int, trust_remote_code: bool = False
+) -> None:
     """Write a stock classifier and its tokenizer into a scratch directory, in weights files of `max_shard_size`."""
     model.save_pretrained(scratch, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(scratch)
+    save_tokenizer(tokenizer, scratch, trust_remote_code=trust_remote_code)
     for path in _shards(scratch):
         path.chmod(0o644)
 

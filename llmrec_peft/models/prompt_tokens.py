@@ -8,10 +8,11 @@ every copy of it that is saved. Encoders keep theirs: their stock forward reads 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from llmrec_peft.data.tokens import special_tokens_around
-from llmrec_peft.errors import StreamError
+from llmrec_peft.errors import BundleError, StreamError
 
 
 def has_end_token(tokenizer: Any) -> bool:
@@ -25,8 +26,9 @@ def has_end_token(tokenizer: Any) -> bool:
 def leave_end_token_out(tokenizer: Any) -> None:
     """Make a tokenizer put nothing behind a text, where its kind can be told so; `has_end_token` says if it was.
 
-    `tokenizer.replaced_post_processor` is then the part of its file that did, for `fingerprints.fits`.
+    `tokenizer.replaced_post_processor` is then the part of its file that did, for `fingerprints.fits`, or None.
     """
+    tokenizer.replaced_post_processor = None
     if getattr(tokenizer, "_add_eos_token", False):
         object.__setattr__(tokenizer, "_add_eos_token", False)  # the public setter makes a new post-processor
     if getattr(tokenizer, "add_eos_token", False):  # tokenizers in Python
@@ -44,6 +46,32 @@ def leave_end_token_out(tokenizer: Any) -> None:
         new.__setstate__(json.dumps(changed).encode())
         backend.post_processor = new
         tokenizer.replaced_post_processor = found
+
+
+def save_tokenizer(tokenizer: Any, directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Write a tokenizer such that it comes back as it is, without the end token that was taken from it.
+
+    Raises BundleError where it comes back with one.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(directory)
+    if not hasattr(tokenizer, "replaced_post_processor"):
+        return
+
+    def returns() -> bool:
+        return has_end_token(AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code))
+
+    path = directory / "tokenizer_config.json"
+    if returns() and (directory / "tokenizer.json").is_file():
+        # Classes such as T5Tokenizer make their own post-processor; the plain one goes by tokenizer.json alone.
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), "utf-8")
+    if returns():
+        raise BundleError(
+            f"tokenizer {type(tokenizer).__name__} puts its end token behind every text again once it is saved, so "
+            "stock classes would read that token and not the marker; serve the bundle in a Scorer or a DomainBank"
+        )
 
 
 def _without_end(processor: dict[str, Any]) -> dict[str, Any]:
