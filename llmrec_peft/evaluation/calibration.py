@@ -22,7 +22,9 @@ from llmrec_peft.errors import DataError
 from llmrec_peft.probabilities import calibrated, read_calibration
 
 # A validation set that is ranked without a fault has its best temperature at 0: the bounds keep answers finite.
+# Both, and the fitted biases' bound, lie inside of what a bundle may hold (`probabilities.read_calibration`).
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+MAX_FITTED_BIAS = 30.0
 
 # What is believed before any target is seen: log temperature and biases are normal around 0 with these deviations. So
 # a few targets move them little, and thousands as far as the data say.
@@ -131,7 +133,7 @@ def _fit_both(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray
         slope = (error * logits).sum() + 2 * pull_scale * math.log(scale) / scale
         return value, np.r_[slope, error.sum(axis=0) + 2 * pull_bias * bias]
 
-    bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)] + [(None, None)] * classes
+    bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)] + [(-MAX_FITTED_BIAS, MAX_FITTED_BIAS)] * classes
     found = minimize(loss, np.r_[1.0, np.zeros(classes)], jac=True, bounds=bounds, method="L-BFGS-B")
     return 1 / found.x[0], found.x[1:]
 
