@@ -33,7 +33,7 @@ merge_bundle(f"{sys.argv[2]}/bundle", f"{sys.argv[2]}/merged")
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bundle_and_merged_model(tiny_base, tmp_path):
-    """All files under two seeds of Python's hashes: weights, configuration, manifest, tokenizer, card; PEFT loads them."""
+    """All files, under two seeds of Python's hashes: weights, configuration, manifest, tokenizer, card."""
     started = []
     for seed in ("0", "12345"):
         (tmp_path / seed).mkdir()
