@@ -522,8 +522,8 @@ class SwapConfig:
     """From a domain's name to the directory of its bundle."""
     requests: str
     """File of JSON lines: domain, history ([event, label] pairs), candidates (events), and user where a header asks."""
-    base: str = "smollm2-135m"
-    """Base model that all bundles were trained on."""
+    base: str | None = None
+    """Base model that all bundles were trained on; null for the one that they name."""
     items: dict[str, str] = field(default_factory=dict)
     """From a domain's name to its item table, or to the directory of its log."""
     fallback: str | None = None

@@ -13,6 +13,7 @@ Each message is one line that names the thing, the rule, the value received and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,6 +75,30 @@ def input_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[No
         raise kind(f"{what} cannot be used ({reason}{file}); {advice}") from error
     except Exception as error:
         raise kind(f"{what} cannot be used ({type(error).__name__}: {one_line(error)}); {advice}") from error
+
+
+_WRITING = re.compile(r"\(os error \d+\)|inline_container|PytorchStreamWriter|file write failed|iostream error")
+"""How libraries that raise no OSError say that a file could not be written: Rust's, and torch's archives."""
+
+
+@contextmanager
+def output_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[None]:
+    """Turn what this and other libraries raise where the disk is full or may not be written into one of our errors.
+
+    Args:
+        kind: the class to raise.
+        what: what is written, such as `bundle /data/x`.
+        advice: what the user can do.
+    """
+    try:
+        yield
+    except LLMRecError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not _WRITING.search(str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise kind(f"{what} cannot be written ({reason}); {advice}") from error
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:

@@ -12,7 +12,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
+from llmrec_peft.data.files import scratch_directory
 from llmrec_peft.data.tables import listed
 from llmrec_peft.errors import DataError
 
@@ -226,26 +226,28 @@ def unpack(archive: Path, target: Path) -> Path:
     Raises:
         DataError: not a zip, a damaged member, a path that leaves the target, a link, more than `MAX_UNPACKED` bytes.
     """
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with zipfile.ZipFile(archive) as content:
-            members = [member for member in content.infolist() if not member.is_dir()]
-            _check_members(members, archive)
-            for member in tqdm(members, unit="file", desc=f"unpacking {archive.name}", delay=2):
-                place = work / member.filename
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with content.open(member) as source, open(place, "wb") as sink:
-                    shutil.copyfileobj(source, sink, BLOCK)
-        tops = list(work.iterdir())
-        inner = tops[0] if len(tops) == 1 and tops[0].is_dir() else work
-        # mkdtemp makes the directory private; a data set is as readable as other files.
-        inner.chmod(0o755)
-        os.replace(inner, target)
+        with scratch_directory(target) as work:
+            _extract(archive, work, target)
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         raise DataError(f"{archive} cannot be unpacked into {target}: {error}; remove it and download again") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _extract(archive: Path, work: Path, target: Path) -> None:
+    """Unpack all members into `work`, and move what it holds to `target`."""
+    with zipfile.ZipFile(archive) as content:
+        members = [member for member in content.infolist() if not member.is_dir()]
+        _check_members(members, archive)
+        for member in tqdm(members, unit="file", desc=f"unpacking {archive.name}", delay=2):
+            place = work / member.filename
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with content.open(member) as source, open(place, "wb") as sink:
+                shutil.copyfileobj(source, sink, BLOCK)
+    tops = list(work.iterdir())
+    inner = tops[0] if len(tops) == 1 and tops[0].is_dir() else work
+    inner.chmod(0o755)
+    os.replace(inner, target)
 
 
 def _check_members(members: list[zipfile.ZipInfo], archive: Path) -> None:

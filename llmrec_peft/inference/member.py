@@ -22,7 +22,7 @@ from llmrec_peft.models.bundle import check_bundle, plain_options
 from llmrec_peft.models.classifier import quantization_of
 from llmrec_peft.models.files import read_json
 from llmrec_peft.models.fingerprints import fits
-from llmrec_peft.models.manifest import CONFIG, FILES, MANIFEST, WEIGHTS
+from llmrec_peft.models.manifest import CONFIG, FILES, MANIFEST, WEIGHTS, digest
 from llmrec_peft.models.options import AdapterOptions, HeadOptions, LoraOptions, ModelOptions, from_mapping
 from llmrec_peft.models.options import method_options as read_options
 
@@ -132,7 +132,7 @@ def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -
     head = head.float().to(device)
     return Member(
         directory=directory,
-        version=manifest["files"][WEIGHTS],
+        version=digest(manifest),  # the same weights at another scale answer otherwise
         vocabulary=Vocabulary(domain, base.tokenizer),
         calibration=Calibration.from_dict(manifest["calibration"]),
         head=head,

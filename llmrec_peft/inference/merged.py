@@ -10,23 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from llmrec_peft.data.files import write_json
-from llmrec_peft.errors import BundleError, ModelError
+from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
+from llmrec_peft.errors import BundleError, ModelError, output_errors
 from llmrec_peft.models.base import load_model, load_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.classifier import BehaviorClassifier
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
+from llmrec_peft.models.files import check_links, read_json, sha256, stray_weights
 from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
@@ -333,62 +330,18 @@ def check_output(directory: str | Path, *sources: str | Path) -> Path:
 def scratch_beside(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that is gone when the block ends; what a killed process left goes too.
 
-    A process holds a lock on its scratch directory, and the system lets go of it however the process ends.
     Raises BundleError where the disk is full or cannot be written.
     """
-    with writing(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{directory.name}-merging-"
-        for old in directory.parent.glob(f"{prefix}*"):
-            _remove_if_left(old)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
-    with _locked(scratch):
-        try:
+    with contextlib.ExitStack() as stack:
+        with writing(directory):
+            scratch = stack.enter_context(scratch_directory(directory))
             scratch.chmod(0o755)
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        yield scratch
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Hold a lock on a directory; gives False where another process holds it, or the file system has no locks."""
-    import fcntl
-
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)
-
-
-def _remove_if_left(scratch: Path) -> None:
-    """Remove a scratch directory whose process has ended."""
-    with contextlib.suppress(FileNotFoundError), _locked(scratch) as left:
-        if left:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path) -> AbstractContextManager[None]:
     """Turn what writing raises, by this and other libraries, into one line."""
-    try:
-        yield
-    except (BundleError, ModelError):
-        raise
-    except Exception as error:
-        # The tokenizers library raises a plain Exception for a full disk.
-        if not isinstance(error, OSError | SafetensorError) and not re.search(r"\(os error \d+\)", str(error)):
-            raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise BundleError(
-            f"merged model {directory} cannot be written ({reason}); make room or choose another directory"
-        ) from error
+    return output_errors(BundleError, f"merged model {directory}", "make room or choose another directory")
 
 
 def loading_notes(classifier: BehaviorClassifier, tokenizer: Any) -> dict[str, Any]:
@@ -437,8 +390,6 @@ def publish(scratch: Path, directory: Path) -> None:
         _sync(path)
     move_into_place(scratch, directory)
     _sync(directory.parent)
-    for old in directory.parent.glob(f".{directory.name}-old-*"):  # where an earlier move was broken off
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -12,9 +12,7 @@ import importlib.util
 import inspect
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmrec_peft.errors import ModelError
+from llmrec_peft.data.files import scratch_directory, sweep
+from llmrec_peft.errors import ModelError, output_errors
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.fingerprints import fingerprint_of
 from llmrec_peft.models.prompt_tokens import has_end_token, leave_end_token_out
@@ -124,14 +123,26 @@ def _converted(gguf: Path, name: str) -> Path:
     """Directory of the safetensors copy of a GGUF file, made if it is not in the cache."""
     target = cache_dir() / "bases" / f"{name}-v{_CONVERSION}-{file_fingerprint(gguf)[:16]}"
     if target.is_dir():
+        sweep(target.parent)
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"base {gguf.name} needs the package gguf to be read; install it with: pip install gguf")
+    print(f"Converting {gguf.name} to safetensors, once (about a minute)", file=sys.stderr, flush=True)
+    writing = output_errors(ModelError, f"converted base {target}", "make room or set LLMREC_PEFT_CACHE")
+    with writing, scratch_directory(target) as scratch:
+        _convert(gguf, name, scratch)
+        try:
+            os.replace(scratch, target)
+        except OSError:
+            if not target.is_dir():  # else another process has made the same copy meanwhile
+                raise
+    return target
+
+
+def _convert(gguf: Path, name: str, scratch: Path) -> None:
+    """Write the safetensors copy of a GGUF file, whole."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"Converting {gguf.name} to safetensors, once (about a minute)", file=sys.stderr, flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -143,16 +154,8 @@ def _converted(gguf: Path, name: str) -> Path:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
         scratch.chmod(0o755)
-        try:
-            os.replace(scratch, target)
-        except OSError:
-            if not target.is_dir():  # else another process has made the same copy meanwhile
-                raise
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"base {gguf} cannot be converted: {_one_line(error)}; use a supported GGUF") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> Any:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,12 @@ from typing import Any
 
 import torch
 
-from llmrec_peft.data.files import write_json
-from llmrec_peft.errors import BundleError, ConfigError, ModelError
+from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
+from llmrec_peft.errors import BundleError, ConfigError, ModelError, output_errors
 from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
 from llmrec_peft.models.card import CARD, bundle_card
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
+from llmrec_peft.models.files import check_links, read_json, sha256, stray_weights
 from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
@@ -94,10 +92,9 @@ def save_bundle(
             "save it with the domain it was trained on"
         )
     _check_place(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     _check_whole(classifier, state)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    writing = output_errors(BundleError, f"bundle {directory}", "make room or choose another directory")
+    with writing, scratch_directory(directory) as scratch:
         base = base or classifier.base
         tensors = adapter_tensors(classifier, state)
         save_tensors(tensors, scratch / WEIGHTS, weights_metadata(classifier.labels, domain, calibration))
@@ -109,8 +106,6 @@ def save_bundle(
         (scratch / CARD).write_text(bundle_card(manifest), encoding="utf-8")
         scratch.chmod(0o755)
         move_into_place(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return directory
 
 

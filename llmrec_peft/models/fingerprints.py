@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.data.files import write_json
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.tensors import TensorEntry, fingerprint
 
@@ -86,10 +85,7 @@ def _write_cache(path: Path, known: Mapping[str, str]) -> None:
     """Write the cache into place; where that cannot be, the weights are read again next time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=".fingerprints-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(known, file, indent=0)
-        os.replace(scratch, path)
+        write_json(known, path)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

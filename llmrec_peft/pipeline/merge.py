@@ -12,6 +12,7 @@ from ..inference.merged import check_output
 from ..models.base import load_tokenizer, resolve_base
 from ..models.manifest import MANIFEST
 from ..training.processes import joined
+from . import places
 from .streams import check_split, read_log, split_of, streams_of
 
 
@@ -35,6 +36,9 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
     bundles = config.bundle if many else [config.bundle]
     first = mergeable(bundles[0])
     check_output(config.output_dir, *bundles)
+    inputs = {f"bundle {number}" if many else "bundle": path for number, path in enumerate(bundles)}
+    inputs |= {"data.path": config.data.path, "base": config.base}
+    places.check_output(config.output_dir, inputs, own=lambda path: path == Path(config.output_dir))
     settings = {
         "dtype": config.dtype,
         "base": config.base,

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.files import replacing, write_json, write_parquet
+from ..data.files import replacing, sweep, write_json, write_parquet
 from ..data.tables import shorten
 from ..errors import ConfigError
 from ..models.manifest import digest
+from .places import writing
 
 RESULT, ERRORS, DIRECTORY = "recommendations.parquet", "errors.jsonl", "parts"
 NOTE = b"llmrec_peft"
@@ -65,8 +66,8 @@ class Parts:
         """
         with self._writing():
             shutil.rmtree(self._done, ignore_errors=True)
-            for path in (*self.out.glob(f".{RESULT}.*.partial"), *self.out.glob(f".{ERRORS}.*.partial")):
-                path.unlink()
+            sweep(self.out)
+            sweep(self.directory)
             if self.directory.is_dir():
                 self._check_settings()
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -176,10 +177,36 @@ class Parts:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        try:
+        with writing(self.out):
             yield
-        except OSError as error:
-            raise ConfigError(f"output_dir {self.out} cannot be written ({error.strerror}); choose another") from None
+
+
+def check_results(out: Path) -> None:
+    """Raise ConfigError where the results of a job would replace a file that no such job wrote."""
+    for name, own in ((RESULT, _is_result), (ERRORS, _is_errors)):
+        if (out / name).exists() and not own(out / name):
+            raise ConfigError(
+                f"output_dir {out} holds {name}, which no recommend job wrote, so it is not replaced; choose another "
+                "directory, or remove it"
+            )
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return False
+    own = names[:4] == ["user_id", "rank", "item_id", "score"] and names[-1] == "source"
+    return own and all(name.startswith("p_") for name in names[4:-1])
+
+
+def _is_errors(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            entry = json.loads(file.readline(100_000))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(entry, dict) and entry.keys() == {"row", "user_id", "error"}
 
 
 def _note(schema: pa.Schema) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import yaml
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainRecipeConfig, config_to_yaml
-from ..data.files import write_json, write_text
+from ..data.files import sweep, write_json, write_text
 from ..errors import ConfigError
 from ..training.processes import processes, together
 from ..training.trainer import last_checkpoint, unfinished_checkpoints
 from .launch import check_shared, flatten
+from .places import check_output, writing
 
 # What a training recipe leaves in its output directory, and nothing else of it is ever deleted.
 RESULTS = ("metrics.json", "predictions.parquet", "report.md", "reliability.png", "learning_curve.png")
@@ -65,7 +66,7 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
     except ValueError as error:
         raise ConfigError(f"train.report_to {config.train.report_to}: {' '.join(str(error).split())}") from None
     directory = Path(config.output_dir)
-    check_place(directory)
+    check_output(directory, _inputs(config), writes=(*RESULTS, *DIRECTORIES, SETTINGS))
     checkpoint = None
     if config.train.resume:
         checkpoint = _checkpoint_of(directory, config)
@@ -78,14 +79,12 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
     return Run(config, directory, checkpoint)
 
 
-def check_place(directory: Path) -> None:
-    """Raise ConfigError unless `directory` can be made and written."""
-    place = directory.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        reason = "is no directory" if not place.is_dir() else "may not be written"
-        raise ConfigError(f"output_dir {directory} cannot be written ({place} {reason}); choose another")
+def _inputs(config: TrainRecipeConfig) -> dict[str, str | None]:
+    """What a run reads, by key."""
+    found = {"data.path": config.data.path, "model.base": config.model.base}
+    for key in ("teacher", "base"):
+        found[key] = getattr(config, key, None)
+    return found
 
 
 def holds_run(directory: Path) -> bool:
@@ -132,14 +131,10 @@ def begin_run(run: Run, fingerprint: str, launch: str) -> None:
             _check_resumed(run, checkpoints, fingerprint, launch)
     with together():
         if state.is_main_process:
-            try:
+            with writing(run.directory):
                 _make_ready(run, checkpoints)
                 write_text(config_to_yaml(_settings(run.config)), run.path(SETTINGS))
                 write_json({"streams": fingerprint, "launch": launch}, checkpoints / "streams.json")
-            except OSError as error:
-                raise ConfigError(
-                    f"output_dir {run.directory} cannot be written ({error.strerror}); choose another"
-                ) from None
     with together():
         check_shared(run.path(SETTINGS), state)
 
@@ -162,6 +157,7 @@ def _check_resumed(run: Run, checkpoints: Path, fingerprint: str, launch: str) -
 
 def _make_ready(run: Run, checkpoints: Path) -> None:
     run.directory.mkdir(parents=True, exist_ok=True)
+    sweep(run.directory)
     # Its presence says that all the rest is there.
     run.path("metrics.json").unlink(missing_ok=True)
     if run.config.train.resume:

@@ -1,6 +1,7 @@
 """Transformers' Trainer on streams: one global batch gives one gradient, however it is split."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..data.collator import StreamCollator
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, output_errors
 from ..models.classifier import BehaviorClassifier
 from ..models.predict import Predictions, predict
 from .losses import BehaviorLoss
@@ -257,14 +258,21 @@ class BehaviorTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Save, mark the checkpoint as whole, and only then delete older ones."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        run = self._get_output_dir(trial)
+        directory = Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
-            super()._save_checkpoint(model, trial)
+            with output_errors(ConfigError, f"checkpoint {directory}", "make room, then go on with train.resume"):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._mark_whole(directory)
+        except ConfigError:
+            (directory / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(directory, ignore_errors=True)  # half of one takes room and is of no use
+            raise
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run = self._get_output_dir(trial)
-            self._mark_whole(Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
             rotate_checkpoints(
                 output_dir=run, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,
