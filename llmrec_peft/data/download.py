@@ -87,11 +87,13 @@ def download_movielens(
     """
     if name not in ARCHIVES and (url is None or checksum is None):
         raise DataError(f"no archive {name!r}; known are {listed(list(ARCHIVES))}; give url= and checksum= for another")
-    if not name or name != Path(name).name or name in (".", ".."):
+    if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
         raise DataError(f"archive name {name!r} must be a plain directory name, such as ml-latest-small")
     url = url or ARCHIVES[name].url
     checksum = checksum or ARCHIVES[name].checksum
     root = Path(directory) if directory is not None else default_directory()
+    if "\0" in str(root):
+        raise DataError(f"directory {str(root)!r} holds a NUL character; choose another")
     target = root / name
     if target.is_dir():
         return target
@@ -270,11 +272,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--url", help="another place to take the archive from")
     parser.add_argument("--checksum", help="sha256:<hex> or md5:<hex> of another edition")
     options = parser.parse_args(arguments)
+    from llmrec_peft.arguments import exit_on_error  # reads domains, and so imports this package
+
     try:
-        print(download_movielens(options.name, options.directory, options.url, checksum=options.checksum))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with exit_on_error():
+            print(download_movielens(options.name, options.directory, options.url, checksum=options.checksum))
+    except SystemExit as stop:
+        return int(stop.code or 0)
     return 0
 
 

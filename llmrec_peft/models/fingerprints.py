@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.documents import parse_json, read_mapping
+from llmrec_peft.errors import LLMRecError, ModelError
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.tensors import TensorEntry, fingerprint
 
@@ -75,11 +77,10 @@ def _cached_fingerprint(entries: dict[str, TensorEntry]) -> str:
 
 def _read_cache(path: Path) -> dict[str, str]:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_mapping(path)
+    except LLMRecError:
         return {}
-    sound = isinstance(known, dict) and all(isinstance(value, str) for value in known.values())
-    return known if sound else {}
+    return known if all(isinstance(value, str) for value in known.values()) else {}
 
 
 def _write_cache(path: Path, known: Mapping[str, str]) -> None:
@@ -103,7 +104,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     content: dict[str, Any] = {"special": special, "vocabulary": sorted(tokenizer.get_vocab().items())}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        parts = json.loads(backend.to_str())
+        parts = parse_json(backend.to_str(), "the tokenizer", error=ModelError)
         content |= {part: parts.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")}
         content["model"] = {key: value for key, value in parts["model"].items() if key != "vocab"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
