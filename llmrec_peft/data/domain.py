@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from ..documents import read_yaml, shortened
 from ..errors import DataError, DomainError
-from ..fields import MAX_COUNT, broken_fields
+from ..fields import MAX_COUNT, annotations_of, broken_fields
 from ..fields import number as of_number
 from ..fields import text as of_text
 from .tables import OUTCOME_COLUMNS
@@ -118,6 +118,7 @@ class Domain:
     """Lists of items."""
 
     def __post_init__(self) -> None:
+        _check_parts(self)
         _check_texts(self)
         _check_rules(self)
         _check_fields(self)
@@ -373,6 +374,22 @@ def _text_keys(content: Any, where: str, only_bool: bool = False) -> dict[str, A
     return {str(key): value for key, value in content.items()}
 
 
+def _check_parts(domain: Domain) -> None:
+    """What the rules below take for granted."""
+    where = f"domain {shortened(repr(domain.name))}"
+    for name, (kind, _) in annotations_of(Domain).items():
+        part = getattr(domain, name)
+        if dataclasses.is_dataclass(kind) and not isinstance(part, kind):
+            raise DomainError(f"{where}: {name} must be a mapping of keys; got {shortened(repr(part))}")
+    for name, mapping in {"outcomes": domain.outcomes, "label.map": domain.label.map}.items():
+        keys = mapping if isinstance(mapping, dict) else [None] * (mapping is not None or name == "outcomes")
+        if not all(isinstance(key, str) for key in keys):
+            raise DomainError(f"{where}: {name} must be a mapping with texts as keys; got {shortened(repr(mapping))}")
+    column = domain.label.column
+    if not isinstance(column, str) or not column:
+        raise DomainError(f"{where}: label.column must be a column's name; got {shortened(repr(column))}")
+
+
 def _check_texts(domain: Domain) -> None:
     where = f"domain '{domain.name}'"
     for key in ("name", "event", "marker"):
@@ -416,8 +433,6 @@ def _check_texts(domain: Domain) -> None:
 def _check_rules(domain: Domain) -> None:
     where = f"domain '{domain.name}'"
     label, labels = domain.label, domain.labels
-    if not isinstance(label.column, str) or not label.column:
-        raise DomainError(f"{where}: label.column must be a column's name; got {label.column!r}")
     numbers = {"label.above": label.above, "split.valid": domain.split.valid, "split.test": domain.split.test}
     for key, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
