@@ -7,34 +7,24 @@ Files come first, in the order given, then `--domain`, then dotted flags, wherev
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import logging
-import os
 import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.documents import parse_yaml, read_yaml, shortened
-from llmrec_peft.errors import ConfigError, LLMRecError, machine_fault
+from llmrec_peft.errors import ConfigError
 from llmrec_peft.fields import describe
 
 Config = TypeVar("Config")
-
-USAGE_ERROR = 2
-"""Exit code of a recipe that refuses its input."""
-INTERRUPTED = 130
-"""Exit code of a recipe that was interrupted, as shells have it."""
-
-_log = logging.getLogger(__name__)
 
 # Keys whose values are mappings of the user's own names; in flags their entries are dotted too.
 _MAPPINGS = ("domain.outcomes", "domain.label.map", "bundles", "items", "swap", "quotas", "context")
@@ -55,42 +45,6 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
     if printing:
         raise SystemExit(0)
     return config
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Turn errors that are no faults of the program into one line on standard error and exit code 2.
-
-    These are the errors that this package raises on purpose, and what the machine refuses: space, rights, memory, file
-    names. An interrupt ends with 130. Every other exception keeps its traceback.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        _say("interrupted")
-        raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        line = str(error) if isinstance(error, LLMRecError) else machine_fault(error)
-        if line is None:
-            raise
-        _log.debug("refused", exc_info=True)
-        if isinstance(error, BrokenPipeError):
-            _drop_output()
-        if not getattr(error, "said_elsewhere", False):
-            _say(line)
-        raise SystemExit(USAGE_ERROR) from None
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
-
-
-def _drop_output() -> None:
-    """Send what is still to be printed nowhere: nobody reads it, and the interpreter would fail on it at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_config(config_class: type[Config], args: Sequence[str]) -> Config:

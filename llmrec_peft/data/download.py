@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
+from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.data.tables import listed
 from llmrec_peft.errors import DataError
 
@@ -272,8 +273,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--url", help="another place to take the archive from")
     parser.add_argument("--checksum", help="sha256:<hex> or md5:<hex> of another edition")
     options = parser.parse_args(arguments)
-    from llmrec_peft.arguments import exit_on_error  # reads domains, and so imports this package
-
     try:
         with exit_on_error():
             print(download_movielens(options.name, options.directory, options.url, checksum=options.checksum))

@@ -147,7 +147,7 @@ load_recipe(sys.argv[2]).main(sys.argv[3:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [1 << 10, 8 << 10, 40 << 10, 100 << 10])
+@pytest.mark.parametrize("limit", [1 << 10, 8 << 10, 40 << 10])
 def test_files_that_cannot_be_written_are_one_line(limit, arguments, tmp_path):
     """A limit on a file's size stands for a full disk: any file of the run may be the one that does not fit."""
     out = tmp_path / "out"
@@ -156,6 +156,6 @@ def test_files_that_cannot_be_written_are_one_line(limit, arguments, tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != limit
     if done.returncode:
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr[-3000:]
         assert not (out / "bundle").exists() or (out / "bundle" / "behavior.json").is_file()
         assert not (out / "metrics.json").exists()
