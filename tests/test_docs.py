@@ -45,6 +45,8 @@ def test_no_module_imports_backwards():
     order = [
         "errors",
         "documents",
+        "fields",
+        "boundary",
         "probabilities",
         "data",
         "serving",

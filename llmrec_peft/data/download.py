@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
+from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.data.files import scratch_directory
 from llmrec_peft.data.tables import listed
 from llmrec_peft.errors import DataError
@@ -87,11 +88,13 @@ def download_movielens(
     """
     if name not in ARCHIVES and (url is None or checksum is None):
         raise DataError(f"no archive {name!r}; known are {listed(list(ARCHIVES))}; give url= and checksum= for another")
-    if not name or name != Path(name).name or name in (".", ".."):
+    if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
         raise DataError(f"archive name {name!r} must be a plain directory name, such as ml-latest-small")
     url = url or ARCHIVES[name].url
     checksum = checksum or ARCHIVES[name].checksum
     root = Path(directory) if directory is not None else default_directory()
+    if "\0" in str(root):
+        raise DataError(f"directory {str(root)!r} holds a NUL character; choose another")
     target = root / name
     if target.is_dir():
         return target
@@ -273,10 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checksum", help="sha256:<hex> or md5:<hex> of another edition")
     options = parser.parse_args(arguments)
     try:
-        print(download_movielens(options.name, options.directory, options.url, checksum=options.checksum))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with exit_on_error():
+            print(download_movielens(options.name, options.directory, options.url, checksum=options.checksum))
+    except SystemExit as stop:
+        return int(stop.code or 0)
     return 0
 
 

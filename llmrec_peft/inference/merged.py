@@ -8,7 +8,6 @@ an edit of the domain or of the calibration shows.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
+from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import BundleError, ModelError, output_errors
 from llmrec_peft.models.base import load_model, load_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
@@ -381,7 +381,7 @@ def describe(scratch: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 def write_manifest(scratch: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Seal a manifest and write it; returns it as it will be read."""
     write_json({**manifest, "seal": _seal(manifest)}, scratch / MANIFEST)
-    return json.loads((scratch / MANIFEST).read_text("utf-8"))
+    return read_mapping(scratch / MANIFEST, error=BundleError)
 
 
 def publish(scratch: Path, directory: Path) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import importlib.util
 import inspect
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from llmrec_peft.data.files import scratch_directory, sweep
+from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import ModelError, output_errors
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.fingerprints import fingerprint_of
@@ -432,7 +432,10 @@ def _weight_files(base: str) -> list[Path]:
         index = cached_file(source, "model.safetensors.index.json", **options)
         if index is None:
             raise ModelError(f"base {base} has no model.safetensors; save it as safetensors (no pickle is read)")
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        named = read_mapping(index, error=ModelError).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+            raise ModelError(f"base {base}: {index} has no weight_map from tensors to files; download or save it again")
+        shards = sorted(set(named.values()))
         return [Path(cached_file(source, shard)) for shard in shards]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.data.files import write_json
+from llmrec_peft.documents import parse_json, read_mapping
+from llmrec_peft.errors import LLMRecError, ModelError
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.tensors import TensorEntry, fingerprint
 
@@ -74,11 +76,10 @@ def _cached_fingerprint(entries: dict[str, TensorEntry]) -> str:
 
 def _read_cache(path: Path) -> dict[str, str]:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_mapping(path)
+    except LLMRecError:
         return {}
-    sound = isinstance(known, dict) and all(isinstance(value, str) for value in known.values())
-    return known if sound else {}
+    return known if all(isinstance(value, str) for value in known.values()) else {}
 
 
 def _write_cache(path: Path, known: Mapping[str, str]) -> None:
@@ -115,7 +116,7 @@ def _tokenizer_digest(tokenizer: Any, post_processor: Any) -> str:
     content: dict[str, Any] = {"special": special, "vocabulary": sorted(tokenizer.get_vocab().items())}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        parts = json.loads(backend.to_str())
+        parts = parse_json(backend.to_str(), "the tokenizer", error=ModelError)
         content |= {part: parts.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")}
         if post_processor is not None:
             content["post_processor"] = post_processor

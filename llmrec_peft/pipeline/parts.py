@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from ..data.files import replacing, sweep, write_json, write_parquet
 from ..data.tables import shorten
-from ..errors import ConfigError
+from ..documents import parse_json, read_mapping
+from ..errors import ConfigError, LLMRecError
 from ..models.manifest import digest
 from .places import writing
 
@@ -80,14 +81,12 @@ class Parts:
         if not found:
             return
         try:
-            old = json.loads(self.settings.read_text("utf-8"))
-        except (OSError, ValueError):
-            old = None
-        if not isinstance(old, dict):
+            old = read_mapping(self.settings)
+        except LLMRecError:
             raise ConfigError(
                 f"{self.directory} holds {min(found)} and no {self.settings.name} of a recommend job; choose "
                 "another output_dir, or remove it"
-            )
+            ) from None
         for name in sorted(old.keys() | self._facts.keys()):
             if old.get(name) != self._facts.get(name):
                 raise ConfigError(
@@ -210,8 +209,9 @@ def _is_errors(path: Path) -> bool:
 
 
 def _note(schema: pa.Schema) -> dict[str, Any]:
-    note = json.loads((schema.metadata or {}).get(NOTE, b"{}"))
-    if not isinstance(note, dict) or not isinstance(note.get("errors"), list):
+    note = parse_json((schema.metadata or {}).get(NOTE, b"{}"), "the note of a recommend job")
+    errors = note.get("errors") if isinstance(note, dict) else None
+    if not isinstance(errors, list) or not all(isinstance(entry, dict) and "row" in entry for entry in errors):
         raise ValueError("no note of a recommend job")
     return note
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from ..documents import shortened
 from ..errors import ConfigError, output_errors
 
 _KINDS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
@@ -23,11 +24,8 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
 def check_place(directory: Path, what: str = "output_dir") -> None:
     """Raise ConfigError unless `directory` can be made and written."""
     place = directory.absolute()
-    try:
-        while not place.exists() and place != place.parent:
-            place = place.parent
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} {str(directory)[:80]!r} cannot be a path ({error}); choose another") from None
+    while not _stands(place, what) and place != place.parent:
+        place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         reason = "is no directory" if not place.is_dir() else "may not be written"
         raise ConfigError(f"{what} {directory} cannot be written ({place} {reason}); choose another")
@@ -97,6 +95,18 @@ def kind_of(directory: Path) -> str | None:
         return next((kind for kind, is_one in _KINDS if is_one(directory)), None)
     except OSError:
         return None
+
+
+def _stands(place: Path, what: str) -> bool:
+    """Whether something lies at a path, a link that leads nowhere too."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{what} {shortened(place)} cannot be used ({reason}); choose another") from None
+    return True
 
 
 def _exists(value: str) -> bool:

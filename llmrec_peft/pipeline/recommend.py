@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..config import RecommendConfig, config_to_yaml
 from ..data.domain import Domain
 from ..data.log import BehaviorLog
-from ..errors import DataError, LLMRecError
+from ..documents import parse_yaml
+from ..errors import ConfigError, DataError, LLMRecError
 from ..inference.evidence import DIRECTORY as EVIDENCE
 from ..inference.evidence import MANIFEST as EVIDENCE_MANIFEST
 from ..inference.merged import read_answering
@@ -156,7 +156,7 @@ def _facts(
     config: RecommendConfig, users: Users, candidates: list[str] | None, manifest: dict[str, Any]
 ) -> dict[str, str]:
     """All that the answers depend on, by name."""
-    settings = flatten(yaml.safe_load(config_to_yaml(config)))
+    settings = flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
     facts = {key: repr(value) for key, value in settings.items() if not key.startswith(PLACES) and key not in FREE}
     evidence = Path(config.retrieval or Path(config.bundle) / EVIDENCE) / EVIDENCE_MANIFEST
     facts["the bundle"] = digest(manifest)

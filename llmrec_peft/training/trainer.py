@@ -22,10 +22,9 @@ from ..data.collator import StreamCollator
 from ..errors import ConfigError, ModelError, output_errors
 from ..models.classifier import BehaviorClassifier
 from ..models.predict import Predictions, predict
+from .checkpoints import COMPLETE, reading
 from .losses import BehaviorLoss
 from .sampler import EpochDataLoader, GlobalBatchSampler
-
-COMPLETE = "complete"  # file that is written last into a checkpoint; without it the checkpoint does not count
 
 
 class BehaviorTrainer(Trainer):
@@ -302,8 +301,9 @@ class BehaviorTrainer(Trainer):
                 deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
             else:
                 self._load_trained(resume_from_checkpoint)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
+            with reading(resume_from_checkpoint):
+                self._load_optimizer_and_scheduler(resume_from_checkpoint)
+                self._load_scaler(resume_from_checkpoint)
         return found
 
     def _init_training_state(self, *args, **kwargs):
@@ -311,7 +311,8 @@ class BehaviorTrainer(Trainer):
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns of the path, which is mended here
         try:
-            found = super()._init_training_state(*args, **kwargs)
+            with reading(self.args.output_dir):
+                found = super()._init_training_state(*args, **kwargs)
         finally:
             logging.set_verbosity(verbosity)
         step = self.state.best_global_step
@@ -329,19 +330,8 @@ class BehaviorTrainer(Trainer):
         self._load_trained(self.state.best_model_checkpoint)
 
     def _load_trained(self, directory: str) -> None:
-        self.model.load_trainable_state_dict(safetensors.torch.load_file(Path(directory, SAFE_WEIGHTS_NAME)))
-
-
-def last_checkpoint(directory: str | Path) -> str | None:
-    """The newest checkpoint in a run's directory that is whole; unfinished ones are passed over."""
-    found = [path.parent for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
-
-
-def unfinished_checkpoints(directory: str | Path) -> list[Path]:
-    """Checkpoints that were never finished."""
-    found = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return [path for path in found if path.is_dir() and not (path / COMPLETE).is_file()]
+        with reading(directory):
+            self.model.load_trainable_state_dict(safetensors.torch.load_file(Path(directory, SAFE_WEIGHTS_NAME)))
 
 
 class StopEarly(EarlyStoppingCallback):
