@@ -197,7 +197,7 @@ def _streams(adapted: Bundle, settings: MergeSettings) -> tuple[Any, bool]:
     """What both models answer, and whether its labels are real."""
     encoder, streams = adapted.classifier.encoder, settings.streams
     if streams is None:
-        domain = Domain.from_dict(adapted.domain, source="the bundle's domain")
+        domain = Domain.of_manifest(adapted.domain, source="the bundle's domain")
         if adapted.tokenizer.unk_token == UNKNOWN_ITEM:
             raise BundleError(
                 f"a bundle on a model of item ids (domain {domain.name!r}) cannot answer made-up items, so its merge "
