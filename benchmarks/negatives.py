@@ -6,7 +6,8 @@ the positives, the systems, the seed.
 
 Of each split it counts the negatives whose item the user took before the positive (by any row of the log), at the same
 moment, and later: an item taken before as a negative is a mistake, and one that can never be taken later tells of the
-future. A system of its own, `taken_before`, is a logistic regression on how often the user took the item before.
+future. A system of its own, `taken_before`, is a logistic regression on how often the user took the item before, and a
+slice of the test holds the items that the user had not taken.
 
     python benchmarks/negatives.py --data DIR --domain recipes/configs/retail/domain.yaml --rule past
 """
@@ -65,11 +66,12 @@ def measure(options: argparse.Namespace, domain: Domain) -> dict:
     answers = counted(frames, points) | boosted(frames, points, options.seed) | collaborative(streams, points, options)
     fitted = regression(frames["train"][["pair_count"]], points["train"].labels)
     answers["taken_before"] = fitted(frames["test"][["pair_count"]])
+    new = {"items new to the user": frames["test"]["pair_count"].to_numpy() == 0}
     return {
         "log": log.name,
         "splits": {name: shares(streams[name]) for name in streams.splits},
         "positives taken before": float((frames["test"]["pair_count"][points["test"].labels == 1] > 0).mean()),
-        "test": compared(answers, points["test"], {}, options),
+        "test": compared(answers, points["test"], new, options),
     }
 
 
