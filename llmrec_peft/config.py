@@ -175,8 +175,8 @@ class EvaluationConfig:
             require(value is None or value >= 1, f"evaluation.{name}", "at least 1, or null", value)
         _check_metrics(self.metrics, "evaluation.metrics")
         if self.prior is not None:
-            shares = all(0 < share < 1 for share in self.prior) and abs(sum(self.prior) - 1) < 1e-3
-            require(shares, "evaluation.prior", "one share above 0 a label, 1 in all", self.prior)
+            shares = all(1e-12 <= share < 1 for share in self.prior) and abs(sum(self.prior) - 1) < 1e-3
+            require(shares, "evaluation.prior", "one share above 0 a label, 1 in all, each at least 1e-12", self.prior)
             require(self.calibrate, "evaluation.calibrate", "true with evaluation.prior", self.calibrate)
         require(self.bootstrap >= 0, "evaluation.bootstrap", "at least 0", self.bootstrap)
         require(self.batch_tokens >= 1, "evaluation.batch_tokens", "at least 1", self.batch_tokens)

@@ -26,6 +26,7 @@ from torch import nn
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.fingerprints import fingerprint_of
+from llmrec_peft.models.prompt_tokens import has_end_token, leave_end_token_out
 from llmrec_peft.models.sharding import gathered, make_whole, splitting_in
 from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, read_headers, read_rows, read_tensor
 
@@ -169,7 +170,10 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> Any:
-    """Tokenizer of a base, with a pad token that the vocabulary has already. Raises ModelError if there is none."""
+    """Tokenizer of a base, with a pad token that the vocabulary has already; that of a decoder puts no end token.
+
+    Raises ModelError if there is none.
+    """
     from transformers import AutoTokenizer
 
     with base_errors(base):
@@ -181,6 +185,8 @@ def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> Any:
                 f"base {base} has no special token to pad with; set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = token
+    if has_end_token(tokenizer) and not is_encoder(load_config(base, trust_remote_code=trust_remote_code)):
+        leave_end_token_out(tokenizer)
     return tokenizer
 
 

@@ -98,6 +98,22 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
     The pad token is left out: it never reaches an answer, and `load_tokenizer` may have chosen it.
     """
+    return _tokenizer_digest(tokenizer, None)
+
+
+def fits(tokenizer: Any, said: Any) -> bool:
+    """Whether a fingerprint is this tokenizer's, or was before `load_tokenizer` took its end token away.
+
+    Bundles of earlier versions hold the latter, and so do those that were saved with the base's tokenizer as it is.
+    """
+    before = getattr(tokenizer, "replaced_post_processor", None)
+    return said == tokenizer_fingerprint(tokenizer) or (
+        before is not None and said == _tokenizer_digest(tokenizer, before)
+    )
+
+
+def _tokenizer_digest(tokenizer: Any, post_processor: Any) -> str:
+    """`post_processor` stands for the tokenizer's own unless it is None."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     special.pop("additional_special_tokens", None)
     content: dict[str, Any] = {"special": special, "vocabulary": sorted(tokenizer.get_vocab().items())}
@@ -105,5 +121,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     if backend is not None:
         parts = json.loads(backend.to_str())
         content |= {part: parts.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")}
+        if post_processor is not None:
+            content["post_processor"] = post_processor
         content["model"] = {key: value for key, value in parts["model"].items() if key != "vocab"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,9 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             fingerprint = streams.fingerprint(base, valid=config.train.eval_steps > 0)
             fingerprint = digest({"streams": fingerprint, "teacher": digest(manifest)})
             set_seed(config.train.seed)
-            classifier = load_classifier(base, domain, "full", trust_remote_code=config.trust_remote_code)
+            # The layers of a teacher without sdpa have none either.
+            attn = _attention(manifest) if student.kind == "shallow" else "sdpa"
+            classifier = load_classifier(base, domain, "full", attn=attn, trust_remote_code=config.trust_remote_code)
             if given.content is not None:
                 _read_content(classifier, given.content, streams, config)
         show(classifier.summary())
@@ -143,6 +146,12 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
 
 
 # -- the teacher -------------------------------------------------------------------------------------
+
+
+def _attention(manifest: Mapping[str, Any]) -> str:
+    """Attention kernel of a teacher, a bundle or a merged model, as far as a student must take it over."""
+    said = manifest.get("attn") or manifest.get("model_options", {}).get("attn")
+    return "eager" if said == "eager" else "sdpa"
 
 
 def _teacher(config: DistillConfig, state: PartialState) -> Bundle:
