@@ -247,7 +247,7 @@ class _Prompts:
             whole = streams if isinstance(streams, IndependentPrompts) else IndependentPrompts(streams)
             self._rows, self.texts = [whole[number] for number in range(min(_STOCK_PROMPTS, len(whole)))], None
         else:
-            domain = Domain.from_dict(merged.domain, source="the bundle's domain")
+            domain = Domain.of_manifest(merged.domain, source="the bundle's domain")
             samples = SampleStreams(domain, merged.tokenizer, independent=True)
             # Of different lengths, and different places in their windows.
             numbers = np.linspace(0, len(samples) - 1, min(_STOCK_PROMPTS, len(samples))).round().astype(int)
