@@ -57,7 +57,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict:
     manifest = read_answering(options.bundle)
-    domain = Domain.from_dict(manifest["domain"])
+    domain = Domain.of_manifest(manifest["domain"])
     ranking = RankingConfig(
         candidates=options.candidates, targets=options.targets, bootstrap=options.bootstrap, seed=options.seed
     )

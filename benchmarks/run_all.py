@@ -20,7 +20,7 @@ from measuring import header, write_result
 from results_page import page
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = ("batch_tokens", "data_memory", "invariance", "memory", "merge", "retrieval", "serve_size")
+LONG = ("batch_tokens", "data_memory", "invariance", "memory", "merge", "negatives", "retrieval", "serve_size")
 """Benchmarks without a quick form: sweeps, processes that are watched, and installations."""
 
 

@@ -273,7 +273,7 @@ class DistillConfig:
         """The domain that the teacher answers, read from its directory; rows without a label may be asked about."""
         from llmrec_peft.inference.merged import read_answering
 
-        domain = Domain.from_dict(read_answering(self.teacher)["domain"], source=f"teacher {self.teacher}")
+        domain = Domain.of_manifest(read_answering(self.teacher)["domain"], source=f"teacher {self.teacher}")
         if self.answers.unlabelled:
             domain = dataclasses.replace(domain, label=dataclasses.replace(domain.label, missing="leave_out"))
         return domain

@@ -56,6 +56,9 @@ class NaiveStreams:
         at = next(n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
         self.prefix, self.suffix = whole[:at], whole[at + len(plain) :]
         self.specials = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+        self.twins: dict[tuple, list[int]] = {}
+        for row in range(len(self.rows)):
+            self.twins.setdefault(self.event_of(row), []).append(row)
         self.windows = [window for user in self.users() for window in self.cut(user)]
 
     # -- words -------------------------------------------------------------------------------------
@@ -89,6 +92,18 @@ class NaiveStreams:
             return -1 if rule.map[str(value)] is None else labels.index(rule.map[str(value)])
         return labels.index(value) if isinstance(value, str) else int(value)
 
+    def dropped(self, row: int) -> bool:
+        """Whether another row of the same user, item and moment stays in a row's place."""
+        if self.domain.duplicates == "keep":
+            return False
+        return any(self.worth(other) > self.worth(row) for other in self.twins[self.event_of(row)])
+
+    def event_of(self, row: int) -> tuple:
+        return tuple(self.rows[row][name] for name in ("user_id", "item_id", "timestamp"))
+
+    def worth(self, row: int) -> tuple:
+        return self.class_of(row) >= 0, not self.rows[row].get("context_only"), row
+
     # -- windows -----------------------------------------------------------------------------------
 
     def users(self):
@@ -97,6 +112,8 @@ class NaiveStreams:
         users: dict[str, list[dict]] = {}
         for row, content in enumerate(self.rows):
             label = self.class_of(row)
+            if self.dropped(row):
+                continue
             if label >= 0 or (self.unlabelled and row in self.targets):
                 name = list(self.domain.outcomes)[label]
                 users.setdefault(content["user_id"], []).append(

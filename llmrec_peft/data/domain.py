@@ -15,6 +15,8 @@ from ..errors import DataError, DomainError
 from ..fields import MAX_COUNT, annotations_of, broken_fields
 from ..fields import number as of_number
 from ..fields import text as of_text
+from .duplicates import RULES
+from .splits import context_only
 from .tables import OUTCOME_COLUMNS
 from .text import broken_up, neutralise, template_columns, template_literals
 
@@ -108,6 +110,8 @@ class Domain:
     """Where labels come from."""
     simultaneous: Literal["order", "isolate"] = "order"
     """Events of one moment see each other in row order, or not at all."""
+    duplicates: Literal["keep", "drop"] | None = None
+    """Of rows with one user, item and moment, keep all or drop all but one; by default drop with order, else keep."""
     split: SplitRule = field(default_factory=SplitRule)
     """How targets are divided."""
     negatives: NegativeRule = field(default_factory=NegativeRule)
@@ -119,6 +123,9 @@ class Domain:
 
     def __post_init__(self) -> None:
         _check_parts(self)
+        if self.duplicates is None:
+            # In order a row sees the outcome of the row that it repeats; isolated rows see nothing of each other.
+            self.duplicates = "keep" if self.simultaneous == "isolate" else "drop"
         _check_texts(self)
         _check_rules(self)
         _check_fields(self)
@@ -141,6 +148,14 @@ class Domain:
         """Build a domain from plain mappings; the reverse of :meth:`to_dict`."""
         return _from_mapping(cls, content, source)
 
+    @classmethod
+    def of_manifest(cls, content: dict[str, Any], *, source: str = "domain") -> "Domain":
+        """Build the domain of a bundle, a merged model or a student from its manifest.
+
+        Manifests from before the key `duplicates` are of models that were trained and measured with every row kept.
+        """
+        return cls.from_dict({"duplicates": "keep", **content} if isinstance(content, dict) else content, source=source)
+
     def to_dict(self) -> dict[str, Any]:
         """The domain as plain mappings, ready for YAML or JSON."""
         return dataclasses.asdict(self)
@@ -158,11 +173,18 @@ class Domain:
         return self.labels.index(self.negatives.label) if self.negatives.label else 0
 
     def classes(self, log) -> np.ndarray:
-        """Class number of each interaction, int32 [rows]; -1 where the map leaves the row out.
+        """Class number of each interaction, int32 [rows]; -1 where the label rule or `duplicates` leaves the row out.
 
         Raises:
             DataError: no such column, a missing value (unless they are left out), or a value outside the labels.
         """
+        classes = self.row_labels(log)
+        if self.duplicates == "drop":
+            classes[log.duplicates.surplus(classes, context_only(log))] = -1
+        return classes
+
+    def row_labels(self, log) -> np.ndarray:
+        """Class number of each interaction by the label rule alone, duplicates included; otherwise as `classes`."""
         column = log.column(self.label.column)
         if self.label.above is not None:
             try:
@@ -455,6 +477,7 @@ def _check_rules(domain: Domain) -> None:
             raise DomainError(f"{where}: {key} has '{unknown[0]}'; the labels are {', '.join(labels)}")
     choices = {
         "simultaneous": (domain.simultaneous, ("order", "isolate")),
+        "duplicates": (domain.duplicates, RULES),
         "split.by": (domain.split.by, ("time", "user")),
         "negatives.sampling": (domain.negatives.sampling, ("popularity", "uniform")),
     }

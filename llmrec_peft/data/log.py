@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmrec_peft.data.duplicates import Duplicates
 from llmrec_peft.data.spool import BATCH_ROWS, SPOOL_ROWS, spool
 from llmrec_peft.data.tables import (
     bool_numpy,
@@ -111,6 +113,11 @@ class BehaviorLog:
     def num_items(self) -> int:
         """Rows of the item table, whether or not a user met them."""
         return self.items.num_rows
+
+    @cached_property
+    def duplicates(self) -> Duplicates:
+        """Rows that share user, item and moment with another row."""
+        return Duplicates.of(self)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the interactions, [rows].

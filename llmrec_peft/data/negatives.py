@@ -1,4 +1,7 @@
-"""Sampled negatives for logs of positives: items that were there, that the user did not take, drawn from the past only.
+"""Sampled negatives for logs of positives: items that were there and that the user had not taken, from the past only.
+
+One rule for every split: no negative of a positive at time t is an item that its user has in the log at t or before, in
+any split. An item that the user takes later may be one, since excluding it would tell of the future.
 
 Every positive gets a list of its own. The draw is exact: each slot follows the popularity (or the uniform) distribution
 over the items known strictly before the positive's time, given that neither the user nor the list has the item.
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.splits import LogSplit
 from llmrec_peft.errors import DataError
 
@@ -33,17 +37,19 @@ def sample_negatives(
     source: np.ndarray | None = None,
     past_only: bool = True,
 ) -> np.ndarray:
-    """Draw items that the users did not take.
+    """Draw items that the users had not taken.
 
     Args:
-        split: whose users' items are excluded: no list holds an item that its user took in `split.rows`.
+        split: the log, and the rows that negatives are drawn for. No list holds an item that any row of the log, with
+            any label and in any split, has for the list's user at the positive's time or before.
         per_positive: items in each list, at least 1.
         sampling: `popularity` (by how many source rows an item has so far) or `uniform` (over items with any so far).
         seed: same arguments and seed, same lists.
         positives: row numbers to draw for; by default `split.rows`.
         source: row numbers of which popularity and the known items are made; by default every row of the log. For a
             split by user give the training rows.
-        past_only: count only source rows strictly earlier than the positive. Give False where time means nothing.
+        past_only: count only source rows strictly earlier than the positive. Give False where time means nothing: then
+            all source rows count, and no list holds an item that any row of the log has for its user.
 
     Returns:
         int32 [len(positives), per_positive] item codes, no item twice in a row of it; -1 where fewer were available.
@@ -66,14 +72,14 @@ def sample_negatives(
 
     past = _Past.of(log.item_codes[source], log.timestamps[source])
     users = log.user_codes[positives].astype(np.int64)
-    known = past.known(log.timestamps[positives]) if past_only else past.everything(len(positives))
-    took = np.concatenate([split.rows, positives])
-    taken = np.sort(log.user_codes[took].astype(np.int64) * log.num_items + log.item_codes[took])
+    moments = log.timestamps[positives] if past_only else np.full(len(positives), np.inf)
+    known = past.known(moments)
+    taken = _Taken.of(log, users, moments)
     rng = np.random.default_rng(seed)
 
     out = np.full((len(positives), per_positive), NONE, dtype=np.int32)
-    unfinished = _fill_by_rejection(out, users, known, past, taken, log.num_items, sampling, rng)
-    _fill_exactly(out, unfinished, users, known, past, taken, log.num_items, sampling, rng)
+    unfinished = _fill_by_rejection(out, known, past, taken, sampling, rng)
+    _fill_exactly(out, unfinished, known, past, taken, sampling, rng)
     return out
 
 
@@ -125,9 +131,6 @@ class _Past:
         # side="left": a row of the same moment is not the past.
         return _Known(np.searchsorted(self.times, moments), np.searchsorted(self.first_times, moments))
 
-    def everything(self, size: int) -> _Known:
-        return _Known(np.full(size, len(self.items)), np.full(size, len(self.first_items)))
-
     def counts(self, prefixes: np.ndarray, items: int) -> np.ndarray:
         """Return int64 [len(prefixes), items]: rows of each of the first `items` items in each prefix of the source."""
         starts = np.arange(items, dtype=np.int64) * len(self.items)
@@ -135,13 +138,34 @@ class _Past:
         return ends - np.searchsorted(self.by_item, starts)[None, :]
 
 
-def _member(sorted_codes: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    places = np.searchsorted(sorted_codes, codes)
-    places[places == len(sorted_codes)] = 0
-    return sorted_codes[places] == codes
+@dataclass(frozen=True)
+class _Taken:
+    """What the positives' users had taken by the positives' times.
+
+    users, moments: [n] user code and time of each positive. keys: [pairs] sorted codes `user * num_items + item` of the
+    log's rows, each once; since: [pairs] the time of the first such row.
+    """
+
+    users: np.ndarray
+    moments: np.ndarray
+    keys: np.ndarray
+    since: np.ndarray
+    num_items: int
+
+    @classmethod
+    def of(cls, log: BehaviorLog, users: np.ndarray, moments: np.ndarray) -> _Taken:
+        # The log's rows go by user, then time, so that a pair's first row is its earliest.
+        keys, first = np.unique(log.user_codes.astype(np.int64) * log.num_items + log.item_codes, return_index=True)
+        return cls(users, moments, keys, log.timestamps[first], log.num_items)
+
+    def holds(self, positives: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether users had items: bool, of positive numbers and item codes that broadcast together."""
+        wanted = self.users[positives] * self.num_items + items
+        places = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return (self.keys[places] == wanted) & (self.since[places] <= self.moments[positives])
 
 
-def _fill_by_rejection(out, users, known, past, taken, num_items, sampling, rng) -> np.ndarray:
+def _fill_by_rejection(out, known, past, taken, sampling, rng) -> np.ndarray:
     """Fill `out` slot by slot by drawing until a draw is allowed; return the positives that ROUNDS did not finish.
 
     How often a draw was refused says nothing about which item is drawn in the end, so that handing the unlucky over to
@@ -157,7 +181,7 @@ def _fill_by_rejection(out, users, known, past, taken, num_items, sampling, rng)
             if not len(waiting):
                 break
             drawn = pool[rng.integers(size[waiting])]
-            refused = _member(taken, users[waiting] * num_items + drawn)
+            refused = taken.holds(waiting, drawn)
             refused |= (out[waiting, :slot] == drawn[:, None]).any(axis=1)
             out[waiting[~refused], slot] = drawn[~refused]
             waiting = waiting[refused]
@@ -166,7 +190,7 @@ def _fill_by_rejection(out, users, known, past, taken, num_items, sampling, rng)
     return np.concatenate(unfinished)
 
 
-def _fill_exactly(out, unfinished, users, known, past, taken, num_items, sampling, rng) -> None:
+def _fill_exactly(out, unfinished, known, past, taken, sampling, rng) -> None:
     """Finish the lists of `unfinished` by weighing every known item.
 
     Taking the largest of log(weight) + Gumbel noise draws without replacement in proportion to the weights
@@ -184,7 +208,7 @@ def _fill_exactly(out, unfinished, users, known, past, taken, num_items, samplin
         if sampling == "uniform":
             weights = (weights > 0).astype(np.float64)
         items = past.first_items[:width]
-        weights[_member(taken, users[chunk][:, None] * num_items + items[None, :])] = 0
+        weights[taken.holds(chunk[:, None], items[None, :])] = 0
         for slot in range(out.shape[1]):
             weights[out[chunk, slot][:, None] == items[None, :]] = 0
         with np.errstate(divide="ignore"):

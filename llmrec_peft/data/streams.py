@@ -1,5 +1,7 @@
 """From a log to token streams: windows, trunk, probes, and the independent prompts that they must equal."""
 
+import logging
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -8,8 +10,12 @@ from ..errors import DataError, DomainError, StreamError
 from .domain import Domain
 from .layout import Stream, StreamBuilder
 from .negatives import sample_negatives
-from .splits import LogSplit
+from .splits import LogSplit, context_only
 from .tokens import CHUNK, TokenTable, Vocabulary
+
+_log = logging.getLogger(__name__)
+
+SHORT_LISTS = 0.01  # share of positives with too few negatives from which a warning says so
 
 
 class StreamDataset(torch.utils.data.Dataset):
@@ -40,6 +46,7 @@ class StreamDataset(torch.utils.data.Dataset):
         asked = classes >= 0
         if unlabelled:
             asked[split.rows] = True
+        asked[self._duplicates(split)] = False
         self._kept = self._needed(split, asked)
         self._classes = classes[self._kept].astype(np.int64)
         is_target = np.zeros(len(self.log), bool)
@@ -58,6 +65,25 @@ class StreamDataset(torch.utils.data.Dataset):
         self._read_texts()
         self._number_targets()
         self._plan()
+
+    def _duplicates(self, split: LogSplit) -> np.ndarray:
+        """Rows of the log that the domain's `duplicates` leaves out; logs how many there are."""
+        domain, found = self.domain, self.log.duplicates
+        if not len(found.rows):
+            return found.rows
+        classes = domain.row_labels(self.log)
+        surplus = found.surplus(classes, context_only(self.log))
+        own = int(np.isin(surplus, split.rows, assume_unique=True).sum())
+        drops = domain.duplicates == "drop"
+        if own and (drops or domain.simultaneous == "order"):
+            _log.warning(
+                "%s of log %r: %d rows (%d in the whole log) repeat the user, item and moment of another row, %d such "
+                "events of the log with different labels; %s",
+                split.name, self.log.name, own, len(surplus), found.conflicts(classes),
+                "one row of each stays, the last with a label (duplicates: drop)" if drops else
+                "they see its outcome in the history; set duplicates: drop in the domain",
+            )  # fmt: skip
+        return surplus if drops else surplus[:0]
 
     def _needed(self, split: LogSplit, asked: np.ndarray) -> np.ndarray:
         """Rows of `asked` that a window can hold: up to the moment of each user's last target, int64 [kept]."""
@@ -92,7 +118,18 @@ class StreamDataset(torch.utils.data.Dataset):
                 positives=self._kept[positions[positive]],
                 source=np.flatnonzero(took) if source is None else source[took[source]],
             )
+            self._warn_of_short_lists(negatives[positive])
         return negatives
+
+    def _warn_of_short_lists(self, negatives: np.ndarray) -> None:
+        """Say so where more than the first positives of the log, which have no past, lack negatives."""
+        short, none = (negatives < 0).any(1), (negatives < 0).all(1)
+        if short.mean() > SHORT_LISTS:
+            _log.warning(
+                "%s of log %r: %d of %d positives have fewer than %d sampled negatives, and %d have none: too few "
+                "items were known before them that their users had not taken; lower negatives.per_positive",
+                self.name, self.log.name, short.sum(), len(short), negatives.shape[1], none.sum(),
+            )  # fmt: skip
 
     # -- texts ---------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ def export_onnx(
             f"student {student} ({classifier.config.model_type}) reads both ways and cannot share a history among "
             "candidates; export a decoder"
         )
-    domain = Domain.from_dict(loaded.domain, source=f"the domain of {student}")
+    domain = Domain.of_manifest(loaded.domain, source=f"the domain of {student}")
     check_positions(classifier.config, domain.stream.max_length)
     size = sum(value.numel() * value.element_size() for value in classifier.parameters())
     if size > _MOST_BYTES:

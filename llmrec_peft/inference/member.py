@@ -127,7 +127,7 @@ def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -
             f"bundle {directory} was trained by method {manifest['method']}, which has a base of its own and cannot "
             "share one; merge it and serve the merged model"
         )
-    domain = Domain.from_dict(manifest["domain"], source=str(directory / MANIFEST))
+    domain = Domain.of_manifest(manifest["domain"], source=str(directory / MANIFEST))
     device = next(base.stock.parameters()).device
     head = head.float().to(device)
     return Member(

@@ -218,7 +218,7 @@ def _streams(adapted: Bundle, settings: MergeSettings) -> tuple[Any, bool]:
     """What both models answer, and whether its labels are real."""
     encoder, streams = adapted.classifier.encoder, settings.streams
     if streams is None:
-        domain = Domain.from_dict(adapted.domain, source="the bundle's domain")
+        domain = Domain.of_manifest(adapted.domain, source="the bundle's domain")
         if adapted.tokenizer.unk_token == UNKNOWN_ITEM:
             raise BundleError(
                 f"a bundle on a model of item ids (domain {domain.name!r}) cannot answer made-up items, so its merge "
@@ -247,7 +247,7 @@ class _Prompts:
             whole = streams if isinstance(streams, IndependentPrompts) else IndependentPrompts(streams)
             self._rows, self.texts = [whole[number] for number in range(min(_STOCK_PROMPTS, len(whole)))], None
         else:
-            domain = Domain.from_dict(merged.domain, source="the bundle's domain")
+            domain = Domain.of_manifest(merged.domain, source="the bundle's domain")
             samples = SampleStreams(domain, merged.tokenizer, independent=True)
             # Of different lengths, and different places in their windows.
             numbers = np.linspace(0, len(samples) - 1, min(_STOCK_PROMPTS, len(samples))).round().astype(int)

@@ -91,7 +91,7 @@ class Scorer:
             classifier, tokenizer = bundle.classifier, bundle.tokenizer
             if classifier.method == "lora":
                 classifier = BehaviorClassifier(fold(classifier, torch.float32), "merged", classifier.labels)
-            domain = Domain.from_dict(bundle.domain, source=str(directory / MANIFEST))
+            domain = Domain.of_manifest(bundle.domain, source=str(directory / MANIFEST))
             calibration = Calibration.from_dict(bundle.calibration)
             engine = Engine(classifier.to(device) if device else classifier, tokenizer.pad_token_id)
             head = classifier.head.weight.detach().float()

@@ -40,7 +40,7 @@ def prepare_tokenizer(tokenizer: Any, config: Any, domain: Mapping[str, Any], *,
             "the bundle in a Scorer or a DomainBank, or train on a tokenizer without an end token"
         )
     tokenizer.padding_side = "right"
-    marker = Vocabulary(Domain.from_dict(domain, source="the bundle's domain"), tokenizer).marker
+    marker = Vocabulary(Domain.of_manifest(domain, source="the bundle's domain"), tokenizer).marker
     if not len(marker) or int(marker[-1]) != tokenizer.pad_token_id:
         return
     known = dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])

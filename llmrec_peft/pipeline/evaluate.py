@@ -39,7 +39,7 @@ def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
     with together():
         manifest = read_answering(config.bundle)
-        domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
+        domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
         if config.output_dir is not None:
             inputs = {"bundle": config.bundle, "data.path": config.data.path, "base": config.base}
             check_results(Path(config.output_dir), inputs | {"ranking.retrieval": config.ranking.retrieval})

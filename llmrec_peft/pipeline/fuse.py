@@ -77,7 +77,7 @@ def _fuse(config: FuseConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
     with together():
         manifest = read_answering(config.bundle)
-        domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
+        domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
         place = Path(config.retrieval or Path(config.bundle) / DIRECTORY)
         _check_places(config, place)
         show(f"reading {config.data.path}", flush=True)

@@ -62,7 +62,7 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
 
 def _streams(config: MergeConfig, bundle: str, manifest: dict[str, Any]):
     """Streams of the log's split, by the first bundle's domain."""
-    domain = Domain.from_dict(manifest["domain"], source=f"{bundle}/{MANIFEST}")
+    domain = Domain.of_manifest(manifest["domain"], source=f"{bundle}/{MANIFEST}")
     print(f"reading {config.data.path}", flush=True)
     splits = split_of(read_log(DataConfig(path=config.data.path, format=config.data.format)), domain)
     check_split(splits, config.split, manifest["counts"].get("split"))

@@ -111,7 +111,7 @@ def _read(config: RecommendConfig, state: PartialState, show) -> _Job:
     check_output(config.output_dir, inputs, writes=(RESULT, ERRORS, PARTS))
     check_results(Path(config.output_dir))
     manifest = read_answering(config.bundle)
-    domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
+    domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
     show(f"reading {config.data.path}", flush=True)
     log = read_log(config.data)
     users = Users(log, domain, config.users, until=config.until, context=config.context)

@@ -19,6 +19,7 @@ marker: " =>"
 outcomes: {dislike: " no\\n", like: " yes\\n"}
 label: {column: rating, above: 3}
 simultaneous: isolate
+duplicates: keep
 split: {by: user, valid: 0.2, test: 0.3}
 negatives: {per_positive: 2, sampling: uniform, label: dislike}
 stream: {context: 5, targets: 7, max_length: 512, history_labels: [like]}

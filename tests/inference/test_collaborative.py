@@ -27,6 +27,7 @@ DOMAIN = Domain.from_dict(
         "event": "{title}",
         "outcomes": {"dislike": " no\n", "like": " yes\n"},
         "label": {"column": "rating", "above": 3},
+        "duplicates": "keep",  # every row of the small log, in whatever moment, is compared with loops
     }
 )
 
