@@ -52,7 +52,8 @@ class BehaviorLog:
 
         Args:
             interactions: `user_id`, `item_id`, `timestamp` (seconds, datetimes or row numbers) and at least one of
-                `label`, `rating` and `behaviour`. A boolean column `context_only` marks rows that are history and never targets.
+                `label`, `rating` and `behaviour`. A boolean column `context_only` marks rows that are history and never
+                targets.
             items: `item_id`, `title` and any other columns. Without it the interactions need a `title` column, and
                 each item takes the title of its first row.
             name: what messages call the log.

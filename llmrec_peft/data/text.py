@@ -97,7 +97,8 @@ def neutralise(text: str, forbidden: list[str]) -> str:
     """A column's value as plain data: one line, without any text that the stream gives a meaning to.
 
     Line breaks and control characters become one space, and half a surrogate pair U+FFFD. A forbidden text is broken
-    up by a space (a single character is replaced by one), again and again until none is left, since taking one out can spell another.
+    up by a space (a single character is replaced by one), again and again until none is left, since taking one out can
+    spell another.
     """
     return broken_up(_BREAKS.sub(" ", replace_surrogates(text)).strip(), forbidden)
 

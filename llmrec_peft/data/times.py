@@ -139,10 +139,7 @@ def _from_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
     if pa.types.is_integer(kind):
         return column.cast(pa.int64()).to_numpy()
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        try:
-            values = column.cast(pa.float64()).to_numpy() + 0.0  # -0.0 becomes 0.0
-        except pa.ArrowNotImplementedError:  # decimals of 32 and 64 bits
-            raise DataError(f"timestamp of {where} is {kind}, which cannot be read; write seconds as int64") from None
+        values = column.cast(pa.float64()).to_numpy() + 0.0  # -0.0 becomes 0.0
         if pa.types.is_float32(kind) and np.any(values >= EARLIEST):
             logger.warning("timestamp of %s is float32, which tells times apart by about two minutes", where)
         return values

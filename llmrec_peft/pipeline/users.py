@@ -17,7 +17,7 @@ from ..data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, 
 from ..data.times import check_moment
 from ..errors import ConfigError, DataError
 from ..inference.prompts import Event
-from .events import LoggedEvents
+from .events import LoggedEvents, cells
 
 HASHED_AT_ONCE = 65_536  # rows
 
@@ -129,7 +129,8 @@ class Users:
         """
         if row in self.refused:
             raise DataError(self.refused[row])
-        code, given = int(self._codes[row]), self._columns.slice(row, 1).to_pylist()[0]
+        code, own = int(self._codes[row]), self._columns.slice(row, 1)
+        given = {name: cells(own.column(name), name)[0] for name in own.column_names}
         user = {name: given[name] if name in given else self._said(name, code) for name in self._domain.header_columns}
         history = self._logged.history(code, self._until) if code >= 0 else []
         context = self._context | {name: given[name] for name in self._logged.moment if name in given}
