@@ -149,12 +149,12 @@ class Recommender:
         histories = listed_requests("histories", histories)
         for what, values in (("users", users), ("contexts", contexts)):
             if values is not None:
-                check_list(what, values)
+                values = listed_requests(what, values)
             if values is not None and len(values) != len(histories):
                 raise DataError(f"{what} has {len(values)} entries for {len(histories)} histories; give one for each")
         given = self._given(k, pool, candidates, exclude)
-        users = [None] * len(histories) if users is None else users
-        contexts = [None] * len(histories) if contexts is None else contexts
+        users = [None] * len(histories) if users is None else list(users)
+        contexts = [None] * len(histories) if contexts is None else list(contexts)
         known: dict[bytes, tuple[np.ndarray, list[str]]] = {}
         choices = []
         for number, history in enumerate(histories):
@@ -207,7 +207,10 @@ class Recommender:
         """Rows of items, int64, each once."""
         with input_errors(DataError, what, "give a list of item ids"):
             check_list(what, ids)
-            named = [item_id(item, f"{what} must be a list of item ids, and") for item in ids]
+            wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, Id)]
+            if wrong:
+                raise DataError(f"{what} must be a list of item ids, and has {shorten(wrong[0])}; correct it")
+            named = [item_id(item, what) for item in ids]
         rows = self.catalogue.rows(named, what)
         return np.array(list(dict.fromkeys(rows.tolist())), np.int64)
 

@@ -54,7 +54,8 @@ def test_both_forms_of_invisible_agree_on_every_character():
 @pytest.mark.parametrize("bad", [b"\xed\xa0\xbd", b"\xff", b"caf\xe9"])
 def test_bytes_that_are_not_utf8(bad):
     for tables in ({"items": {"title": broken([b"A", bad])}}, {"user_id": broken([b"u", bad])},
-                   {"note": broken([b"u", bad])}, {"items": {"tags": pa.ListArray.from_arrays([0, 1, 2], broken([b"u", bad]))}},
+                   {"note": broken([b"u", bad])},
+                   {"items": {"tags": pa.ListArray.from_arrays([0, 1, 2], broken([b"u", bad]))}},
                    {"note": broken([b"u", bad]).dictionary_encode()}):  # fmt: skip
         with pytest.raises(DataError, match="is damaged .*write the texts as UTF-8"):
             log_of(**tables)

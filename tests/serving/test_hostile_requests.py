@@ -38,8 +38,8 @@ DEEP: dict = {}
 for _ in range(5_000):
     DEEP = {"x": DEEP}
 ODD = [
-    None, True, 1.5, float("nan"), float("inf"), 10**5000, -(2**70), b"x", bytearray(b"x"), "text", "\ud83d", "", "\u200b",
-    [], [[]], {}, {"a": 1}, {1, 2}, object(), 1j, RECURSIVE, DEEP, Mute(), Wicked([1]), np.float64(2), np.int64(3),
+    None, True, 1.5, float("nan"), float("inf"), 10**5000, -(2**70), b"x", bytearray(b"x"), "text", "\ud83d", "",
+    "\u200b", [], [[]], {}, {"a": 1}, {1, 2}, object(), 1j, RECURSIVE, DEEP, Mute(), Wicked([1]), np.float64(2), np.int64(3),
     np.float32("nan"), np.array(3), np.zeros((2, 2)), np.datetime64("NaT"), range(3), int, ..., lambda: 1,
 ]  # fmt: skip
 
@@ -85,9 +85,9 @@ def test_odd_values_anywhere(pair):
 
 @pytest.mark.parametrize(
     ("title", "named"),
-    [(None, "has no title"), (float("nan"), r"has no title \(nan\)"), (3, "a title that is no text, 3"),
-     ("\u3164\u200b", "without a visible character"), ("\ufe0f", "without a visible character"), ("", "without a visible"),
-     (["a"], "no text"), (b"x", "")],
+    [(None, "has no title"), (float("nan"), "has no title"), (3, "a title that is no text, 3"),
+     ("\u3164\u200b", "without a visible character"), ("\ufe0f", "without a visible"), ("", "without a visible"),
+     (["a"], "no text"), (b"x", "b'x'")],
 )  # fmt: skip
 def test_titles_that_nobody_can_read(title, named, pair):
     for scorer in pair:
@@ -95,7 +95,7 @@ def test_titles_that_nobody_can_read(title, named, pair):
             scorer.score(HISTORY, ["i3", {"title": title, "genres": "Drama"}])
         with pytest.raises((DataError, DomainError), match=named):
             scorer.score([({"title": title, "genres": "Drama"}, "like")], ["i3"])
-    if named:
+    if named != "b'x'":
         with pytest.raises(DataError, match=named):
             Items([{"item_id": "a", "title": title}])
     with pytest.raises(DataError, match="1 items have no title where others have one"):
