@@ -147,14 +147,12 @@ class Recommender:
         Raises as `recommend` does, naming the request; DataError for users or contexts of another number.
         """
         histories = listed_requests("histories", histories)
+        users = [None] * len(histories) if users is None else listed_requests("users", users)
+        contexts = [None] * len(histories) if contexts is None else listed_requests("contexts", contexts)
         for what, values in (("users", users), ("contexts", contexts)):
-            if values is not None:
-                values = listed_requests(what, values)
-            if values is not None and len(values) != len(histories):
+            if len(values) != len(histories):
                 raise DataError(f"{what} has {len(values)} entries for {len(histories)} histories; give one for each")
         given = self._given(k, pool, candidates, exclude)
-        users = [None] * len(histories) if users is None else list(users)
-        contexts = [None] * len(histories) if contexts is None else list(contexts)
         known: dict[bytes, tuple[np.ndarray, list[str]]] = {}
         choices = []
         for number, history in enumerate(histories):

@@ -139,7 +139,8 @@ def test_numbers_that_only_order(caplog):
     assert caplog.text == ""
     for times, named in [
         ([2019, 2020, 2020], "years"), ([18_000, 18_001], "days since 1970"), ([43_831, 43_832], "Excel"),
-        ([26_300_000, 26_300_001], "minutes since 1970"), ([202_001, 202_012], "YYYYMM"), ([-0.0, 2.5, 7e7], "the order"),
+        ([26_300_000, 26_300_001], "minutes since 1970"), ([202_001, 202_012], "YYYYMM"),
+        ([-0.0, 2.5, 7e7], "the order"),
     ]:  # fmt: skip
         caplog.clear()
         with caplog.at_level(logging.WARNING):

@@ -39,8 +39,8 @@ for _ in range(5_000):
     DEEP = {"x": DEEP}
 ODD = [
     None, True, 1.5, float("nan"), float("inf"), 10**5000, -(2**70), b"x", bytearray(b"x"), "text", "\ud83d", "",
-    "\u200b", [], [[]], {}, {"a": 1}, {1, 2}, object(), 1j, RECURSIVE, DEEP, Mute(), Wicked([1]), np.float64(2), np.int64(3),
-    np.float32("nan"), np.array(3), np.zeros((2, 2)), np.datetime64("NaT"), range(3), int, ..., lambda: 1,
+    "\u200b", [], [[]], {}, {"a": 1}, {1, 2}, object(), 1j, RECURSIVE, DEEP, Mute(), Wicked([1]), np.float64(2),
+    np.int64(3), np.float32("nan"), np.array(3), np.zeros((2, 2)), np.datetime64("NaT"), range(3), int, ..., lambda: 1,
 ]  # fmt: skip
 
 
