@@ -11,14 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..documents import read_yaml, shortened
-from ..errors import DataError, DomainError
+from ..errors import DataError, DomainError, input_errors
 from ..fields import MAX_COUNT, annotations_of, broken_fields
 from ..fields import number as of_number
 from ..fields import text as of_text
 from .duplicates import RULES
 from .splits import context_only
-from .tables import OUTCOME_COLUMNS
-from .text import broken_up, neutralise, template_columns, template_literals
+from .tables import ID_TYPE, OUTCOME_COLUMNS
+from .text import broken_up, check_template, part_text, template_columns, template_literals, value_text
+from .values import has_surrogates, plain, shorten
 
 Rule = TypeVar("Rule")
 
@@ -189,7 +190,7 @@ class Domain:
         if self.label.above is not None:
             try:
                 values = np.asarray(pc.cast(column, pa.float64()))
-            except pa.ArrowInvalid:
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise DataError(
                     f"{log.name}: label column '{self.label.column}' must hold numbers for `above`; got {column.type}"
                 ) from None
@@ -199,7 +200,13 @@ class Domain:
                              "remove these rows, or set label.missing to leave_out")  # fmt: skip
             return np.where(missing, -1, values > self.label.above).astype(np.int32)
         # The few distinct values are mapped in Python, the rows by an Arrow take.
-        encoded = pc.dictionary_encode(column.combine_chunks(), null_encoding="encode")
+        try:
+            encoded = pc.dictionary_encode(column.combine_chunks(), null_encoding="encode")
+        except pa.ArrowNotImplementedError:
+            raise DataError(
+                f"{log.name}: label column '{self.label.column}' must hold texts or numbers, got {column.type}; "
+                "convert it"
+            ) from None
         names = encoded.dictionary.to_pylist()
         codes = np.array([self._class_of(value) for value in names], dtype=np.int32)
         classes = codes[np.asarray(encoded.indices)] if len(names) else np.empty(0, np.int32)
@@ -290,7 +297,7 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
 
     Args:
         template: text with {column} or {column:format} fields.
-        columns: an Arrow array [rows] for each field; nulls become the empty text.
+        columns: an Arrow array [rows] for each field; null and NaN become the empty text.
         forbidden: see :func:`neutralise`.
 
     Returns:
@@ -321,35 +328,55 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
 
 def _as_text(name: str, values: pa.Array, spec: str, forbidden: list[str]) -> pa.Array:
     """Format and neutralise distinct values once, then spread them over the rows."""
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
         values = _joined(name, values)
-    if pa.types.is_nested(values.type):
-        raise DomainError(
-            f"field {{{name}}} names a column of type {values.type}; flatten it to texts or numbers first"
-        )
-    encoded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
-    distinct = encoded.dictionary
-    # numpy scalars print float32 shortly: 2.55, not 2.549999952316284.
-    as_python = distinct.to_numpy(zero_copy_only=False) if pa.types.is_floating(distinct.type) else distinct.to_pylist()
-    try:
-        texts = ["" if value is None else neutralise(format(value, spec) if spec else str(value), forbidden)
-                 for value in as_python]  # fmt: skip
-    except (ValueError, TypeError) as error:
-        raise DomainError(
-            f"field {{{name}:{spec}}} does not fit the column's values of type {distinct.type} ({error}); correct the "
-            "format"
-        ) from None
-    texts = pa.array(texts, pa.large_string())
-    return pc.fill_null(texts.take(encoded.indices), "")
+    encoded = _encoded(name, values)
+    column = f"column's values of type {encoded.dictionary.type}, such as the "
+    texts = [value_text(name, value, spec, forbidden, column) for value in python_values(encoded.dictionary, name)]
+    return pc.fill_null(pa.array(texts, pa.large_string()).take(encoded.indices), "")
+
+
+def python_values(values: pa.Array, name: str) -> list[Any]:
+    """Arrow values [n] as the Python values that templates write: float32 as NumPy's, moments to the microsecond.
+
+    Raises:
+        DataError: values that Python cannot hold, such as the year 50,000, or texts that are not UTF-8.
+    """
+    kind = values.type
+    if pa.types.is_floating(kind):  # null is NaN
+        return list(values.to_numpy(zero_copy_only=False))
+    with input_errors(DataError, f"column {name!r} of type {kind}", "correct the values, or write them as texts"):
+        if pa.types.is_timestamp(kind) and kind.unit == "ns":
+            values = values.cast(pa.timestamp("us", kind.tz), safe=False)
+        elif pa.types.is_duration(kind) and kind.unit == "ns":
+            values = values.cast(pa.duration("us"), safe=False)
+        return values.to_pylist()
+
+
+def _encoded(name: str, values: pa.Array) -> pa.DictionaryArray:
+    """Values as a dictionary of those that differ. Raises DomainError for a type that is no text, number or date."""
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or isinstance(kind, pa.BaseExtensionType)):
+        try:
+            return values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
+        except pa.ArrowNotImplementedError:
+            pass
+    raise DomainError(
+        f"field {{{name}}} names a column of type {values.type}; flatten it to texts, numbers or dates first"
+    )
 
 
 def _joined(name: str, values: pa.Array) -> pa.Array:
-    """Lists as text, their parts separated by commas."""
-    try:
-        parts = pc.cast(values, pa.large_list(pa.large_string()))
-    except pa.ArrowInvalid as error:
-        raise DomainError(f"field {{{name}}} names lists that are no texts ({error}); flatten them first") from None
-    return pc.binary_join(parts, pa.scalar(", ", pa.large_string()))
+    """Lists as text, their parts separated by commas; null where a list or one of its parts is."""
+    values = values.cast(pa.large_list(values.type.value_type))
+    parts = _encoded(name, values.flatten())
+    texts = pa.array([part_text(plain(name, value)) for value in python_values(parts.dictionary, name)], ID_TYPE)
+    sizes = pc.fill_null(pc.list_value_length(values), 0)
+    offsets = np.concatenate([[0], np.cumsum(sizes.to_numpy(zero_copy_only=False))])
+    lists = pa.LargeListArray.from_arrays(
+        pa.array(offsets, pa.int64()), texts.take(parts.indices), mask=values.is_null()
+    )
+    return pc.binary_join(lists, pa.scalar(", ", ID_TYPE))
 
 
 def _refuse_rows(log, bad: np.ndarray, what: str, advice: str) -> None:
@@ -421,22 +448,21 @@ def _check_texts(domain: Domain) -> None:
     if not isinstance(domain.header, str):
         raise DomainError(f"{where}: header must be a text, or left out; got {domain.header!r}")
     for key in ("event", "header"):
-        try:
-            columns = template_columns(getattr(domain, key))
-        except ValueError as error:
-            raise DomainError(f"{where}: {key} is not a template ({error}); write {{{{ for a brace") from None
-        parsed = list(string.Formatter().parse(getattr(domain, key)))
+        check_template(getattr(domain, key), f"{where}: {key}")
+        columns = template_columns(getattr(domain, key))
         if domain.marker and any(domain.marker.strip() in text for text in template_literals(getattr(domain, key))):
             raise DomainError(f"{where}: {key} contains the marker {domain.marker!r}, which only closes events; reword")
-        bad = [name for name in columns if not name.isidentifier()]
-        bad += [f"{name}!{turned}" for _, name, _, turned in parsed if turned]
-        if bad:
-            raise DomainError(f"{where}: {key} has the field {{{bad[0]}}}; fields are column names, such as {{title}}")
-        shown = [name for name in columns if name in {domain.label.column, *OUTCOME_COLUMNS}]
+        shown = [name for name in columns if name in (domain.label.column, *OUTCOME_COLUMNS)]
         if shown:
             raise DomainError(f"{where}: {key} shows the column '{shown[0]}', which tells the answer; remove it")
     if not domain.event_columns:
         raise DomainError(f"{where}: event {domain.event!r} names no column; use at least one, such as {{title}}")
+    texts = [domain.name, domain.marker, *domain.outcomes, *domain.outcomes.values()]
+    halves = [text for text in texts if isinstance(text, str) and has_surrogates(text)]
+    if halves:
+        raise DomainError(
+            f"domain: {shorten(halves[0])} holds half of a surrogate pair, which is no character; remove it"
+        )
     if len(domain.outcomes) < 2:
         raise DomainError(f"{where}: outcomes must hold two labels or more; got {list(domain.outcomes)}")
     for label, word in domain.outcomes.items():

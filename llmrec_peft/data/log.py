@@ -23,6 +23,7 @@ from llmrec_peft.data.tables import (
     prepare_items,
     shorten,
 )
+from llmrec_peft.data.times import are_dated
 from llmrec_peft.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,15 +45,17 @@ class BehaviorLog:
         user_codes: int32 [rows], position in `user_ids`, non-decreasing.
         user_offsets: int64 [users + 1]; the rows of user u are `user_offsets[u]:user_offsets[u + 1]`.
         item_codes: int32 [rows], row in `items`.
-        timestamps: int64 or float64 [rows], seconds since 1970.
+        timestamps: int64 or float64 [rows], seconds since 1970 where the log is `dated`; otherwise numbers that only
+            put events in order.
     """
 
     def __init__(self, interactions: pa.Table, items: pa.Table | None = None, *, name: str = "log") -> None:
         """Check and sort a log.
 
         Args:
-            interactions: `user_id`, `item_id`, `timestamp` (seconds or datetimes) and at least one of `label`, `rating`
-                and `behaviour`. A boolean column `context_only` marks rows that are history and never targets.
+            interactions: `user_id`, `item_id`, `timestamp` (seconds, datetimes or row numbers) and at least one of
+                `label`, `rating` and `behaviour`. A boolean column `context_only` marks rows that are history and never
+                targets.
             items: `item_id`, `title` and any other columns. Without it the interactions need a `title` column, and
                 each item takes the title of its first row.
             name: what messages call the log.
@@ -103,6 +106,11 @@ class BehaviorLog:
             f"BehaviorLog({self.name!r}: {len(self):,} interactions of {self.num_users:,} users "
             f"with {self.num_items:,} items)"
         )
+
+    @property
+    def dated(self) -> bool:
+        """Whether timestamps are seconds since 1970, from 1990 to 2100; False where they only order, as row numbers."""
+        return are_dated(self.timestamps)
 
     @property
     def num_users(self) -> int:

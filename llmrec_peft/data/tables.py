@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmrec_peft.data.text import listed, shorten
-from llmrec_peft.errors import DataError
+from llmrec_peft.data.text import SEEN, listed, shorten
+from llmrec_peft.data.times import to_seconds
+from llmrec_peft.errors import DataError, one_line
 
 ID_TYPE = pa.large_string()
 OUTCOME_COLUMNS = ("label", "rating", "behaviour")
@@ -46,12 +47,43 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         return column
     try:
         if pa.types.is_floating(kind):
-            column = column.cast(pa.int64())
+            column = _whole(column, where)
         elif not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_string_view(kind)):
             raise pa.ArrowInvalid(f"type {kind}")
         return column.cast(ID_TYPE)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{where} must be strings or whole numbers, got {kind}; write the ids as strings") from error
+
+
+def _whole(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Float ids as whole numbers. Raises DataError for NaN, and for numbers so large that a float rounds them."""
+    exact = 2 ** (np.finfo(column.type.to_pandas_dtype()).nmant + 1)
+    column = column.cast(pa.float64())
+    for bad, rule in (
+        (pc.is_nan(column), "is NaN"),
+        (pc.greater(pc.abs(column), exact), f"is a float above {exact:,}, where floats round ids,"),
+    ):
+        count, rows = offenders(bool_numpy(pc.fill_null(bad, False)))
+        if count:
+            raise DataError(
+                f"{where} {rule} in {count} rows ({numbered(rows, count)}); ids must be strings or whole numbers: "
+                "write them as strings, and drop or fill rows without one"
+            )
+    return column.cast(pa.int64())
+
+
+def check_texts(table: pa.Table, where: str) -> None:
+    """Raise DataError if a column of texts, or of lists of texts, holds bytes that are not UTF-8."""
+    for name in dict.fromkeys(table.column_names):
+        column = table.column(name)
+        if pa.types.is_primitive(column.type) or pa.types.is_binary(column.type):
+            continue
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"column {shorten(name)} of {where} is damaged ({one_line(error)}); write the texts as UTF-8"
+            ) from None
 
 
 def check_columns(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
@@ -67,12 +99,12 @@ def check_columns(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
 
 
 def is_blank(texts: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    """Which texts are null, empty or nothing but white space."""
-    return pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+    """Which texts are null, empty, or only white space and other characters that nobody sees; see `text.is_unseen`."""
+    return pc.invert(pc.fill_null(pc.match_substring_regex(texts, SEEN), False))
 
 
 def check_ids(ids: pa.ChunkedArray, where: str) -> None:
-    """Raise DataError if an id is null, empty or blank."""
+    """Raise DataError if an id is null, empty, or has no visible character."""
     if ids.null_count:
         count, rows = offenders(bool_numpy(ids.is_null()))
         raise DataError(f"{where} is null in {count} rows ({numbered(rows, count)}); drop or fill these rows")
@@ -81,7 +113,8 @@ def check_ids(ids: pa.ChunkedArray, where: str) -> None:
         blank = is_blank(ids)
         count, rows = offenders(bool_numpy(blank))
         raise DataError(
-            f"{where} is an empty string in {count} rows ({numbered(rows, count)}); drop or fill these rows"
+            f"{where} is an empty string in {count} rows ({numbered(rows, count)}), or none of its characters can be "
+            "seen; drop or fill these rows"
         )
 
 
@@ -89,12 +122,14 @@ def prepare_items(items: pa.Table, name: str) -> pa.Table:
     """The item table with `item_id` and `title` as strings, each item once and with a text.
 
     Raises:
-        DataError: a missing column, an empty table, a null, empty or repeated id, an item without a title.
+        DataError: a missing column, an empty table, a null, empty or repeated id, an item without a title, bytes that
+            are not UTF-8.
     """
     where = f"items of log {name!r}"
     check_columns(items, ("item_id", "title"), where)
     if not items.num_rows:
         raise DataError(f"{where} has no rows; give at least one item with item_id and title")
+    check_texts(items, where)
     ids = as_ids(items.column("item_id"), f"item_id in {where}")
     check_ids(ids, f"item_id in {where}")
     counts = pc.value_counts(ids)
@@ -112,7 +147,10 @@ def prepare_items(items: pa.Table, name: str) -> pa.Table:
     if pc.any(blank).as_py():
         count, rows = offenders(bool_numpy(blank))
         first = listed([shorten(value) for value in ids.take(rows).to_pylist()])
-        raise DataError(f"{where} has {count} items without a title (first: {first}); give each a text or drop them")
+        raise DataError(
+            f"{where} has {count} items without a title (first: {first}), null, empty or without a visible character; "
+            "give each a text or drop them"
+        )
     items = items.set_column(items.column_names.index("item_id"), "item_id", ids)
     return items.set_column(items.column_names.index("title"), "title", title).combine_chunks()
 
@@ -125,11 +163,12 @@ def prepare_interactions(table: pa.Table, name: str) -> tuple[pa.Table, np.ndarr
     """The interactions with string ids, and their timestamps as seconds.
 
     Returns:
-        The table in its given order, its `timestamp` column in seconds, and the same seconds as an array [rows], int64
-        or float64.
+        The table in its given order, its `timestamp` column in seconds (or in numbers that only order, see
+        `data.times`), and the same numbers as an array [rows], int64 or float64.
 
     Raises:
-        DataError: a missing column, an empty log, a null or empty id, a bad timestamp, `context_only` of a wrong type.
+        DataError: a missing column, an empty log, a null or empty id, a bad timestamp (see `times.to_seconds`), bytes
+            that are not UTF-8, `context_only` of a wrong type.
     """
     where = f"interactions of log {name!r}"
     check_columns(table, ("user_id", "item_id", "timestamp"), where)
@@ -140,6 +179,7 @@ def prepare_interactions(table: pa.Table, name: str) -> tuple[pa.Table, np.ndarr
         )
     if not table.num_rows:
         raise DataError(f"{where} has no rows; a log needs at least one interaction")
+    check_texts(table, where)
     for column in ("user_id", "item_id"):
         ids = as_ids(table.column(column), f"{column} in {where}")
         check_ids(ids, f"{column} in {where}")
@@ -158,38 +198,3 @@ def _fix_context_only(table: pa.Table, where: str) -> pa.Table:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"context_only in {where} must be true or false, got {column.type}; use a boolean") from error
     return table.set_column(table.column_names.index("context_only"), "context_only", flags)
-
-
-def to_seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Timestamps as seconds since 1970, int64 or float64, array [rows].
-
-    Dates and datetimes become seconds (UTC where a zone is given), whole where every one is whole.
-
-    Raises:
-        DataError: not a number or a datetime, null, NaN, infinite or negative.
-    """
-    kind = column.type
-    if column.null_count or pa.types.is_null(kind):
-        count, rows = offenders(bool_numpy(column.is_null()))
-        raise DataError(f"timestamp is null in {count} {where} ({numbered(rows, count)}); drop or fill these rows")
-    if pa.types.is_date(kind):
-        column = column.cast(pa.timestamp("s"))
-    if pa.types.is_timestamp(column.type):
-        ticks = column.cast(pa.int64()).to_numpy()
-        per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
-        seconds = ticks // per_second if not np.any(ticks % per_second) else ticks / per_second
-    elif pa.types.is_integer(kind):
-        seconds = column.cast(pa.int64()).to_numpy()
-    elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        seconds = column.cast(pa.float64()).to_numpy()
-    else:
-        raise DataError(f"timestamp of {where} must be numbers (seconds) or datetimes, got {kind}; convert the column")
-    bad = ~(np.isfinite(seconds) & (seconds >= 0))
-    if bad.any():
-        count, rows = offenders(bad)
-        values = listed([str(seconds[row]) for row in rows])
-        raise DataError(
-            f"timestamp is NaN, infinite or negative in {count} {where} ({numbered(rows, count)}: {values}); "
-            "timestamps are seconds since 1970; fix or drop these rows"
-        )
-    return np.ascontiguousarray(seconds)

@@ -32,7 +32,7 @@ from llmrec_peft.models.base import (
 from llmrec_peft.models.bundle import check_bundle
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
-from llmrec_peft.serving.prompts import check_list
+from llmrec_peft.serving.requests import check_count, check_list, listed_requests
 
 if TYPE_CHECKING:
     from llmrec_peft.inference.scorer import Scorer
@@ -319,9 +319,8 @@ class DomainBank:
             BundleError: a bundle that was changed on disk since it was added, or is not there any more.
             ModelError: answers that are not finite.
         """
-        if batch_tokens < 1:
-            raise DataError(f"batch_tokens must be at least 1, not {batch_tokens}; leave it out for {BATCH_TOKENS}")
-        chosen = self._choose(requests)
+        check_count("batch_tokens", batch_tokens, DataError, f"leave it out for {BATCH_TOKENS}")
+        chosen = self._choose(listed_requests("requests", requests))
         asks = []
         for number, (request, entry, member) in enumerate(chosen):
             try:

@@ -71,14 +71,14 @@ class Evidence:
         """Fit models on `rows` (the training rows) of a log.
 
         labels: int [rows of the log], 1, 0 or -1, see `signs`. models: unfitted ones; all five if not given, with a
-        half-life chosen on the newest training rows if `timed` (times mean something across users), and without
-        LabelFactors where no row is negative.
+        half-life chosen on the newest training rows if `timed` (times mean something across users) and the log is
+        `dated`, and without LabelFactors where no row is negative.
 
         Raises DataError as `CollaborativeModel.fit`, ConfigError for two models of one name.
         """
         rows, labels = np.asarray(rows, np.int64), np.asarray(labels)
         if models is None:
-            half_life = choose_half_life(log, rows, labels) if timed else None
+            half_life = choose_half_life(log, rows, labels) if timed and log.dated else None
             models = [Popularity(half_life), ItemCooccurrence(), MatrixFactorisation(seed=seed), UserItemRates()]
             if (labels[rows] == 0).any():
                 models.append(LabelFactors(seed=seed))

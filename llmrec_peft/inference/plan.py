@@ -11,7 +11,6 @@ import numpy as np
 from llmrec_peft.inference.engine import Engine, Task
 from llmrec_peft.inference.member import Member
 from llmrec_peft.inference.prompts import Prompts, Trunk
-from llmrec_peft.serving.prompts import check_list
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,8 @@ def ask(member: Member, prompts: Prompts, history: Any, candidates: Any, user: M
         DataError: an unknown item or label, a column that is missing, or what is no list.
         StreamError: a candidate that does not fit the window.
     """
-    check_list("candidates", candidates)
     trunk = prompts.trunk(history, user)
-    probes = prompts.events(list(candidates), "candidates")
+    probes = prompts.events(candidates, "candidates")
     return Ask(member, prompts, trunk, probes, prompts.dropped(trunk, probes))
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llmrec_peft.data.domain import python_values
 from llmrec_peft.data.layout import window_start
-from llmrec_peft.data.tables import listed, shorten
+from llmrec_peft.data.text import fill, listed
 from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.values import shorten, value_key
 from llmrec_peft.errors import DataError
 from llmrec_peft.inference.catalogue import Catalogue
-from llmrec_peft.serving.prompts import Event, check_event, check_list, events_to_drop, value_key
+from llmrec_peft.serving.prompts import event_key, events_to_drop
+from llmrec_peft.serving.requests import Event, RequestRules
 
 KNOWN_EVENTS = 200_000
 """Texts whose tokens are kept; beyond, those that were not asked for the longest go."""
@@ -49,6 +52,7 @@ class Prompts:
         joining = domain.stream.history_labels
         self._joins = set(domain.labels if joining is None else joining)
         self._classes = {label: number for number, label in enumerate(domain.labels)}
+        self._rules = RequestRules(domain.name, domain.labels, domain.event_columns, domain.header_columns)
         self._tokens: OrderedDict[Hashable, np.ndarray] = OrderedDict()
 
     # -- what a caller gives -------------------------------------------------------------------
@@ -61,81 +65,56 @@ class Prompts:
             user: columns that the domain's header names.
 
         Raises:
-            DataError: an unknown item or label, a pair that is none, or a column that is missing.
+            DataError: an unknown item or label, a column that is missing, or what `RequestRules` refuses.
+            DomainError: a value that no template can show, or that does not fit its format.
         """
-        pairs = self.pairs(history)
+        pairs, columns = self.pairs(history), self._rules.user(user)
         # Also before the window: whether an id is known must not depend on how much came after it.
-        self.catalogue.rows([str(event) for event, _ in pairs if not isinstance(event, Mapping)], "history")
-        seen = [(place, event, label) for place, (event, label) in enumerate(pairs) if label in self._joins]
+        self.catalogue.rows([event for event, _ in pairs if isinstance(event, str)], "history")
+        seen = [pair for pair in pairs if pair[1] in self._joins]
         seen = seen[window_start(len(seen), self.window, self.stride) :]
-        texts = self.events([event for _, event, _ in seen], "history")
+        texts = self.events([event for event, _ in seen], "history")
         words = self.vocabulary.outcomes
         events = tuple(
             np.concatenate([tokens, words[self._classes[label]]])
-            for tokens, (_, _, label) in zip(texts, seen, strict=True)
+            for tokens, (_, label) in zip(texts, seen, strict=True)
         )
-        return Trunk(np.concatenate([self.vocabulary.prefix, self._header(user)]), events)
+        return Trunk(np.concatenate([self.vocabulary.prefix, self._header(columns)]), events)
 
-    def pairs(self, history: Sequence[tuple[Event, str]]) -> list[tuple[Event, str]]:
-        """The entries of a history.
+    def pairs(self, history: Sequence[tuple[Event, str]]) -> list[tuple[str | dict[str, Any], str]]:
+        """The entries of a history, plain; see `RequestRules.pairs`."""
+        return self._rules.pairs(history)
 
-        Raises:
-            DataError: no list, an entry that is no pair or no event, or a label that the domain does not have.
-        """
-        check_list("history", history)
-        return [self._pair(entry, place) for place, entry in enumerate(history)]
-
-    def _pair(self, entry: Any, place: int) -> tuple[Event, str]:
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise DataError(f"history: entry {place} must be a pair (event, label), not {shorten(entry)}; correct it")
-        event, label = entry
-        if not isinstance(label, str) or label not in self._classes:
-            raise DataError(
-                f"history: entry {place} has the label {shorten(label)}, which domain {self.domain.name!r} does not "
-                f"have; use one of {listed(self.domain.labels)}"
-            )
-        check_event(event, place, "history")
-        return event, label
-
-    def _header(self, user: Mapping[str, Any] | None) -> np.ndarray:
-        columns, user = self.domain.header_columns, {} if user is None else user
-        if not isinstance(user, Mapping):
-            raise DataError(f"user must be a mapping of columns, not {shorten(user)}; give {listed(columns)}")
-        missing = [name for name in columns if name not in user]
-        if missing:
-            raise DataError(
-                f"user lacks {listed(missing)}, which the header of domain {self.domain.name!r} names; "
-                f"give user={{{missing[0]!r}: ...}}"
-            )
-        values = {name: _array([user[name]]) for name in columns}
-        key = ("header", *(value_key(user[name]) for name in columns))
+    def _header(self, user: dict[str, Any]) -> np.ndarray:
+        key = ("header", *(value_key(value) for value in user.values()))
         with self._lock:
             if key not in self._tokens:
-                self._keep(key, self.vocabulary.tokens(self.vocabulary.headers(values, 1).to_pylist())[0])
+                text = fill(self.domain.header, user, self.vocabulary.forbidden) if user else self.domain.header
+                self._keep(key, self.vocabulary.tokens([text])[0])
             return self._tokens[key]
 
     def events(self, events: Sequence[Event], what: str) -> list[np.ndarray]:
         """Tokens of events with their markers; `what` says in messages where they stood.
 
         Raises:
-            DataError: an unknown item, or a column that the template names and neither the event nor the table has.
+            DataError: an unknown item, a column that the template names and neither the event nor the table has, or
+                what `RequestRules` refuses.
+            DomainError: a value that no template can show, or that does not fit its format.
         """
-        keys = [self._event_key(event, place, what) for place, event in enumerate(events)]
+        plain_events = self._rules.events(events, what)
+        keys = [event_key(event) for event in plain_events]
         with self._lock:
-            return self._known(dict(zip(keys, events, strict=True)), keys, what)
+            return self._known(dict(zip(keys, plain_events, strict=True)), keys, what)
 
-    def _known(self, events: dict[Hashable, Event], keys: list[Hashable], what: str) -> list[np.ndarray]:
+    def _known(self, events: dict[Hashable, Any], keys: list[Hashable], what: str) -> list[np.ndarray]:
         """Tokens by key; those not kept are made, all that give the same columns at once."""
-        fresh = {key: event for key, event in events.items() if key not in self._tokens}
-        # Of one type each: in a column with 2.5, a 3 would read 3.0, and alone it reads 3.
-        forms: dict[tuple[tuple[str, ...], tuple[type, ...]], list[Hashable]] = {}
-        for key, event in fresh.items():
-            given = tuple(sorted(event)) if isinstance(event, Mapping) else ()
-            forms.setdefault((given, tuple(type(event[name]) for name in given)), []).append(key)
+        forms: dict[tuple[str, ...] | None, list[Hashable]] = {}
+        for key, event in events.items():
+            if key not in self._tokens:
+                forms.setdefault(None if isinstance(event, str) else tuple(event), []).append(key)
         found: dict[Hashable, np.ndarray] = {}
-        for (given, _), group in forms.items():
-            texts = self.vocabulary.events(self._columns([fresh[key] for key in group], given, what))
-            flat, offsets = self.vocabulary.tokens(texts.to_pylist())
+        for given, group in forms.items():
+            flat, offsets = self.vocabulary.tokens(self._texts([events[key] for key in group], given, what))
             for i, key in enumerate(group):
                 found[key] = np.concatenate([flat[offsets[i] : offsets[i + 1]], self.vocabulary.marker])
         result = [found[key] if key in found else self._tokens[key] for key in keys]
@@ -149,35 +128,36 @@ class Prompts:
         if len(self._tokens) > KNOWN_EVENTS:
             self._tokens.popitem(last=False)
 
-    def _event_key(self, event: Any, place: int, what: str) -> Hashable:
-        """What an event's text depends on."""
-        check_event(event, place, what)
-        if isinstance(event, Mapping):
-            return ("columns", *sorted((str(name), value_key(value)) for name, value in event.items()
-                                       if name == "item_id" or name in self.domain.event_columns))  # fmt: skip
-        return ("item", str(event))
+    def _texts(self, events: list[Any], given: tuple[str, ...] | None, what: str) -> list[str]:
+        """Texts of events that give the same columns, or of ids (None); the item table has the rest."""
+        names = [name for name in self.domain.event_columns if name not in (given or ())]
+        stored = self._stored(events, names, given, what) if names else {}
+        if given is None:
+            return self.vocabulary.events(stored).to_pylist()
+        columns = {name: python_values(values, name) for name, values in stored.items()}
+        return [
+            fill(self.domain.event, event | {name: columns[name][row] for name in names}, self.vocabulary.forbidden)
+            for row, event in enumerate(events)
+        ]
 
-    def _columns(self, events: list[Event], given: tuple[str, ...], what: str) -> dict[str, pa.Array]:
-        """The template's columns [events] for events that give the same columns; the item table has the rest."""
-        wanted = self.domain.event_columns
-        rest = [name for name in wanted if name not in given]
-        columns = {name: _array([event[name] for event in events]) for name in wanted if name in given}
-        if not rest:
-            return columns
-        if given and "item_id" not in given:
+    def _stored(
+        self, events: list[Any], names: list[str], given: tuple[str, ...] | None, what: str
+    ) -> dict[str, pa.Array]:
+        """The item table's columns [events] of these names."""
+        if given is not None and "item_id" not in given:
             raise DataError(
-                f"{what}: event {shorten(dict(events[0]))} lacks {listed(rest)}, which the template of domain "
+                f"{what}: event {shorten(events[0])} lacks {listed(names)}, which the template of domain "
                 f"{self.domain.name!r} names; give it, or an item_id of the item table"
             )
-        ids = [str(event["item_id"]) if given else str(event) for event in events]
+        ids = [event if given is None else event["item_id"] for event in events]
         rows = self.catalogue.rows(ids, what)
-        missing = [name for name in rest if name not in self.catalogue.column_names]
+        missing = [name for name in names if name not in self.catalogue.column_names]
         if missing:
             raise DataError(
                 f"{what}: item {shorten(ids[0])} has no column {listed(missing)}, which the template of domain "
                 f"{self.domain.name!r} names; give the event as {{'item_id': ..., {missing[0]!r}: ...}}"
             )
-        return columns | {name: self.catalogue.take(name, rows) for name in rest}
+        return {name: self.catalogue.take(name, rows) for name in names}
 
     def dropped(self, trunk: Trunk, probes: Sequence[np.ndarray]) -> np.ndarray:
         """How many of the oldest history events each probe leaves out to fit `stream.max_length`, int64 [probes].
@@ -191,11 +171,3 @@ class Prompts:
             trunk.header, trunk.events, probes, len(self.vocabulary.suffix), self.domain.stream.max_length,
             self.domain.name,
         )  # fmt: skip
-
-
-def _array(values: list[Any]) -> pa.Array:
-    """Values of one column; of mixed types, as texts."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([None if value is None else str(value) for value in values])

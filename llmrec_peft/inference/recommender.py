@@ -10,7 +10,7 @@ import numpy as np
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tables import shorten
-from llmrec_peft.errors import ConfigError, DataError, LLMRecError
+from llmrec_peft.errors import ConfigError, DataError, LLMRecError, input_errors
 from llmrec_peft.inference.bank import BATCH_TOKENS
 from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.inference.evidence import Evidence
@@ -18,7 +18,7 @@ from llmrec_peft.inference.fusion import Fusion
 from llmrec_peft.inference.histories import Histories
 from llmrec_peft.inference.prompts import Event
 from llmrec_peft.inference.retrieval import SOURCES, Retriever
-from llmrec_peft.serving.prompts import check_list
+from llmrec_peft.serving.requests import check_list, is_count, item_id, listed_requests
 
 POOL = 100
 """Candidates that retrieval names for the LLM to rank, by default."""
@@ -121,7 +121,7 @@ class Recommender:
             ConfigError: k or pool below 1.
         """
         given = self._given(k, pool, candidates, exclude)
-        choice = self._choice(history, given, max(pool, k), {})
+        choice = self._choice(history, given, self._pool(pool, k), {})
         found = self.scorer.score(history, self._events(choice.codes, context), user, batch_tokens=batch_tokens)
         return self._ranked(choice, found, k)
 
@@ -146,17 +146,18 @@ class Recommender:
 
         Raises as `recommend` does, naming the request; DataError for users or contexts of another number.
         """
+        histories = listed_requests("histories", histories)
+        users = [None] * len(histories) if users is None else listed_requests("users", users)
+        contexts = [None] * len(histories) if contexts is None else listed_requests("contexts", contexts)
         for what, values in (("users", users), ("contexts", contexts)):
-            if values is not None and len(values) != len(histories):
+            if len(values) != len(histories):
                 raise DataError(f"{what} has {len(values)} entries for {len(histories)} histories; give one for each")
         given = self._given(k, pool, candidates, exclude)
-        users = [None] * len(histories) if users is None else users
-        contexts = [None] * len(histories) if contexts is None else contexts
         known: dict[bytes, tuple[np.ndarray, list[str]]] = {}
         choices = []
         for number, history in enumerate(histories):
             try:
-                choices.append(self._choice(history, given, max(pool, k), known))
+                choices.append(self._choice(history, given, self._pool(pool, k), known))
             except LLMRecError as error:
                 raise type(error)(f"request {number}: {error}") from None
         requests = [
@@ -166,7 +167,12 @@ class Recommender:
         found = self.scorer.score_many(requests, batch_tokens=batch_tokens)
         return [self._ranked(choice, part, k) for choice, part in zip(choices, found, strict=True)]
 
+    def _pool(self, pool: int, k: int) -> int:
+        return min(max(pool, k), len(self.ids))
+
     def _events(self, codes: np.ndarray, context: Mapping[str, Any] | None) -> list[Event]:
+        if not isinstance(context, Mapping | None):
+            raise DataError(f"context must be a mapping of columns, not {shorten(context)}; correct it")
         ids = [self.ids[code] for code in codes]
         return [{**context, "item_id": item} for item in ids] if context else ids
 
@@ -188,19 +194,22 @@ class Recommender:
         self, k: int, pool: int, candidates: Sequence[Id] | None, exclude: Sequence[Id]
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """Codes of the candidates, each once, or None; and of what is not wanted."""
-        if k < 1 or pool < 1:
+        if not is_count(k) or not is_count(pool):
             raise ConfigError(
-                f"recommend: k and pool must be at least 1, not {k} and {pool}; ask for one item at least"
+                f"recommend: k and pool must be at least 1, not {shorten(k)} and {shorten(pool)}; ask for one item "
+                "at least"
             )
         return None if candidates is None else self._codes("candidates", candidates), self._codes("exclude", exclude)
 
     def _codes(self, what: str, ids: Sequence[Id]) -> np.ndarray:
         """Rows of items, int64, each once."""
-        check_list(what, ids)
-        wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, Id)]
-        if wrong:
-            raise DataError(f"{what} must be a list of item ids, and has {shorten(wrong[0])}; correct it")
-        rows = self.catalogue.rows([str(item) for item in ids], what)
+        with input_errors(DataError, what, "give a list of item ids"):
+            check_list(what, ids)
+            wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, Id)]
+            if wrong:
+                raise DataError(f"{what} must be a list of item ids, and has {shorten(wrong[0])}; correct it")
+            named = [item_id(item, what) for item in ids]
+        rows = self.catalogue.rows(named, what)
         return np.array(list(dict.fromkeys(rows.tolist())), np.int64)
 
     def _choice(

@@ -30,6 +30,7 @@ from llmrec_peft.inference.texts import text_vectors
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.manifest import MANIFEST, WEIGHTS, digest
+from llmrec_peft.serving.requests import check_count, listed_requests
 
 KEPT_BYTES = 512 * 1024**2
 """Memory for the keys and values of histories, by default."""
@@ -172,7 +173,7 @@ class Scorer:
         """
         member, prompts = self._current()
         asks = []
-        for number, request in enumerate(requests):
+        for number, request in enumerate(listed_requests("requests", requests)):
             if not isinstance(request, list | tuple) or len(request) not in (2, 3):
                 raise DataError(f"request {number} must be (history, candidates) or (history, candidates, user)")
             try:
@@ -201,8 +202,7 @@ class Scorer:
         return text_vectors(self.catalogue, self.prompts.vocabulary, weight)
 
     def _answer(self, member: Member, asks: list[Any], batch_tokens: int) -> list[np.ndarray]:
-        if batch_tokens < 1:
-            raise DataError(f"batch_tokens must be at least 1, not {batch_tokens}; leave it out for {BATCH_TOKENS}")
+        check_count("batch_tokens", batch_tokens, DataError, f"leave it out for {BATCH_TOKENS}")
         found = answer(self._engine, asks, batch_tokens)
         return [member.calibration.apply(logits) for logits in found]
 

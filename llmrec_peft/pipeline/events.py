@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..data.domain import Domain
+from ..data.domain import Domain, python_values
 from ..data.log import BehaviorLog
 from ..inference.prompts import Event
 
@@ -38,7 +38,9 @@ class LoggedEvents:
         """The moment's columns of rows of the log; known of rows without any, too."""
         if not self.moment:
             return [{}] * len(rows)
-        return self._log.interactions.select(self.moment).take(pa.array(rows)).to_pylist()
+        taken = self._log.interactions.select(self.moment).take(pa.array(rows)).combine_chunks()
+        columns = [cells(taken.column(name), name) for name in self.moment]
+        return [dict(zip(self.moment, own, strict=True)) for own in zip(*columns, strict=True)]
 
     def events(self, codes: np.ndarray, moments: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Items (codes [n]) at their moments [n]; an id alone says all where the event names no such column."""
@@ -48,4 +50,9 @@ class LoggedEvents:
 
     def first(self, user: int, column: str) -> Any:
         """What a user's first row has in a column of the interactions: what training writes into the header."""
-        return self._log.column(column)[int(self._log.user_offsets[user])].as_py()
+        return cells(self._log.column(column).slice(int(self._log.user_offsets[user]), 1), column)[0]
+
+
+def cells(column: pa.ChunkedArray, name: str) -> list[Any]:
+    """A column's values as templates write them; see `domain.python_values`."""
+    return [value for chunk in column.chunks for value in python_values(chunk, name)]

@@ -95,7 +95,7 @@ class Lists:
     def popularity(self) -> Popularity:
         """Of the training rows."""
         rows = self.splits.train.rows
-        timed = self.domain.split.by == "time"
+        timed = self.domain.split.by == "time" and self.log.dated
         return Popularity(choose_half_life(self.log, rows, self.signs) if timed else None).fit(
             self.log, rows, self.signs
         )

@@ -14,9 +14,10 @@ from ..data.domain import Domain
 from ..data.log import BehaviorLog
 from ..data.sources.tabular import SUFFIXES, read_tables, suffix_of
 from ..data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, listed
+from ..data.times import check_moment
 from ..errors import ConfigError, DataError
 from ..inference.prompts import Event
-from .events import LoggedEvents
+from .events import LoggedEvents, cells
 
 HASHED_AT_ONCE = 65_536  # rows
 
@@ -58,13 +59,15 @@ class Users:
             log: histories and items.
             domain: words and labels.
             path: file of users (parquet, csv, jsonl), or None for all users of the log.
-            until: seconds since 1970; rows from this moment on are no history.
+            until: seconds since 1970, or one of the log's own numbers where it is not `dated`; rows from this moment on
+                are no history.
             context: columns of the moment that the event's template names and items lack, for all users.
 
         Raises:
             DataError: no such file, no column user_id, no row, or a column that nothing has.
-            ConfigError: columns of the moment that are not given, or are not needed.
+            ConfigError: columns of the moment that are not given, or are not needed, or an `until` of another unit.
         """
+        check_moment(until, log.dated, "until")
         self._log, self._domain, self._until = log, domain, until
         self._logged = LoggedEvents(log, domain)
         self.name = f"log {log.name}" if path is None else Path(path).name
@@ -126,7 +129,8 @@ class Users:
         """
         if row in self.refused:
             raise DataError(self.refused[row])
-        code, given = int(self._codes[row]), self._columns.slice(row, 1).to_pylist()[0]
+        code, own = int(self._codes[row]), self._columns.slice(row, 1)
+        given = {name: cells(own.column(name), name)[0] for name in own.column_names}
         user = {name: given[name] if name in given else self._said(name, code) for name in self._domain.header_columns}
         history = self._logged.history(code, self._until) if code >= 0 else []
         context = self._context | {name: given[name] for name in self._logged.moment if name in given}

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.text import listed, shorten
+from ..data.text import is_unseen, listed, title_fault
+from ..data.values import shorten
 from ..errors import DataError
+from .requests import item_id
 
 SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 _TEXTS = ("user_id", "item_id", "title")
@@ -26,19 +28,28 @@ class Items:
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], name: str = "items") -> None:
-        """Raises DataError for a row without an item_id, and for two of one id."""
+        """Raises DataError for a row without an item_id, for two of one id, and for a title that nobody can read."""
         self.name = name
         self._rows: dict[str, Mapping[str, Any]] = {}
         names: dict[str, None] = {}
         for place, row in enumerate(rows):
             if not isinstance(row, Mapping) or row.get("item_id") in (None, ""):
                 raise DataError(f"items of {name}: row {place} must be a mapping with an item_id, not {shorten(row)}")
-            item = _as_id(row["item_id"])
+            item = _as_id(row["item_id"], f"items of {name}: row {place}")
+            fault = title_fault(row["title"]) if "title" in row else None
+            if fault:
+                raise DataError(f"items of {name}: item {shorten(item)} {fault}; give each item a text, or drop it")
             if item in self._rows:
                 raise DataError(f"items of {name} have the id {item!r} in more than one row; keep one row an item")
             self._rows[item] = {**row, "item_id": item}
             names.update(dict.fromkeys(row))
         self.columns = list(names)
+        untitled = [item for item, row in self._rows.items() if "title" not in row] if "title" in names else []
+        if untitled:
+            raise DataError(
+                f"items of {name}: {len(untitled)} items have no title where others have one (first: "
+                f"{shorten(untitled[0])}); give each item a text, or drop it"
+            )
 
     @classmethod
     def read(cls, items: Any) -> Items | None:
@@ -71,8 +82,13 @@ class Items:
         return self._rows[item_id]
 
 
-def _as_id(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def _as_id(value: Any, what: str) -> str:
+    """An id as text; whole numbers in a float column lose their ".0"."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) <= 2**53
+    item = item_id(int(value) if whole else value, what)
+    if is_unseen(item):
+        raise DataError(f"{what} has the item id {item!r}, which cannot be seen; give each item an id")
+    return item
 
 
 def _file(path: Path) -> Path:

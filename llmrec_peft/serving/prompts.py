@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from ..data.layout import window_start
-from ..data.text import fill, listed, shorten, template_columns
+from ..data.text import check_template, fill, listed, template_columns
+from ..data.values import shorten, value_key
 from ..errors import DataError, StreamError
 from .items import Items
+from .requests import RequestRules
 from .words import Words
 
-Event = str | int | Mapping[str, Any]
-"""An item id of the item table, or a mapping of the columns that the domain's template names."""
+Event = str | dict[str, Any]
+"""An item id of the item table, or plain values of the columns that the domain's template names."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Prompts:
         words: the domain's tokens.
         items: the item table, or None.
         kept: texts whose tokens are kept; where more come, all that were kept go.
+
+    Raises:
+        DomainError: a template that cannot be filled.
     """
 
     def __init__(self, manifest: Mapping[str, Any], words: Words, items: Items | None, kept: int) -> None:
@@ -55,12 +60,15 @@ class Prompts:
         self.words, self.items = words, items
         self.name, self.labels = domain["name"], list(domain["outcomes"])
         self._event, self._header_template = domain["event"], domain["header"]
+        for key in ("event", "header"):
+            check_template(domain[key], f"domain '{self.name}': {key}")
         self._event_columns = template_columns(self._event)
         self._header_columns = template_columns(self._header_template)
         self._events, self._stride, self._max_length = window["events"], window["stride"], window["max_length"]
         joining = domain["stream"].get("history_labels")
         self._joins = set(self.labels if joining is None else joining)
         self._classes = {label: number for number, label in enumerate(self.labels)}
+        self._rules = RequestRules(self.name, self.labels, self._event_columns, self._header_columns)
         self._lock, self._kept = threading.Lock(), kept
         self._tokens: dict[Hashable, np.ndarray] = {}
 
@@ -68,22 +76,21 @@ class Prompts:
         """One request as tokens.
 
         Raises:
-            DataError: an unknown item or label, a column that is missing, or what is no list.
+            DataError: an unknown item or label, a column that is missing, or what `RequestRules` refuses.
+            DomainError: a value that no template can show, or that does not fit its format.
             StreamError: a candidate that does not fit the window.
         """
-        check_list("candidates", candidates)
-        events, header = self._trunk(history), self._header(user)
-        probes = self._texts(list(candidates), "candidates")
+        candidates, history = self._rules.events(candidates, "candidates"), self._rules.pairs(history)
+        events, header = self._trunk(history), self._header(self._rules.user(user))
+        probes = self._texts(candidates, "candidates")
         suffix = len(self.words.suffix)
         return Ask(header, events, probes, events_to_drop(header, events, probes, suffix, self._max_length, self.name))
 
     # -- history -------------------------------------------------------------------------------
 
-    def _trunk(self, history: Any) -> tuple[np.ndarray, ...]:
-        check_list("history", history)
-        pairs = [self._pair(entry, place) for place, entry in enumerate(history)]
+    def _trunk(self, pairs: list[tuple[Event, str]]) -> tuple[np.ndarray, ...]:
         # Also before the window: whether an id is known must not depend on how much came after it.
-        ids = [str(event) for event, _ in pairs if not isinstance(event, Mapping)]
+        ids = [event for event, _ in pairs if isinstance(event, str)]
         if self._is_text_of_ids():
             self._texts(ids, "history")
         else:
@@ -94,28 +101,8 @@ class Prompts:
         outcomes = [self.words.outcomes[self._classes[label]] for _, label in seen]
         return tuple(np.concatenate(pair) for pair in zip(texts, outcomes, strict=True))
 
-    def _pair(self, entry: Any, place: int) -> tuple[Event, str]:
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise DataError(f"history: entry {place} must be a pair (event, label), not {shorten(entry)}; correct it")
-        event, label = entry
-        if not isinstance(label, str) or label not in self._classes:
-            raise DataError(
-                f"history: entry {place} has the label {shorten(label)}, which domain {self.name!r} does not have; "
-                f"use one of {listed(self.labels)}"
-            )
-        check_event(event, place, "history")
-        return event, label
-
-    def _header(self, user: Mapping[str, Any] | None) -> np.ndarray:
-        columns, user = self._header_columns, {} if user is None else user
-        if not isinstance(user, Mapping):
-            raise DataError(f"user must be a mapping of columns, not {shorten(user)}; give {listed(columns)}")
-        missing = [name for name in columns if name not in user]
-        if missing:
-            raise DataError(
-                f"user lacks {listed(missing)}, which the header of domain {self.name!r} names; "
-                f"give user={{{missing[0]!r}: ...}}"
-            )
+    def _header(self, user: Mapping[str, Any]) -> np.ndarray:
+        columns = self._header_columns
         key = ("header", *(value_key(user[name]) for name in columns))
         with self._lock:
             found = self._tokens.get(key)
@@ -127,9 +114,9 @@ class Prompts:
 
     # -- events --------------------------------------------------------------------------------
 
-    def _texts(self, events: Sequence[Any], what: str) -> list[np.ndarray]:
+    def _texts(self, events: Sequence[Event], what: str) -> list[np.ndarray]:
         """Tokens of events with their markers; those not kept are made at once."""
-        keys = [self._event_key(event, place, what) for place, event in enumerate(events)]
+        keys = [event_key(event) for event in events]
         with self._lock:
             found = {key: self._tokens.get(key) for key in keys}
             fresh = {key: event for key, event in zip(keys, events, strict=True) if found[key] is None}
@@ -146,16 +133,6 @@ class Prompts:
         if len(new) <= self._kept:
             self._tokens |= new
 
-    def _event_key(self, event: Any, place: int, what: str) -> Hashable:
-        """What an event's text depends on."""
-        if isinstance(event, str):
-            return event
-        check_event(event, place, what)
-        if isinstance(event, Mapping):
-            return ("columns", *sorted((str(name), value_key(value)) for name, value in event.items()
-                                       if name == "item_id" or name in self._event_columns))  # fmt: skip
-        return str(event)
-
     def _filled(self, events: list[Event], what: str) -> list[str]:
         """Texts of events; the item table has the columns that they do not give."""
         parts = [self._parts(event, what) for event in events]
@@ -168,15 +145,15 @@ class Prompts:
 
     def _parts(self, event: Event, what: str) -> tuple[Mapping[str, Any], str | None]:
         """Columns that an event gives, and the item that has the rest of the template's, if it needs one."""
-        if not isinstance(event, Mapping):
-            return ({"item_id": str(event)}, None) if self._is_text_of_ids() else ({}, str(event))
+        if isinstance(event, str):
+            return ({"item_id": event}, None) if self._is_text_of_ids() else ({}, event)
         rest = [name for name in self._event_columns if name not in event]
         if rest and "item_id" not in event:
             raise DataError(
-                f"{what}: event {shorten(dict(event))} lacks {listed(rest)}, which the template of domain "
+                f"{what}: event {shorten(event)} lacks {listed(rest)}, which the template of domain "
                 f"{self.name!r} names; give it, or an item_id of the item table"
             )
-        return event, str(event["item_id"]) if rest else None
+        return event, event["item_id"] if rest else None
 
     def _completed(self, given: Mapping[str, Any], item: str, what: str) -> dict[str, Any]:
         missing = [name for name in self._event_columns if name not in given and name not in self.items.columns]
@@ -236,20 +213,8 @@ def events_to_drop(
     return np.searchsorted(-rest, lengths - limit, "left")
 
 
-def check_list(what: str, value: Any) -> None:
-    """Raise DataError for what is no list; a text and a mapping are none."""
-    if isinstance(value, str | Mapping) or not isinstance(value, Sequence | np.ndarray):
-        raise DataError(f"{what} must be a list, not {shorten(value)}; correct it")
-
-
-def check_event(event: Any, place: int, what: str) -> None:
-    """Raise DataError for what is neither an item id nor a mapping."""
-    if isinstance(event, bool) or not isinstance(event, str | int | np.integer | Mapping):
-        raise DataError(
-            f"{what}: entry {place} must be an item id or a mapping of columns, not {shorten(event)}; correct it"
-        )
-
-
-def value_key(value: Any) -> Hashable:
-    """A value that tells 1 from "1" and True, and lists apart."""
-    return (type(value).__name__, repr(value))
+def event_key(event: Event) -> Hashable:
+    """What an event's text depends on; events are as `RequestRules.events` returns them."""
+    if isinstance(event, str):
+        return event
+    return ("columns", *sorted((name, *value_key(value)) for name, value in event.items()))

@@ -15,7 +15,8 @@ from ..probabilities import calibrated
 from .graph import Graph
 from .items import Items
 from .manifest import MODELS, TOKENIZER, calibration_of, check_file, read_serving
-from .prompts import Ask, Event, Prompts
+from .prompts import Ask, Prompts
+from .requests import Event, check_count, listed_requests
 from .words import Words
 
 KNOWN_EVENTS = 200_000
@@ -150,7 +151,7 @@ class OnnxScorer:
         Raises as `score` does, naming the request.
         """
         asks = []
-        for number, request in enumerate(requests):
+        for number, request in enumerate(listed_requests("requests", requests)):
             if not isinstance(request, list | tuple) or len(request) not in (2, 3):
                 raise DataError(f"request {number} must be (history, candidates) or (history, candidates, user)")
             try:
@@ -160,8 +161,7 @@ class OnnxScorer:
         return self._answer(asks, batch_tokens)
 
     def _answer(self, asks: list[Ask], batch_tokens: int) -> list[np.ndarray]:
-        if batch_tokens < 1:
-            raise DataError(f"batch_tokens must be at least 1, not {batch_tokens}; leave it out for {BATCH_TOKENS}")
+        check_count("batch_tokens", batch_tokens, DataError, f"leave it out for {BATCH_TOKENS}")
         tasks: dict[bytes, _Task] = {}
         places = []
         for ask in asks:

@@ -12,6 +12,14 @@ from llmrec_peft.data import log as log_module
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import DataError
 
+NEW_YEAR = 1_577_836_800  # 2020
+
+
+def moments(seconds: list[float], unit: str, zone: str | None = None) -> pa.Array:
+    """Datetimes so many seconds after the first moment of 2020."""
+    ticks = {"s": 1, "ms": 1000}[unit]
+    return pa.array([int((NEW_YEAR + n) * ticks) for n in seconds], pa.timestamp(unit, zone))
+
 
 def interactions(**changes) -> pa.Table:
     columns = {
@@ -92,10 +100,10 @@ def test_dictionary_columns_are_read_as_their_values():
 @pytest.mark.parametrize(
     ("values", "expected", "kind"),
     [
-        (pa.array([3, 2, 1, 2, 5], pa.timestamp("s")), [2, 2, 1, 3, 5], np.int64),
-        (pa.array([3000, 2000, 1000, 2000, 5000], pa.timestamp("ms", "UTC")), [2, 2, 1, 3, 5], np.int64),
-        (pa.array([3000, 2500, 1000, 2500, 5000], pa.timestamp("ms")), [2.5, 2.5, 1, 3, 5], np.float64),
-        (pa.array([datetime.date(1970, 1, 2)] * 5), [86400] * 5, np.int64),
+        (moments([3, 2, 1, 2, 5], "s"), [NEW_YEAR + n for n in (2, 2, 1, 3, 5)], np.int64),
+        (moments([3, 2, 1, 2, 5], "ms", "UTC"), [NEW_YEAR + n for n in (2, 2, 1, 3, 5)], np.int64),
+        (moments([3, 2.5, 1, 2.5, 5], "ms"), [NEW_YEAR + n for n in (2.5, 2.5, 1, 3, 5)], np.float64),
+        (pa.array([datetime.date(2020, 1, 2)] * 5), [NEW_YEAR + 86400] * 5, np.int64),
         (pa.array([3.5, 2, 1, 2, 5]), [2, 2, 1, 3.5, 5], np.float64),
         (pa.array([3, 2, 1, 2, 5], pa.uint16()), [2, 2, 1, 3, 5], np.int64),
     ],

@@ -86,7 +86,11 @@ def review(user, item, time, rating, **more):
     return {**record, "parent_asin": item, "user_id": user, "timestamp": time, "verified_purchase": True, **more}
 
 
-REVIEWS = [review("A", "B01", 1602133857705, 5.0), review("A", "B02", 1602133857000, 1), review("B", "B03", 1000, 3.0)]
+REVIEWS = [
+    review("A", "B01", 1602133857705, 5.0),
+    review("A", "B02", 1602133857000, 1),
+    review("B", "B03", 1602133850000, 3.0),
+]
 META = [
     {"parent_asin": "B01", "title": "Lamp", "price": 12.99, "store": "Lux", "categories": ["Home", "Light"]},
     {"parent_asin": "B02", "title": "", "price": "from 1,014.50", "features": ["Blue", "Warm"], "average_rating": 4.9},
@@ -106,7 +110,7 @@ def test_amazon(tmp_path, suffix, caplog):
     with caplog.at_level(logging.WARNING):
         log = BehaviorLog.read(directory)
     assert log.column("rating").to_pylist() == [1.0, 5.0, 3.0]
-    assert log.timestamps.tolist() == [1602133857.0, 1602133857.705, 1.0]
+    assert log.timestamps.tolist() == [1602133857.0, 1602133857.705, 1602133850.0]
     items = {item["item_id"]: item for item in log.items.to_pylist()}
     assert list(items) == ["B01", "B02", "B04", "B03"] and items["B04"]["title"] == "Never reviewed"
     assert items["B01"]["title"] == "Lamp" and items["B01"]["categories"] == "Home; Light"

@@ -156,9 +156,9 @@ def test_jsonl_ids_may_be_numbers(tmp_path):
 
 
 def test_csv_datetimes_become_seconds(tmp_path):
-    rows = {**ROWS, "timestamp": ["2020-01-01 00:00:01", "2020-01-01 00:00:00", "1970-01-01 00:00:05"]}
+    rows = {**ROWS, "timestamp": ["2020-01-01 00:00:01", "2020-01-01 00:00:00", "1990-01-01 00:00:05"]}
     log = BehaviorLog.read(write(tmp_path / "shop", "csv", rows=rows))
-    assert log.timestamps.tolist() == [5, 1577836801, 1577836800]
+    assert log.timestamps.tolist() == [631152005, 1577836801, 1577836800]
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty", "inside"])

@@ -137,7 +137,13 @@ def test_popularity_halves_by_age(log, labels, train):
 
 def test_popularity_of_long_ago_still_counts():
     interactions = pa.table(
-        {"user_id": ["a", "b"], "item_id": ["x", "y"], "title": ["x", "y"], "timestamp": [0, 10**9], "label": [1, 1]}
+        {
+            "user_id": ["a", "b"],
+            "item_id": ["x", "y"],
+            "title": ["x", "y"],
+            "timestamp": [10**9, 2 * 10**9],
+            "label": [1, 1],
+        }
     )
     log = BehaviorLog(interactions)
     model = Popularity(half_life=0.01).fit(log, np.arange(2), np.ones(2, int))

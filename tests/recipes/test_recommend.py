@@ -214,7 +214,7 @@ def broken_off(recipe, flags, tmp_path, monkeypatch):
     [
         (["--k=2"], "k '3', and now it is '2'"),
         (["--chunk=4"], "chunk '3', and now it is '4'"),
-        (["--until=1"], "until 'None'"),
+        (["--until=1600000000"], "until 'None'"),
         (["--quotas={popularity: 1}"], "quotas.popularity None"),
         (["--retrieval=null"], "the retrieval"),
         ("users", "the list of users"),
