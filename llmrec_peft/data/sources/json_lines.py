@@ -136,7 +136,7 @@ def read_jsonl(path: Path) -> pa.Table:
             largest = pc.max(pc.abs(table.column(field.name).drop_null())).as_py() or 0
             if largest == float("inf"):
                 raise _infinite(table.column(field.name), field.name, path)
-            if 2**53 <= largest < 2**64:
+            if 2**53 <= largest <= 2**64:  # a float: the largest such number is rounded up
                 exact[field.name] = pa.uint64()
     if not exact:
         return table

@@ -1,6 +1,7 @@
 """What every reader's tables pass before the log checks them: times and ids in the spellings that files have."""
 
 import logging
+import re
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +20,15 @@ _TIME = (
     r" ?(?P<zone>Z|z|UTC|GMT|[-+][0-9]{2}(?::?[0-9]{2})?)?)?$"
 )
 _FLOAT_ID = r"^(?:0|[1-9][0-9]*)\.0$"
+
+
+def check_names(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
+    """Raise DataError if a needed column is there under a spelling such as `USER_ID`, `userId` or ` user_id`."""
+    for name in needed:
+        plain = name.replace("_", "")
+        found = [other for other in table.column_names if re.sub(r"[\W_]", "", other).lower() == plain]
+        if found and name not in table.column_names:
+            raise DataError(f"{where} has the column {found[0]!r} where {name} belongs; rename it to {name}")
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -15,7 +15,7 @@ from llmrec_peft.data.sources.csv_files import read_csv
 from llmrec_peft.data.sources.registry import RawLog, log_name, register
 from llmrec_peft.data.sources.tabular import attach_users, complete_items
 from llmrec_peft.data.sources.text_bytes import check_utf8
-from llmrec_peft.data.tables import ID_TYPE, is_blank, listed
+from llmrec_peft.data.tables import ID_TYPE, is_blank, listed, shorten
 from llmrec_peft.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -102,13 +102,10 @@ def _header(header: str, path: Path) -> tuple[str, dict[str, pa.DataType]]:
             if delimiter != "\t":
                 _log.warning("%s: fields are separated by %r where RecBole has a tab; read so", path, delimiter)
             return delimiter, {name: TYPES[kind] for name, _, kind in parts}
-    wrong = next(
-        field.strip()
-        for field in header.split("\t")
-        if field.rpartition(":")[2].strip() not in TYPES or ":" not in field
-    )
+    fields = [field.strip() for field in header.split("\t")]
+    wrong = next((field for field in fields if field.rpartition(":")[2] not in TYPES or ":" not in field), header)
     raise DataError(
-        f"{path} has the header field {wrong!r}; RecBole needs name:type with {listed(list(TYPES))}, separated by tabs"
+        f"{path} has the header field {shorten(wrong)}; RecBole needs name:type with {listed(list(TYPES))}, separated by tabs"
     )
 
 
@@ -130,9 +127,9 @@ def _named(table: pa.Table, path: Path, others: dict[str, tuple[str, ...]]) -> t
 def _keyed(path: Path, key: str, renamed: dict[str, str]) -> pa.Table:
     """The table of `.item` or `.user`, whose key may have the name that `.inter` gives it, or `id`."""
     table = _read_atomic(path)
-    names = tuple(name for name, meant in renamed.items() if meant == key)
-    table, _ = _named(table, path, {key: (*names, *OTHER_NAMES[key])})
-    table, _ = _named(table, path, {key: ("id",)})
+    same = tuple(name for name, meant in renamed.items() if meant == key)
+    for names in (same, ("id",), OTHER_NAMES[key]):
+        table, _ = _named(table, path, {key: names})
     if key not in table.column_names:
         raise DataError(f"{path} lacks {key}:token; it has {listed(table.column_names)}; rename the column")
     return table

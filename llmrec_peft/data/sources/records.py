@@ -56,6 +56,12 @@ def first_keys(path: Path) -> frozenset[str]:
     return frozenset(record) if isinstance(record, dict) else frozenset()
 
 
+def check_first_record(path: Path) -> None:
+    """Raise DataError if a JSON file, there or in a directory, has a first record that cannot be read."""
+    for file in [path] if is_json(path) else sorted(filter(is_json, path.glob("*"))) if path.is_dir() else []:
+        next(read_records(file), None)
+
+
 def _entries(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
     """Numbered entries of either form, which the first character tells."""
     head = file.read(CHUNK)
@@ -69,7 +75,10 @@ def _lines(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        yield number, parse_json(line, f"line {number} of {path}", advice="write one JSON object a line")
+        advice = "write one JSON object a line"
+        if line.lstrip().startswith("{'"):  # Amazon's metadata of 2014
+            advice = "it is a Python literal: convert each line by json.dumps(ast.literal_eval(line))"
+        yield number, parse_json(line, f"line {number} of {path}", advice=advice)
 
 
 def _array(file: Any, path: Path) -> Iterator[tuple[int, Any]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.sources.mending import NULL_TIMES, plain_ids, plain_times
+from llmrec_peft.data.sources.mending import NULL_TIMES, check_names, plain_ids, plain_times
+from llmrec_peft.data.sources.records import check_first_record
 from llmrec_peft.data.tables import listed
 from llmrec_peft.documents import shortened
 from llmrec_peft.errors import DataError, input_errors
@@ -63,7 +64,7 @@ def detect_format(path: str | Path) -> str:
         DataError: no reader does, or more than one; the message says what was found and what is supported.
     """
     text = str(path)
-    if not text.startswith(HUB_PREFIX) and not Path(text).exists():
+    if not text.startswith(HUB_PREFIX) and not _exists(text):
         raise DataError(
             f"data path {shortened(text)!r} does not exist; give a directory or file, "
             f"or {HUB_PREFIX}owner/name (or format='hub') for a data set on the Hub"
@@ -73,6 +74,8 @@ def detect_format(path: str | Path) -> str:
         return names[0]
     if names:
         raise DataError(f"data path {shortened(text)!r} looks like {listed(names)}; say which with format=")
+    if not text.startswith(HUB_PREFIX):
+        check_first_record(Path(text))
     raise DataError(
         f"no reader knows {shortened(text)!r}, which {_found(Path(text))}; supported are {describe_formats()}"
     )
@@ -88,6 +91,9 @@ def read_log(path: str | Path, *, format: str = "auto", null_times: str = "refus
         raise DataError(f"null_times {null_times!r} is not one of {listed(list(NULL_TIMES))}; name one of these")
     with input_errors(DataError, f"log {shortened(path)}", "correct its files or name others"):
         raw = _read_raw(path, format)
+        check_names(raw.interactions, ("user_id", "item_id", "timestamp"), f"interactions of log {raw.name!r}")
+        if raw.items is not None:
+            check_names(raw.items, ("item_id", "title"), f"items of log {raw.name!r}")
         interactions = plain_times(raw.interactions, raw.name, null_times)
         interactions, items = plain_ids(interactions, raw.items, raw.name)
         return BehaviorLog(interactions, items, name=raw.name)
@@ -98,9 +104,16 @@ def _read_raw(path: str | Path, format: str) -> RawLog:
     if name not in READERS:
         raise DataError(f"format {name!r} is not one of auto, {listed(list(READERS))}; name one of these")
     reader = READERS[name]
-    if reader.local and not Path(path).exists():
+    if reader.local and not _exists(path):
         raise DataError(f"data path {shortened(path)!r} does not exist; the {name} reader needs {reader.layout}")
     return reader.read(str(path))
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError as error:  # a name too long, a directory that may not be searched
+        raise DataError(f"data path {shortened(path)!r} cannot be opened ({error.strerror}); correct it") from None
 
 
 def log_name(path: str | Path) -> str:
