@@ -68,6 +68,11 @@ def read_recbole(path: str) -> RawLog:
     for needed in ("user_id", "item_id"):
         if needed not in interactions.column_names:
             raise DataError(f"{files[0]} lacks {needed}:token; it has {listed(interactions.column_names)}; rename it")
+    if "timestamp" not in interactions.column_names:
+        raise DataError(
+            f"{files[0]} has no timestamp:float; it has {listed(interactions.column_names)}; a user's history needs an "
+            "order: add the column from the source that the file was made of"
+        )
     if not {"label", "rating", "behaviour"} & set(interactions.column_names):
         constant = pa.repeat(pa.scalar("interaction"), interactions.num_rows)
         interactions = interactions.append_column("behaviour", constant)
@@ -105,7 +110,8 @@ def _header(header: str, path: Path) -> tuple[str, dict[str, pa.DataType]]:
     fields = [field.strip() for field in header.split("\t")]
     wrong = next((field for field in fields if field.rpartition(":")[2] not in TYPES or ":" not in field), header)
     raise DataError(
-        f"{path} has the header field {shorten(wrong)}; RecBole needs name:type with {listed(list(TYPES))}, separated by tabs"
+        f"{path} has the header field {shorten(wrong)}; RecBole needs name:type with {listed(list(TYPES))}, "
+        "separated by tabs"
     )
 
 
