@@ -72,6 +72,8 @@ class DataConfig:
     """Directory or file of the log, a Hub data set, or simulated:shop for a simulated one."""
     format: str = "auto"
     """Name of the reader; auto finds it from the files."""
+    null_times: Literal["refuse", "drop"] = "refuse"
+    """Whether interactions without a timestamp stop the reading or are left out, with a count."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.", brief=True)
@@ -398,6 +400,8 @@ class MergeDataConfig:
     """Directory or file of the log, a Hub data set, or simulated:shop; null for made-up samples."""
     format: str = "auto"
     """Name of the reader; auto finds it from the files."""
+    null_times: Literal["refuse", "drop"] = "refuse"
+    """Whether interactions without a timestamp stop the reading or are left out, with a count."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.", brief=True)

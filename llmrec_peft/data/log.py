@@ -84,19 +84,20 @@ class BehaviorLog:
         self._item_rows: dict[str, int] | None = None
 
     @classmethod
-    def read(cls, path: str | Path, *, format: str = "auto") -> BehaviorLog:
+    def read(cls, path: str | Path, *, format: str = "auto", null_times: str = "refuse") -> BehaviorLog:
         """Read a log from a directory, a file or a Hub data set.
 
         Args:
             path: where the log is.
             format: a name from `llmrec_peft.data.sources.READERS`, or "auto" to find it from what is there.
+            null_times: "drop" to leave out interactions without a timestamp, with a warning that counts them.
 
         Raises:
             DataError: nothing there can be read, or the log breaks a rule.
         """
         from llmrec_peft.data.sources import read_log
 
-        return read_log(path, format=format)
+        return read_log(path, format=format, null_times=null_times)
 
     def __len__(self) -> int:
         return len(self.user_codes)

@@ -49,7 +49,7 @@ class Catalogue:
         parts = find_parts(path, "items")
         if parts:
             return cls(prepare_items(read_tables(parts), path.name), path.name)
-        log = BehaviorLog.read(items)
+        log = BehaviorLog.read(items, null_times="drop")  # of which only the items are used
         return cls(log.items, log.name)
 
     def __len__(self) -> int:

@@ -64,7 +64,8 @@ def _streams(config: MergeConfig, bundle: str, manifest: dict[str, Any]):
     """Streams of the log's split, by the first bundle's domain."""
     domain = Domain.of_manifest(manifest["domain"], source=f"{bundle}/{MANIFEST}")
     print(f"reading {config.data.path}", flush=True)
-    splits = split_of(read_log(DataConfig(path=config.data.path, format=config.data.format)), domain)
+    data = DataConfig(path=config.data.path, format=config.data.format, null_times=config.data.null_times)
+    splits = split_of(read_log(data), domain)
     check_split(splits, config.split, manifest["counts"].get("split"))
     options = manifest["model_options"]
     base = resolve_base(config.base) if config.base else resolve_base(options["base"], options.get("gguf_file"))

@@ -80,7 +80,7 @@ def read_log(data: DataConfig) -> BehaviorLog:
 
         print("data: a simulated shop (its users and products are made up)")
         return simulate_shop()
-    return BehaviorLog.read(data.path, format=data.format)
+    return BehaviorLog.read(data.path, format=data.format, null_times=data.null_times)
 
 
 def split_of(log: BehaviorLog, domain: Domain) -> Splits:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.csv_rules import TEXTS, delimiter_of, typed_values
 from ..data.text import is_unseen, listed, title_fault
-from ..data.values import shorten
+from ..data.values import replace_surrogates, shorten
+from ..documents import parse_json
 from ..errors import DataError
 from .requests import item_id
 
 SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
-_TEXTS = ("user_id", "item_id", "title")
-_NULLS = frozenset(("", "NA", "N/A", "NULL", "null", "NaN", "nan", "#N/A", "n/a"))
 
 
 class Items:
@@ -114,8 +114,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
             if name.endswith(".gz")
             else path.open(encoding="utf-8-sig", newline="") as file
         ):
-            return _typed_csv(list(csv.DictReader(file))) if ".csv" in name else _typed_json(map(json.loads, file))
-    except (OSError, EOFError, ValueError, csv.Error) as error:
+            return _csv(file) if ".csv" in name else _typed_json(_json_lines(file, path))
+    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a readable item table: {error!s:.120}; correct or write it again") from None
@@ -129,40 +129,33 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def _typed_csv(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose columns are whole numbers, truths or numbers where all that is not blank is."""
+def _csv(file: Any) -> list[dict[str, Any]]:
+    """Rows of a csv file, its columns typed by the rule that the package's own reader has."""
+    header = file.readline()
+    file.seek(0)
+    rows: list[dict[str, Any]] = list(csv.DictReader(file, delimiter=delimiter_of(header)))
     for name in rows[0] if rows else {}:
-        if name is None or name in _TEXTS:
-            continue
-        values = [row[name] for row in rows]
-        for convert in (_whole, _truth, _number):
-            try:
-                typed = [None if value is None or value in _NULLS else convert(value) for value in values]
-            except ValueError:
-                continue
-            if any(value is not None for value in typed):
-                for row, value in zip(rows, typed, strict=True):
-                    row[name] = value
-            break
+        if name is not None and name not in TEXTS:
+            for row, value in zip(rows, typed_values([row[name] for row in rows]), strict=True):
+                row[name] = value
     return rows
 
 
-def _whole(text: str) -> int:
-    if "_" in text:
-        raise ValueError(text)
-    return int(text)
+def _json_lines(file: Any, path: Path) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield _without_halves(parse_json(line, f"line {number} of {path}", advice="write one JSON object a line"))
 
 
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
-def _number(text: str) -> float:
-    if "_" in text:
-        raise ValueError(text)
-    return float(text)
+def _without_halves(value: Any) -> Any:
+    """The value with U+FFFD for each half of a surrogate pair in its texts, as the package's own reader has it."""
+    if isinstance(value, str):
+        return replace_surrogates(value)
+    if isinstance(value, list):
+        return [_without_halves(part) for part in value]
+    if isinstance(value, dict):
+        return {replace_surrogates(name): _without_halves(part) for name, part in value.items()}
+    return value
 
 
 def _typed_json(rows: Iterable[Any]) -> list[dict[str, Any]]:

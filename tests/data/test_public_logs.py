@@ -225,8 +225,8 @@ def test_recbole_positives_without_items(tmp_path):
 
 def test_recbole_bad_headers(tmp_path):
     directory = recbole(tmp_path / "ml")
-    text(directory / "ml.item", "item_id:token\tclass:token_seq\n1\tA\n")
-    assert "ml.item has no title column among item_id, class" in refused(directory)
+    text(directory / "ml.item", "name:token\tclass:token_seq\n1\tA\n")
+    assert "ml.item lacks item_id:token; it has name, class" in refused(directory)
     text(directory / "ml.inter", "user_id\titem_id:token\n1\t1\n")
     assert "has the header field 'user_id'; RecBole needs name:type with token" in refused(directory)
     text(directory / "ml.inter", "uid:token\titem_id:token\n1\t1\n")

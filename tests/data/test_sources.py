@@ -233,6 +233,8 @@ def test_the_registry_describes_every_reader():
         "directory",
         "movielens",
         "amazon_reviews_2023",
+        "amazon_reviews_2018",
+        "taobao",
         "mind",
         "recbole",
         "pointwise",

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 from llmrec_peft.data.sources.registry import HUB_PREFIX, RawLog, register
-from llmrec_peft.data.sources.tabular import SUFFIXES, one_line
+from llmrec_peft.data.sources.tabular import SUFFIXES
 from llmrec_peft.data.sources.text import instruction_log, pointwise_log
 from llmrec_peft.data.tables import listed
-from llmrec_peft.errors import DataError
+from llmrec_peft.errors import DataError, one_line
 
 
 @register(

@@ -3,19 +3,22 @@
 Source of the layout: Wu et al. 2020, "MIND: A Large-scale Dataset for News Recommendation", and msnews.github.io.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
+from llmrec_peft.data.sources.csv_files import open_csv, read_csv
 from llmrec_peft.data.sources.registry import RawLog, log_name, register
-from llmrec_peft.data.sources.tabular import BLOCK_BYTES, check_utf8, one_line, read_csv
+from llmrec_peft.data.sources.tabular import complete_items
 from llmrec_peft.data.spool import collect
-from llmrec_peft.data.tables import ID_TYPE, bool_numpy, shorten
+from llmrec_peft.data.tables import ID_TYPE, SHOWN, bool_numpy, listed, shorten
 from llmrec_peft.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 NEWS = ("item_id", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities")
 IMPRESSIONS = ("impression_id", "user_id", "time", "history", "impressions")
@@ -48,20 +51,23 @@ def read_mind(path: str) -> RawLog:
     them an order but no time, so they are put at one-second steps that end one second before that impression.
 
     Raises:
-        DataError: a file is missing or damaged, or impressions have no labels, as in MIND's test set.
+        DataError: a file is missing or damaged, two rows of an article differ, or impressions have no
+            labels, as in MIND's test set.
     """
     if not _detect(path):
         raise DataError(f"{path} lacks behaviors.tsv or news.tsv; unpack a part of MIND there")
     directory = Path(path)
     file = directory / "behaviors.tsv"
     schema = pa.schema([(name, pa.string()) for name in IMPRESSIONS])
-    shown = collect(_impression_batches(file, schema), schema)
+    shown = collect(open_csv(file, schema, delimiter="\t", quoted=False), schema)
     if not shown.num_rows:
         raise DataError(f"{file} is empty; download it again")
     seconds = _seconds(shown.column("time"), file)
 
+    history = _history_rows(shown, seconds)
+
     def rows() -> Iterator[pa.RecordBatch]:
-        yield from _history_rows(shown, seconds).to_batches()
+        yield from history.to_batches()
         for start in range(0, shown.num_rows, EXPLODE_ROWS):
             part = shown.slice(start, EXPLODE_ROWS)
             yield from _impression_rows(part, seconds[start : start + EXPLODE_ROWS], file).to_batches()
@@ -75,20 +81,28 @@ def read_mind(path: str) -> RawLog:
         types={name: pa.string() for name in NEWS},
         columns=kept,
     )
-    return RawLog(collect(rows(), ROW_SCHEMA), items, log_name(path))
+    name = log_name(path)
+    items = complete_items(_distinct(items, directory / "news.tsv", name), history, name)
+    return RawLog(collect(rows(), ROW_SCHEMA), items, name)
 
 
-def _impression_batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from pacsv.open_csv(
-            path,
-            read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, column_names=schema.names),
-            parse_options=pacsv.ParseOptions(delimiter="\t", quote_char=False),
-            convert_options=pacsv.ConvertOptions(column_types=schema),
+def _distinct(items: pa.Table, path: Path, name: str) -> pa.Table:
+    """Each article once: published parts that were joined hold many articles twice.
+
+    Raises:
+        DataError: two rows of one article differ.
+    """
+    whole = items.group_by(items.column_names, use_threads=False).aggregate([]).select(items.column_names)
+    if whole.num_rows < items.num_rows:
+        _log.warning("log %r: %d exact repeats of articles dropped", name, items.num_rows - whole.num_rows)
+    counts = pc.value_counts(whole.column("item_id"))
+    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(twice):
+        raise DataError(
+            f"{path} has {len(twice)} articles with rows that differ (first: {listed(twice[:SHOWN].to_pylist())}); "
+            "keep one row an article"
         )
-    except (pa.ArrowException, OSError) as error:
-        check_utf8(path)
-        raise DataError(f"{path} is not a readable tsv file: {one_line(error)}; download it again") from error
+    return whole
 
 
 def _seconds(times: pa.ChunkedArray, path: Path) -> np.ndarray:

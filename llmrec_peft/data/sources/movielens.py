@@ -1,17 +1,26 @@
 """MovieLens as GroupLens publishes it: csv (latest, 20M, 25M, 32M), `::` dat (1M, 10M) and tab data (100K).
 
+Also as Kaggle has its 20M: rating.csv and movie.csv, with dates as times.
+
 Source of the layouts: the README file of each data set at grouplens.org.
 """
 
+import codecs
 from pathlib import Path
 
 import pyarrow as pa
 
+from llmrec_peft.data.sources.csv_files import read_csv
 from llmrec_peft.data.sources.registry import RawLog, log_name, register
-from llmrec_peft.data.sources.tabular import attach_users, read_csv
+from llmrec_peft.data.sources.tabular import attach_users
 from llmrec_peft.errors import DataError
 
-FORMS = (("ratings.csv", "movies.csv"), ("ratings.dat", "movies.dat"), ("u.data", "u.item"))
+FORMS = (
+    ("ratings.csv", "movies.csv"),
+    ("rating.csv", "movie.csv"),
+    ("ratings.dat", "movies.dat"),
+    ("u.data", "u.item"),
+)
 RATING_TYPES = {"user_id": pa.string(), "item_id": pa.string(), "rating": pa.float64(), "timestamp": pa.int64()}
 GENRES_100K = (
     "unknown",
@@ -78,20 +87,18 @@ def read_movielens(path: str) -> RawLog:
     if form is None:
         raise DataError(f"{path} holds no pair of ratings and movies files; unpack a MovieLens archive there")
     directory = Path(path)
-    reader = {"ratings.csv": _read_csv_form, "ratings.dat": _read_dat_form, "u.data": _read_100k_form}[form[0]]
-    interactions, items = reader(directory)
+    if form[0].endswith(".csv"):
+        interactions, items = _read_csv_form(directory / form[0], directory / form[1])
+    else:
+        interactions, items = (_read_dat_form if form[0] == "ratings.dat" else _read_100k_form)(directory)
     return RawLog(interactions, items, log_name(path))
 
 
-def _read_csv_form(directory: Path) -> tuple[pa.Table, pa.Table]:
+def _read_csv_form(ratings_file: Path, movies_file: Path) -> tuple[pa.Table, pa.Table]:
     ids = {"userId": pa.string(), "movieId": pa.string(), "rating": pa.float64(), "timestamp": pa.int64()}
-    needed = {"ratings.csv": list(ids), "movies.csv": ["movieId", "title", "genres"]}
-    ratings = read_csv(directory / "ratings.csv", types=ids, columns=needed["ratings.csv"])
-    movies = read_csv(
-        directory / "movies.csv",
-        types={"movieId": pa.string(), "title": pa.string(), "genres": pa.string()},
-        columns=needed["movies.csv"],
-    )
+    texts = {"movieId": pa.string(), "title": pa.string(), "genres": pa.string()}
+    ratings = read_csv(ratings_file, types=ids, columns=list(ids), loose=["timestamp"])
+    movies = read_csv(movies_file, types=texts, columns=list(texts))
     return ratings.rename_columns(list(RATING_TYPES)), movies.rename_columns(["item_id", "title", "genres"])
 
 
@@ -105,7 +112,6 @@ def _read_dat_form(directory: Path) -> tuple[pa.Table, pa.Table]:
         names=names,
         types=RATING_TYPES,
         columns=list(RATING_TYPES),
-        encoding="latin-1",
     )
     items = pa.table(_split_lines(directory / "movies.dat", "::", ["item_id", "title", "genres"]))
     if (directory / "users.dat").is_file():
@@ -137,7 +143,7 @@ def _read_100k_form(directory: Path) -> tuple[pa.Table, pa.Table]:
 
 def _split_lines(path: Path, separator: str, names: list[str]) -> dict[str, list[str]]:
     """Columns of a small file of movies or users; UTF-8 as in 10M, else Latin-1 as in 100K and 1M."""
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,6 +1,5 @@
 """JSON records one at a time, from JSON lines or from one JSON array, plain or gzipped."""
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from llmrec_peft.data.sources.tabular import check_utf8, one_line
+from llmrec_peft.data.sources.text_bytes import UNREADABLE, check_utf8, open_text
 from llmrec_peft.data.tables import shorten
-from llmrec_peft.errors import DataError
+from llmrec_peft.documents import MAX_DEPTH, MAX_JSON_BYTES, check_tree, parse_json
+from llmrec_peft.errors import DataError, one_line
 
 CHUNK = 1 << 20
 OPEN_END = "the array has no end"
@@ -30,7 +30,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """
     number = 0
     try:
-        with _open(path) as file:
+        with open_text(path) as file:
             entries = tqdm(_entries(file, path), unit="record", desc=f"reading {path.name}", delay=2)
             for number, record in entries:
                 if not isinstance(record, dict):
@@ -39,7 +39,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     except UnicodeDecodeError as error:
         check_utf8(path)
         raise DataError(f"{path} is not UTF-8; save the file as UTF-8") from error
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read after record {number}: {one_line(error)}; write it again") from error
 
 
@@ -49,16 +49,17 @@ def first_keys(path: Path) -> frozenset[str]:
     Bytes that are not UTF-8 are passed over here, so that reading the file, and not its detection, tells of them.
     """
     try:
-        with _open(path, errors="replace") as file:
+        with open_text(path, errors="replace") as file:
             _, record = next(_entries(file, path), (0, None))
-    except (DataError, OSError, EOFError):
+    except (DataError, *UNREADABLE):
         return frozenset()
     return frozenset(record) if isinstance(record, dict) else frozenset()
 
 
-def _open(path: Path, errors: str = "strict") -> Any:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig", errors=errors)
+def check_first_record(path: Path) -> None:
+    """Raise DataError if a JSON file, there or in a directory, has a first record that cannot be read."""
+    for file in [path] if is_json(path) else sorted(filter(is_json, path.glob("*"))) if path.is_dir() else []:
+        next(read_records(file), None)
 
 
 def _entries(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
@@ -74,12 +75,10 @@ def _lines(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"line {number} of {path} is not JSON: {error.msg}; write one JSON object a line"
-            ) from error
+        advice = "write one JSON object a line"
+        if line.lstrip().startswith("{'"):  # Amazon's metadata of 2014
+            advice = "it is a Python literal: convert each line by json.dumps(ast.literal_eval(line))"
+        yield number, parse_json(line, f"line {number} of {path}", advice=advice)
 
 
 def _array(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
@@ -95,7 +94,7 @@ def _array(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
             entry, end = decoder.raw_decode(buffer)
         except json.JSONDecodeError as error:
             # Doubling keeps the cost of decoding a very long entry again linear in its length.
-            more = file.read(max(CHUNK, len(buffer)))
+            more = file.read(max(CHUNK, len(buffer))) if len(buffer) < MAX_JSON_BYTES else ""
             if not more:
                 message = error.msg if buffer.strip() else OPEN_END
                 raise DataError(
@@ -103,6 +102,10 @@ def _array(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
                 ) from error
             buffer += more
             continue
+        except (RecursionError, ValueError) as error:  # ValueError: a whole number of more than 4,300 digits
+            reason = f"nests deeper than {MAX_DEPTH} levels" if isinstance(error, RecursionError) else one_line(error)
+            raise DataError(f"entry {number + 1} of the array in {path} cannot be read: {reason}; correct it") from None
         number += 1
+        check_tree(entry, f"entry {number} of the array in {path}")
         buffer = buffer[end:]
         yield number, entry

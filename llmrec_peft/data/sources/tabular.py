@@ -1,28 +1,23 @@
-"""Parquet, csv and jsonl files as Arrow tables, with errors that name the file."""
+"""Tables in files of parquet, csv or jsonl, and what makes a published table whole."""
 
-import gzip
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
-import pyarrow.json as pajson
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from llmrec_peft.data.sources.csv_files import read_text_csv, typed_columns
+from llmrec_peft.data.sources.json_lines import read_jsonl
 from llmrec_peft.data.spool import BATCH_ROWS, collect
 from llmrec_peft.data.tables import ID_TYPE, is_blank, listed
 from llmrec_peft.errors import DataError, one_line
 
 _log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 64 << 20
-"""A single row of csv or jsonl may be as long as this; titles of a million characters fit."""
-
 SUFFIXES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
-TEXT_IDS = {"user_id": pa.string(), "item_id": pa.string(), "title": pa.string()}
 
 
 def suffix_of(path: Path) -> str | None:
@@ -34,13 +29,14 @@ def read_tables(paths: Sequence[Path]) -> pa.Table:
     """Files of one kind, parts of one table, as one Arrow table; parquet above `SPOOL_ROWS` rows is memory-mapped."""
     if all(suffix_of(path) == ".parquet" for path in paths):
         return read_parquet(paths)
-    parts = [read_csv(path) if ".csv" in path.name.lower() else read_jsonl(path) for path in paths]
-    if len(parts) == 1:
-        return parts[0]
+    # The type of a csv column is told from all parts: a code may have its first leading zero in the last of them.
+    is_csv = (suffix_of(paths[0]) or "").startswith(".csv")
+    parts = [read_text_csv(path) if is_csv else read_jsonl(path) for path in paths]
     try:
-        return pa.concat_tables(parts, promote_options="permissive")
+        table = parts[0] if len(parts) == 1 else pa.concat_tables(parts, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{listed([path.name for path in paths])} do not fit together: {one_line(error)}") from error
+    return typed_columns(table) if is_csv else table
 
 
 def read_parquet(paths: Sequence[Path]) -> pa.Table:
@@ -73,11 +69,24 @@ def _parquet_batches(
         for path, file in zip(paths, files, strict=True):
             try:
                 for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                    _check_texts(batch, path)
                     yield batch.cast(schema) if batch.schema != schema else batch
                     bar.update(batch.num_rows)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(
                     f"{path} is a parquet file that cannot be read: {one_line(error)}; write it again"
+                ) from error
+
+
+def _check_texts(batch: pa.RecordBatch, path: Path) -> None:
+    # Arrow takes the bytes of a text column as they come; invalid UTF-8 would surface much later, far from its file.
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if not pa.types.is_primitive(column.type):
+            try:
+                column.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise DataError(
+                    f"column {name} of {path} is damaged or not UTF-8 text: {one_line(error)}; write it again"
                 ) from error
 
 
@@ -90,85 +99,6 @@ def _plain(schema: pa.Schema) -> pa.Schema:
             kind = ID_TYPE
         fields.append(pa.field(field.name, kind))
     return pa.schema(fields)
-
-
-def read_csv(
-    path: Path,
-    *,
-    delimiter: str = ",",
-    quoted: bool = True,
-    names: Sequence[str] | None = None,
-    types: dict[str, pa.DataType] | None = None,
-    columns: Sequence[str] | None = None,
-    encoding: str = "utf8",
-    skip_rows: int = 0,
-) -> pa.Table:
-    """A csv file, with a header unless `names` are given; ids and titles stay text, so "007" keeps its zeros.
-
-    Raises:
-        DataError: the file is empty, not in the encoding, or not a table.
-    """
-    try:
-        return pacsv.read_csv(
-            path,
-            read_options=pacsv.ReadOptions(
-                block_size=BLOCK_BYTES, column_names=names, encoding=encoding, skip_rows=skip_rows
-            ),
-            parse_options=pacsv.ParseOptions(
-                delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
-            ),
-            convert_options=pacsv.ConvertOptions(
-                column_types=TEXT_IDS if types is None else types, include_columns=columns or []
-            ),
-        )
-    except (pa.ArrowException, OSError, UnicodeDecodeError, EOFError) as error:
-        if encoding == "utf8":
-            check_utf8(path)
-        raise DataError(f"{path} is not a readable csv file: {one_line(error)}; correct or write it again") from error
-
-
-def read_jsonl(path: Path) -> pa.Table:
-    """A file of one JSON object a line, ids that are numbers included.
-
-    Raises:
-        DataError: the file is empty, not UTF-8, or not JSON.
-    """
-    try:
-        with pa.input_stream(str(path)) as stream:
-            table = pajson.read_json(stream, read_options=pajson.ReadOptions(block_size=BLOCK_BYTES))
-    except (pa.ArrowException, OSError, EOFError) as error:
-        check_utf8(path)
-        raise DataError(f"{path} is not readable JSON lines: {one_line(error)}; correct or write it again") from error
-    for name in table.column_names:
-        if pa.types.is_string(table.schema.field(name).type):
-            _check_text(table.column(name), name, path)
-    return table
-
-
-def _check_text(column: pa.ChunkedArray, name: str, path: Path) -> None:
-    # The JSON reader takes bytes as they come; invalid UTF-8 would surface much later, far from its file.
-    try:
-        column.cast(pa.binary()).cast(pa.string())
-    except pa.ArrowInvalid as error:
-        check_utf8(path)
-        raise DataError(f"column {name} of {path} is not UTF-8 text; save the file as UTF-8") from error
-
-
-def check_utf8(path: Path) -> None:
-    """Raise DataError naming the first line of a text file that is not UTF-8; pass if there is none."""
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{path} is not UTF-8: line {number} holds the byte 0x{line[error.start]:02x}; "
-                        "save the file as UTF-8"
-                    ) from error
-        except (OSError, EOFError):
-            return  # damaged compression is reported by the caller
 
 
 def fill_blank_titles(items: pa.Table) -> tuple[pa.Table, int]:

@@ -165,11 +165,13 @@ def _label_of(value: Any, kinds: set[type], number: int, key: str, where: str) -
         value = int(value)
     if not isinstance(value, int | float | str) or value != value or value == "":
         raise DataError(f"record {number} of {where} has {key} {shorten(value)}; it must be a text or a number")
+    if not isinstance(value, str) and not abs(value) < 2**63:
+        raise DataError(f"record {number} of {where} has {key} {shorten(value)}; a number has at most 64 bits")
     kinds.add(type(value))
-    return value.strip() if isinstance(value, str) else str(value)
+    return _filled(value, number, where).strip() if isinstance(value, str) else str(value)
 
 
 def _time_of(value: Any, number: int, where: str) -> float | None:
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63):
         return value
     raise DataError(f"record {number} of {where} has timestamp {shorten(value)}; it must be seconds since 1970")

@@ -1,0 +1,157 @@
+"""Csv files as Arrow tables, with errors that name the file; columns are typed by `csv_rules`."""
+
+import csv
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from llmrec_peft.data.csv_rules import NULLS, NUMBER, TEXTS, TRUTH, WHOLE, delimiter_of
+from llmrec_peft.data.sources.text_bytes import BLOCK_BYTES, UNREADABLE, check_utf8, first_line, open_text
+from llmrec_peft.errors import DataError, one_line
+
+_log = logging.getLogger(__name__)
+
+_MISFIT = re.compile(r"In CSV column #(\d+)\b.*?conversion error")
+_ERRORS = (pa.ArrowException, UnicodeDecodeError, csv.Error, *UNREADABLE)
+
+
+def read_csv(
+    path: Path,
+    *,
+    types: dict[str, pa.DataType],
+    delimiter: str = ",",
+    quoted: bool = True,
+    names: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    skip_rows: int = 0,
+    loose: Sequence[str] = (),
+) -> pa.Table:
+    """A csv file of known columns, with a header unless `names` are given.
+
+    Args:
+        path: the file, which may be gzipped.
+        types: Arrow type of each column.
+        delimiter: the separator.
+        quoted: whether fields may be quoted, and then hold line breaks.
+        names: column names of a file without a header.
+        columns: the columns to keep, in order; all if None.
+        skip_rows: lines before the data, or before the header.
+        loose: columns that are read as text, with a warning, where a value does not fit its type.
+
+    Raises:
+        DataError: the file is empty, not UTF-8, or not such a table.
+    """
+    types = dict(types)
+    while True:
+        try:
+            return pacsv.read_csv(
+                path,
+                read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, column_names=names, skip_rows=skip_rows),
+                parse_options=pacsv.ParseOptions(
+                    delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
+                ),
+                convert_options=pacsv.ConvertOptions(column_types=types, include_columns=columns or []),
+            )
+        except _ERRORS as error:
+            name = _misfit(error, names if names is not None else header_of(path, delimiter))
+            if name not in loose or types.get(name) == pa.string():
+                raise _unreadable(path, error) from error
+            _log.warning("%s: column %s does not hold %s alone (%s); read as text", path, name, types[name],
+                         one_line(error))  # fmt: skip
+            types[name] = pa.string()
+
+
+def open_csv(path: Path, schema: pa.Schema, *, delimiter: str = ",", quoted: bool = True) -> Iterator[pa.RecordBatch]:
+    """Batches of a large csv file without a header, whose columns are those of the schema."""
+    try:
+        yield from pacsv.open_csv(
+            path,
+            read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, column_names=schema.names),
+            parse_options=pacsv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False),
+            convert_options=pacsv.ConvertOptions(column_types=schema),
+        )
+    except _ERRORS as error:
+        raise _unreadable(path, error, "a readable tsv file" if delimiter == "\t" else "a readable csv file",
+                          "download it again") from error  # fmt: skip
+
+
+def read_text_csv(path: Path) -> pa.Table:
+    """A csv file with a header, every column as text; see `typed_columns`.
+
+    A file whose header has no comma but names separated by semicolons, tabs or bars is read so, with a warning.
+
+    Raises:
+        DataError: the file is empty, not UTF-8, or not a table.
+    """
+    try:
+        delimiter = delimiter_of(first_line(path))
+        names = header_of(path, delimiter)
+    except _ERRORS as error:
+        raise _unreadable(path, error) from error
+    if delimiter != ",":
+        _log.warning("%s: the header has no comma; its fields are separated by %r and are read so", path, delimiter)
+    return read_csv(path, types=dict.fromkeys(names, pa.string()), delimiter=delimiter)
+
+
+def header_of(path: Path, delimiter: str) -> list[str]:
+    """The names in the first record of a csv file; none if it is empty."""
+    with open_text(path, newline="") as file:
+        return next(csv.reader(file, delimiter=delimiter), [])
+
+
+def typed_columns(table: pa.Table) -> pa.Table:
+    """A table of texts whose columns are whole numbers, truths or numbers where that loses nothing; see `csv_rules`."""
+    columns = [
+        table.column(place) if name in (*TEXTS, "timestamp") else _typed(table.column(place))
+        for place, name in enumerate(table.column_names)
+    ]
+    return pa.table(columns, names=table.column_names)
+
+
+def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """As `csv_rules.typed_values`, chunk by chunk so that texts are found out by their first values."""
+    missing = pa.array(sorted(NULLS))
+    kinds: list[tuple[str, pa.DataType]] = [(WHOLE, pa.int64()), (TRUTH, pa.bool_()), (NUMBER, pa.float64())]
+    some = blank = False
+    for chunk in column.chunks:
+        texts = pc.utf8_trim_whitespace(chunk)
+        found = texts.filter(pc.invert(pc.fill_null(pc.is_in(texts, value_set=missing), True)))
+        some |= bool(len(found))
+        blank |= bool(pc.any(pc.not_equal(chunk, "")).as_py())
+        for start in (0, 1000):
+            part = found.slice(start, 1000) if not start else found.slice(start)
+            kinds = [kind for kind in kinds if pc.all(pc.match_substring_regex(part, f"^(?:{kind[0]})$")).as_py()
+                     is not False]  # fmt: skip
+        if not kinds:
+            return column
+    if not some:
+        return column if blank else pa.chunked_array([pa.nulls(len(column))])
+    kind = kinds[0][1]
+    parts = []
+    for chunk in column.chunks:
+        texts = pc.utf8_trim_whitespace(chunk)
+        known = pc.if_else(pc.is_in(texts, value_set=missing), None, texts)
+        parts.append(_truths(known) if pa.types.is_boolean(kind) else known.cast(kind))
+    return pa.chunked_array(parts, type=kind)
+
+
+def _truths(texts: pa.Array) -> pa.Array:
+    return pc.equal(pc.utf8_lower(texts), "true")
+
+
+def _misfit(error: BaseException, names: Sequence[str]) -> str | None:
+    """The column that did not convert, by Arrow's message."""
+    found = _MISFIT.search(str(error))
+    place = int(found.group(1)) if found else -1
+    return names[place] if 0 <= place < len(names) else None
+
+
+def _unreadable(path: Path, error: BaseException, what: str = "a readable csv file", advice: Any = None) -> DataError:
+    check_utf8(path)
+    return DataError(f"{path} is not {what}: {one_line(error)}; {advice or 'correct or write it again'}")

@@ -1,0 +1,205 @@
+"""What every reader's tables pass before the log checks them: times and ids in the spellings that files have."""
+
+import logging
+import re
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmrec_peft.data.csv_rules import NULLS
+from llmrec_peft.data.tables import ID_TYPE, bool_numpy, listed, numbered, offenders, shorten
+from llmrec_peft.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+NULL_TIMES = ("refuse", "drop")
+_NO_TIMES = pa.array(sorted(NULLS | {"none", "nil", "(null)", "-", "0000-00-00", "0000-00-00 00:00:00"}))
+_TIME = (
+    r"^(?P<day>[0-9]{4}[-/][0-9]{2}[-/][0-9]{2})"
+    r"(?:[T ](?P<clock>[0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:[.,][0-9]{1,9})?)?)"
+    r" ?(?P<zone>Z|z|UTC|GMT|[-+][0-9]{2}(?::?[0-9]{2})?)?)?$"
+)
+_FLOAT_ID = r"^(?:0|[1-9][0-9]*)\.0$"
+
+
+def check_names(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
+    """Raise DataError if a needed column is there under a spelling such as `USER_ID`, `userId` or ` user_id`."""
+    for name in needed:
+        plain = name.replace("_", "")
+        found = [other for other in table.column_names if re.sub(r"[\W_]", "", other).lower() == plain]
+        if found and name not in table.column_names:
+            raise DataError(f"{where} has the column {found[0]!r} where {name} belongs; rename it to {name}")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's strings."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def plain_times(interactions: pa.Table, name: str, null_times: str) -> pa.Table:
+    """The interactions with numbers or datetimes as `timestamp`, without rows that have none if `null_times` is drop.
+
+    Texts are read as numbers or as ISO 8601 times: with a fraction, with a zone or UTC; a time without a zone is UTC.
+
+    Raises:
+        DataError: a text is no time, zoned and zoneless times are mixed, or a time is missing and must not be.
+    """
+    if interactions.column_names.count("timestamp") != 1:
+        return interactions
+    where = f"interactions of log {name!r}"
+    times = interactions.column("timestamp")
+    if pa.types.is_dictionary(times.type):
+        times = times.cast(times.type.value_type)
+    if is_text(times.type):
+        times = _parsed(times.cast(pa.string()), where)
+    interactions = interactions.set_column(interactions.column_names.index("timestamp"), "timestamp", times)
+    missing = times.is_null(nan_is_null=True)
+    count, rows = offenders(bool_numpy(missing))
+    if not count:
+        return interactions
+    if null_times == "drop" and count < len(times):
+        _log.warning("log %r: %d of %d interactions have no timestamp; they are left out", name, count, len(times))
+        return interactions.filter(pc.invert(missing))
+    raise DataError(
+        f"timestamp is null in {count} {where} ({numbered(rows, count)}); fill these rows, or leave them out by "
+        "data.null_times=drop, in Python BehaviorLog.read(..., null_times='drop')"
+    )
+
+
+def _parsed(texts: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    texts = pc.utf8_trim_whitespace(texts)
+    texts = pc.if_else(pc.is_in(texts, value_set=_NO_TIMES), None, texts)
+    for kind in (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            return texts.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    fields = pc.extract_regex(texts, _TIME)
+    _check_times(texts, pc.and_(fields.is_null(), texts.is_valid()), where, "is no time")
+    day, clock, zone = (pc.struct_field(fields, name) for name in ("day", "clock", "zone"))
+    zoned = pc.not_equal(zone, "")
+    if pc.any(zoned).as_py():
+        _check_times(texts, pc.fill_null(pc.invert(zoned), False), where, "has no zone where other rows have one")
+    day = pc.replace_substring(day, "/", "-")
+    clock = pc.replace_substring(pc.if_else(pc.equal(clock, ""), "00:00", clock), ",", ".")
+    zone = pc.replace_substring_regex(zone, "z|UTC|GMT", "Z")
+    whole = pc.binary_join_element_wise(pc.binary_join_element_wise(day, clock, "T"), zone, "")
+    for unit in ("us", "ns"):
+        try:
+            return whole.cast(pa.timestamp(unit, "UTC") if pc.any(zoned).as_py() else pa.timestamp(unit))
+        except pa.ArrowInvalid as error:
+            last = error
+    raise DataError(f"timestamp of {where} holds texts that are no times: {last!s:.160}; correct these rows")
+
+
+def _check_times(texts: pa.ChunkedArray, wrong: pa.ChunkedArray, where: str, reason: str) -> None:
+    count, rows = offenders(bool_numpy(wrong))
+    if count:
+        raise DataError(
+            f"timestamp of {where} {reason} in {count} rows ({numbered(rows, count)}: "
+            f"{listed([shorten(value) for value in texts.take(rows).to_pylist()])}); write seconds since 1970, or "
+            "2020-01-02T03:04:05Z"
+        )
+
+
+def plain_ids(interactions: pa.Table, items: pa.Table | None, name: str) -> tuple[pa.Table, pa.Table | None]:
+    """Both tables with NaN ids as nulls, and with ids that were written as floats, such as 1.0, as whole numbers.
+
+    pandas writes a column of whole numbers so once it had a gap. Text ids lose their ".0", with a warning, where each
+    of the column has one and the other table has none.
+
+    Raises:
+        DataError: an id with a fraction, or ids with and without ".0" that would meet only by a guess.
+    """
+    where = f"interactions of log {name!r}"
+    for column in ("user_id", "item_id"):
+        interactions = _without_nan(interactions, column, where)
+    if _all_floats(interactions, "user_id"):
+        interactions = _stripped(interactions, "user_id", where)
+    if items is None:
+        return (_stripped(interactions, "item_id", where), None) if _all_floats(interactions, "item_id") else (
+            interactions, None)  # fmt: skip
+    items = _without_nan(items, "item_id", f"items of log {name!r}")
+    if "item_id" not in interactions.column_names or "item_id" not in items.column_names:
+        return interactions, items
+    known, used = _id_texts(items, "item_id"), _id_texts(interactions, "item_id")
+    if known is None or used is None:
+        return interactions, items
+    used = pc.unique(used).drop_null()
+    strangers = used.filter(pc.invert(pc.is_in(used, value_set=pc.unique(known))))
+    if not len(strangers):
+        return interactions, items
+    if _all_floats(interactions, "item_id") and not _some_floats(known):
+        return _stripped(interactions, "item_id", where), items
+    if _all_floats(items, "item_id") and not _some_floats(used):
+        return interactions, _stripped(items, "item_id", f"items of log {name!r}")
+    _check_strangers(strangers, known, where)
+    return interactions, items
+
+
+def _check_strangers(strangers: pa.Array, known: pa.ChunkedArray, where: str) -> None:
+    """Raise DataError for ids that the item table has without their ".0", or with one."""
+    bare = pc.replace_substring_regex(strangers, r"\.0$", "")
+    longer = pc.binary_join_element_wise(strangers, *(pa.scalar(end, ID_TYPE) for end in (".0", "")))
+    twins = pc.if_else(pc.equal(bare, strangers), longer, bare)
+    meant = pc.is_in(twins, value_set=pc.unique(known))
+    if pc.any(meant).as_py():
+        first = pc.index(meant, True).as_py()
+        raise DataError(
+            f"item_id of {where} has {shorten(strangers[first].as_py())} where the item table has "
+            f"{shorten(twins[first].as_py())}, and not all ids are written so; pandas writes whole numbers with .0 "
+            "where a column had gaps: write the ids again as text or astype('Int64')"
+        )
+
+
+def _without_nan(table: pa.Table, column: str, where: str) -> pa.Table:
+    """NaN ids as nulls, which the log's checks name by row; whole floats are left to them."""
+    if table.column_names.count(column) != 1 or not pa.types.is_floating(table.column(column).type):
+        return table
+    ids = table.column(column)
+    ids = pc.if_else(pc.is_nan(ids), None, ids)
+    count, rows = offenders(bool_numpy(pc.fill_null(pc.not_equal(pc.floor(ids), ids), False)))
+    if count:
+        values = listed([str(value) for value in ids.take(rows).to_pylist()])
+        raise DataError(
+            f"{column} in {where} has a fraction in {count} rows ({numbered(rows, count)}: {values}); "
+            "ids are texts or whole numbers"
+        )
+    return table.set_column(table.column_names.index(column), column, ids)
+
+
+def _id_texts(table: pa.Table, column: str) -> pa.ChunkedArray | None:
+    """An id column as the log will spell it, or None if only its checks can say what is wrong with it."""
+    if table.column_names.count(column) != 1:
+        return None
+    ids = table.column(column)
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.cast(ids.type.value_type)
+    try:
+        return (ids.cast(pa.int64()) if pa.types.is_floating(ids.type) else ids).cast(ID_TYPE)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None
+
+
+def _some_floats(ids: pa.ChunkedArray) -> bool:
+    return bool(pc.any(pc.match_substring_regex(ids, _FLOAT_ID)).as_py())
+
+
+def _all_floats(table: pa.Table, column: str) -> bool:
+    """Whether a text column has ids, each with a ".0"; blank ones aside."""
+    if table.column_names.count(column) != 1 or not is_text(table.column(column).type):
+        return False
+    ids = table.column(column)
+    matches = pc.or_(
+        pc.match_substring_regex(ids, _FLOAT_ID), pc.is_in(ids, value_set=pa.array(["", "nan", "NaN"], ids.type))
+    )
+    return bool(pc.all(matches).as_py()) and _some_floats(ids)
+
+
+def _stripped(table: pa.Table, column: str, where: str) -> pa.Table:
+    ids = table.column(column)
+    plain = pc.replace_substring_regex(ids, r"\.0$", "")
+    plain = pc.if_else(pc.is_in(plain, value_set=pa.array(["nan", "NaN"], plain.type)), None, plain)
+    _log.warning("%s: %s is written as %s in %d rows; read without its .0", where, column,
+                 shorten(ids.drop_null()[0].as_py()), len(ids) - ids.null_count)  # fmt: skip
+    return table.set_column(table.column_names.index(column), column, plain)
