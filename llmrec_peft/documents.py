@@ -94,19 +94,23 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text; `where` names it in messages, such as `line 7 of x.jsonl`.
 
-    Depth and digits are always limited. `strict` also refuses NaN, infinities and half surrogate pairs, which data may
-    hold and manifests may not.
+    Depth and digits are always limited. `strict` also refuses NaN, infinities, half surrogate pairs and a key that
+    stands twice in one mapping, which data may hold and manifests may not.
 
     Raises:
         error: not UTF-8, not JSON, or beyond a limit.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeats if strict else None)
+    except _RepeatedKey as fault:
+        raise error(f"{where} has the key {shortened(repr(str(fault)))} twice in one mapping; {advice}") from None
     except json.JSONDecodeError as fault:
-        raise error(f"{where} is not JSON: {fault.msg} (line {fault.lineno}); {advice}") from None
+        kind = "readable JSON" if strict else "JSON"
+        raise error(f"{where} is not {kind}: {fault.msg} (line {fault.lineno}); {advice}") from None
     except UnicodeDecodeError as fault:
-        raise error(f"{where} is not UTF-8: {one_line(fault)}; {advice}") from None
+        kind = "readable JSON in UTF-8" if strict else "UTF-8"
+        raise error(f"{where} is not {kind}: {one_line(fault)}; {advice}") from None
     except RecursionError:
         raise error(f"{where} nests deeper than {MAX_DEPTH} levels; {advice}") from None
     except ValueError:  # Python reads no whole number of more than 4,300 digits
@@ -115,6 +119,18 @@ def parse_json(
     if strict or text.count("[") + text.count("{") > MAX_DEPTH or _LONG_NUMBER.search(text):
         check_tree(value, where, error=error, advice=advice, strict=strict)
     return value
+
+
+class _RepeatedKey(ValueError):
+    """A key that stands twice in one mapping: readers differ in which value they take."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return found
 
 
 def read_yaml(path: str | Path, *, error: type[LLMRecError], what: str | None = None) -> Any:

@@ -31,7 +31,8 @@ from llmrec_peft.inference.collaborative import (
 )
 from llmrec_peft.inference.fusion import GATES, Features, Fusion
 from llmrec_peft.inference.histories import Histories
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
+from llmrec_peft.manifests import sha256
+from llmrec_peft.models.files import check_links, move_into_place, read_json, stray_weights
 from llmrec_peft.models.manifest import digest
 from llmrec_peft.models.tensors import read_header
 
