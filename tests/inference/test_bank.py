@@ -14,6 +14,7 @@ import torch
 from llmrec_peft.errors import BundleError, DataError, LLMRecError, ModelError, StreamError
 from llmrec_peft.inference.bank import DomainBank
 from llmrec_peft.inference.catalogue import Catalogue
+from llmrec_peft.manifests import sealed
 from tests.inference.setup_requests import CALIBRATION, HISTORY, MOVIES, SHOP, SHOP_HISTORY, USER, alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -290,7 +291,7 @@ def _edit(directory, **changes):
     manifest = json.loads(path.read_text())
     for key, value in changes.items():
         manifest[key] = value(manifest[key])
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
 
 
 def damage(kind, directory):
