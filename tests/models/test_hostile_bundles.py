@@ -64,7 +64,7 @@ def forge(directory: Path, change=lambda manifest: None, tensors=None, config=No
     (directory / MANIFEST).write_text(json.dumps(sealed(manifest)), "utf-8")
 
 
-def refused(directory: Path, match: str = "", kind: type[LLMRecError] = BundleError) -> str:
+def refused(directory: Path, match: str | None = None, kind: type[LLMRecError] = BundleError) -> str:
     start = time.perf_counter()
     with pytest.raises(kind, match=match) as caught:
         load_bundle(directory)
@@ -153,7 +153,7 @@ def test_entries_of_another_type(place, value, bundle):
 
 
 def test_a_pattern_is_never_read_from_a_file(bundle):
-    """Others: a lookbehind, a nested quantifier in a list, patterns under rank_pattern, exclude_modules, layers_pattern."""
+    """Others: a lookbehind, a nested quantifier in a list, patterns under rank_pattern or exclude_modules."""
     forge(bundle, lambda m: m["method_options"].update(target_modules=r"(.*a)*.*(x+x+)+y"))
     refused(bundle, "patterns are not read from a file")
     forge(bundle, lambda m: m["method_options"].update(target_modules=["q_proj", "(x+x+)+y"]))
@@ -320,21 +320,19 @@ def test_a_changed_file_is_refused_or_changes_nothing(name, saved, tmp_path):
         assert all(torch.equal(value, wanted[key]) for key, value in load_file(bundle / WEIGHTS).items())
 
 
+FORGED = ("method_options", "model_options", "domain", "labels", "words", "stream", "calibration", "counts", "base",
+          "files")  # fmt: skip
+
+
 def test_forged_manifests_are_refused_in_one_line_or_load(saved, tmp_path):
     """All digests are made to fit, so that the checks behind them are reached."""
-    rng = random.Random(11)
-    for number in range(60):
+    rng, scratch = random.Random(11), tmp_path / "scratch.json"
+    for number in range(40):
         bundle = Path(shutil.copytree(saved / "lora", tmp_path / str(number)))
         before = json.loads((bundle / MANIFEST).read_text("utf-8"))
-        text = json.dumps({key: before[key] for key in ("method_options", "model_options", "domain", "labels", "words",
-                                                        "stream", "calibration", "counts", "base", "files")})  # fmt: skip
-        scratch = tmp_path / f"{number}.json"
-        scratch.write_text(text, "utf-8")
-        while scratch.read_text("utf-8") == text:
-            mutate_json(rng, scratch)
-        changed = json.loads(scratch.read_text("utf-8"))
-        forge(bundle, lambda m, changed=changed: [m.pop(key) for key in before.keys() & {*json.loads(text)} - {*changed}]
-              and None or m.update(changed))  # fmt: skip
+        scratch.write_text(json.dumps({key: before[key] for key in FORGED}), "utf-8")
+        mutate_json(rng, scratch)
+        forge(bundle, lambda m: m.update(json.loads(scratch.read_text("utf-8"))))
         try:
             check_bundle(bundle)
         except LLMRecError as error:
