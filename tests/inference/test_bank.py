@@ -329,7 +329,7 @@ FAULTS = {
     "alpha": "lora_alpha",
     "base": "was trained on",
     "tokenizer": "tokenizer of fingerprint",
-    "dtype": "dtype 'bfloat16'",
+    "dtype": "the dtype bfloat16, the weights float32",
     "link": "link out of the bundle",
     "missing": "adapter_config.json",
 }
