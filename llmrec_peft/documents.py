@@ -118,9 +118,11 @@ def parse_json(
     except _RepeatedKey as fault:
         raise error(f"{where} has the key {shortened(repr(fault.key))} twice in one mapping; {advice}") from None
     except json.JSONDecodeError as fault:
-        raise error(f"{where} is not JSON: {fault.msg} (line {fault.lineno}); {advice}") from None
+        kind = "readable JSON" if strict else "JSON"
+        raise error(f"{where} is not {kind}: {fault.msg} (line {fault.lineno}); {advice}") from None
     except UnicodeDecodeError as fault:
-        raise error(f"{where} is not UTF-8: {one_line(fault)}; {advice}") from None
+        kind = "readable JSON in UTF-8" if strict else "UTF-8"
+        raise error(f"{where} is not {kind}: {one_line(fault)}; {advice}") from None
     except RecursionError:
         raise error(f"{where} nests deeper than {MAX_DEPTH} levels; {advice}") from None
     except ValueError:  # Python reads no whole number of more than 4,300 digits

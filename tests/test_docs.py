@@ -45,6 +45,7 @@ def test_no_module_imports_backwards():
     order = [
         "errors",
         "documents",
+        "manifests",
         "fields",
         "boundary",
         "probabilities",

@@ -29,6 +29,7 @@ from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.inference.merged import load_merged, publish, read_merged, scratch_beside, writing
 from llmrec_peft.inference.samples import SampleStreams
+from llmrec_peft.manifests import sha256
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.bundle import Bundle
 from llmrec_peft.models.card import CARD
@@ -117,9 +118,9 @@ def export_onnx(
         measured = _measure(scratch, loaded, vocabulary, content, answered, batch_tokens, streams is not None)
         measured |= {"streams": name, "tolerance": tolerance * max(1.0, measured["spread"])}
         _check(out, measured)
-        content |= {"measured": measured, "files": {path.name: serving.sha256(path) for path in scratch.iterdir()}}
+        content |= {"measured": measured, "files": {path.name: sha256(path) for path in scratch.iterdir()}}
         with writing(out):
-            write_json(serving.sealed(plain(content)), scratch / serving.MANIFEST)
+            write_json(serving.described(plain(content)), scratch / serving.MANIFEST)
             (scratch / CARD).write_text(_card(content), encoding="utf-8")
             publish(scratch, out)
     return measured | {"seconds": time.perf_counter() - start}

@@ -21,10 +21,11 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from llmrec_peft.data.collator import StreamCollator, plan_micro_batches
-from llmrec_peft.data.files import replacing, write_json
+from llmrec_peft.data.files import write_json
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
-from llmrec_peft.errors import DataError, ModelError
+from llmrec_peft.distillation.kept import ADVICE, matrix, read_kept, write_kept
+from llmrec_peft.errors import DataError, ModelError, input_errors
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.bundle import Bundle
@@ -32,7 +33,10 @@ from llmrec_peft.models.files import read_json
 from llmrec_peft.models.manifest import digest
 
 NOTE = "teacher.json"
-FORMAT = 1
+FORMAT = 2
+"""Parts of format 1 had no digest."""
+LARGEST = 1e6
+"""Largest calibrated logit that a teacher gives."""
 PART_TOKENS = 60_000
 """Tokens of the windows of one part: what is lost at most if a process is killed."""
 
@@ -125,7 +129,7 @@ def teacher_answers(
         processes: with several ranks, each answers its share of the parts; `directory` must be shared by all.
 
     Raises:
-        DataError: `directory` holds answers of another teacher or of other targets.
+        DataError: `directory` holds answers of another teacher or of other targets, or a part that was cut or edited.
         ModelError: an answer is not finite.
     """
     parent: StreamDataset = getattr(streams, "parent", streams)
@@ -143,21 +147,17 @@ def teacher_answers(
         directory.mkdir(parents=True, exist_ok=True)
         write_json(note, directory / NOTE)
     state.wait_for_everyone()
-    windows = getattr(streams, "windows", np.arange(len(streams)))
-    done = {window for path in _parts(directory) for window in _read(path).column("window").to_pylist()}
-    missing = np.array([window for window in windows.tolist() if window not in done], np.int64)
-    _compute(teacher, parent, missing, directory, tuple(layers), batch_tokens, state)
+    windows, labels = getattr(streams, "windows", np.arange(len(streams))), len(teacher.classifier.labels)
+    owner = digest(note)
+    done = _gather(directory, parent, labels, tuple(layers), owner).windows
+    missing = np.setdiff1d(windows, done)
+    _compute(teacher, parent, missing, directory, tuple(layers), batch_tokens, state, owner)
     state.wait_for_everyone()
-    return _gather(directory, parent, len(teacher.classifier.labels), tuple(layers))
+    return _gather(directory, parent, labels, tuple(layers), owner).answers
 
 
 def _parts(directory: Path) -> list[Path]:
     return sorted(directory.glob("part-*.arrow"))
-
-
-def _read(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
 
 
 def _compute(
@@ -168,6 +168,7 @@ def _compute(
     layers: tuple[int, ...],
     batch_tokens: int,
     state: PartialState,
+    owner: str,
 ) -> None:
     """Answer the windows that are missing, a part at a time."""
     if not len(missing):
@@ -181,12 +182,7 @@ def _compute(
             table = _answer(teacher, StreamSubset(parent, part), layers, batch_tokens, bar)
             # Named by its first window: two runs that answer the same windows write the same files.
             path = directory / f"part-{int(part[0]):09d}-{len(part):06d}.arrow"
-            with (
-                replacing(path) as partial,
-                pa.OSFile(str(partial), "wb") as sink,
-                pa.ipc.new_file(sink, table.schema) as writer,
-            ):
-                writer.write_table(table)
+            write_kept(table, path, owner)
 
 
 @torch.no_grad()
@@ -207,8 +203,8 @@ def _answer(teacher: Bundle, streams: StreamSubset, layers: tuple[int, ...], bat
                 hidden.append(outputs.at(batch["markers"].to(device)).half().cpu().numpy())
             bar.update(len(group) if rows is streams else len(group) * len(streams) / len(rows))
     calibrated = Calibration.from_dict(teacher.calibration).shift(np.concatenate(logits)).astype(np.float32)
-    if not np.isfinite(calibrated).all():
-        raise ModelError("the teacher gives answers that are not finite; check its weights")
+    if not (np.abs(calibrated) <= LARGEST).all():
+        raise ModelError(f"the teacher gives answers that are not finite, or above {LARGEST:g}; check its weights")
     numbers = np.concatenate(targets)
     window = np.searchsorted(streams.parent.target_offsets, numbers, "right") - 1
     columns = {
@@ -225,20 +221,51 @@ def _fixed(values: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), kind), values.shape[1])
 
 
-def _gather(directory: Path, streams: StreamDataset, labels: int, layers: tuple[int, ...]) -> TeacherAnswers:
-    """Everything that the parts hold, by target number."""
+@dataclass(frozen=True)
+class _Gathered:
+    answers: TeacherAnswers
+    windows: np.ndarray  # int64, sorted: those that are answered
+
+
+def _gather(directory: Path, streams: StreamDataset, labels: int, layers: tuple[int, ...], owner: str) -> _Gathered:
+    """Everything that the parts hold, by target number, each part checked by its digest and against the windows."""
     logits = np.full((streams.num_targets, labels), np.nan, np.float32)
     rows, hidden, start = np.full(streams.num_targets, -1, np.int64), [], 0
+    windows: list[np.ndarray] = []
     for path in _parts(directory):
-        table = _read(path)
-        numbers = table.column("target").to_numpy()
-        logits[numbers] = table.column("logits").combine_chunks().flatten().to_numpy().reshape(len(numbers), labels)
-        if layers:
-            flat = table.column("hidden").combine_chunks().flatten().to_numpy()
-            hidden.append(flat.reshape(len(numbers), len(layers), -1))
-            rows[numbers] = start + np.arange(len(numbers))
-            start += len(numbers)
-    return TeacherAnswers(logits, layers, np.concatenate(hidden) if hidden else None, rows if hidden else None)
+        table = read_kept(path, owner)
+        with input_errors(DataError, f"{path}, an answer that was kept,", ADVICE):
+            numbers, own, values = table.column("target").to_numpy(), _windows_of(table), matrix(table, "logits")
+            _check_part(path, streams, own, numbers, values, labels)
+            logits[numbers] = values
+            windows.append(own)
+            if layers:
+                hidden.append(matrix(table, "hidden").reshape(len(numbers), len(layers), -1))
+                rows[numbers] = start + np.arange(len(numbers))
+                start += len(numbers)
+    found = np.sort(np.concatenate(windows)) if windows else np.empty(0, np.int64)
+    if len(np.unique(found)) < len(found):
+        raise DataError(f"{directory} holds a window's answers in more than one part; remove the directory")
+    answers = TeacherAnswers(logits, layers, np.concatenate(hidden) if hidden else None, rows if hidden else None)
+    return _Gathered(answers, found)
+
+
+def _windows_of(table: pa.Table) -> np.ndarray:
+    return np.unique(table.column("window").to_numpy())
+
+
+def _check_part(
+    path: Path, streams: StreamDataset, windows: np.ndarray, numbers: np.ndarray, logits: np.ndarray, labels: int
+) -> None:
+    """Raise DataError unless a part answers each target of its windows once, by numbers that a teacher gives."""
+    offsets = streams.target_offsets
+    if len(windows) and (windows[0] < 0 or windows[-1] >= len(offsets) - 1):
+        raise DataError(f"{path} answers a window that the log does not have; {ADVICE}")
+    expected = [np.arange(offsets[window], offsets[window + 1]) for window in windows.tolist()]
+    if not np.array_equal(np.sort(numbers), np.concatenate(expected) if expected else numbers[:0]):
+        raise DataError(f"{path} does not answer each target of its windows once; {ADVICE}")
+    if logits.shape[1] != labels or not (np.abs(logits) <= LARGEST).all():
+        raise DataError(f"{path} does not hold {labels} finite logits for each target; {ADVICE}")
 
 
 class LayerOutputs:

@@ -130,9 +130,8 @@ class DomainBank:
             )
         precision: dict[str, Any] = {"dtype": dtype or "float32", "quantization": None}
         if bundles:
-            precision = precision_of(check_bundle(next(iter(bundles.values())))[0]) | (
-                {"dtype": dtype} if dtype else {}
-            )
+            first = Path(next(iter(bundles.values())))
+            precision = precision_of(first, check_bundle(first)[0]) | ({"dtype": dtype} if dtype else {})
         loaded, classifier = load_base(str(base), precision, attn, trust_remote_code, device)
         kept = KeptTrunks(kept_bytes) if kept_bytes else None
         engine = Engine(classifier, loaded.tokenizer.pad_token_id, kept)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.errors import BundleError, ConfigError, DataError, output_errors
+from llmrec_peft.errors import BundleError, ConfigError, DataError, input_errors, output_errors
 from llmrec_peft.inference.collaborative import (
     MODELS,
     CollaborativeModel,
@@ -29,14 +29,22 @@ from llmrec_peft.inference.collaborative import (
 )
 from llmrec_peft.inference.fusion import GATES, Features, Fusion
 from llmrec_peft.inference.histories import Histories
-from llmrec_peft.models.files import check_links, read_json, sha256, stray_weights
+from llmrec_peft.manifests import Real, check_schema, sha256
+from llmrec_peft.models.files import check_links, read_json, stray_weights
 from llmrec_peft.models.manifest import digest
-from llmrec_peft.models.tensors import read_header
+from llmrec_peft.models.tensors import read_header, read_metadata
 
 DIRECTORY = "retrieval"
 """Name of the directory inside a bundle's."""
 MANIFEST, ARRAYS = "evidence.json", "evidence.safetensors"
 FORMAT_VERSION = 1
+_SCHEMA = {
+    "models": {str: {str: (Real(-1e12, 1e12), str, None)}},
+    "fitted": dict,
+    "fusion": (dict, None),
+    "adapter_sha256": (str, None),
+    "files": {ARRAYS: str},
+}
 
 HALF_LIVES = (7.0, 30.0, 90.0, 365.0, 1460.0, None)
 """Days that `choose_half_life` tries."""
@@ -236,9 +244,14 @@ class Evidence:
         Raises BundleError for another format, a file changed, cut short or put there by others, unknown models or
         settings, arrays that do not fit each other, or another adapter.
         """
+        directory = Path(directory)
+        with input_errors(BundleError, f"evidence {directory}", "restore both files, or fit again"):
+            return cls._load(directory, adapter)
+
+    @classmethod
+    def _load(cls, directory: Path, adapter: str | None) -> tuple[Self, Fusion | None]:
         from safetensors.numpy import load_file
 
-        directory = Path(directory)
         path, arrays = directory / MANIFEST, directory / ARRAYS
         for file in (path, arrays):
             if not file.is_file():
@@ -253,9 +266,10 @@ class Evidence:
             raise BundleError(f"{arrays} is not the file that {MANIFEST} was written with; restore both, or fit again")
         try:
             read_header(arrays)
+            metadata = read_metadata(arrays)
         except ValueError as error:
             raise BundleError(f"{arrays} {error}; restore it or fit again") from None
-        if _metadata(arrays).get("manifest_sha256") != digest({k: v for k, v in manifest.items() if k != "files"}):
+        if metadata.get("manifest_sha256") != digest({k: v for k, v in manifest.items() if k != "files"}):
             raise BundleError(f"{path} was changed after it was written; restore it or fit again")
         fusion = None if manifest["fusion"] is None else Fusion.from_dict(manifest["fusion"])
         said = manifest["adapter_sha256"]
@@ -281,6 +295,14 @@ class Evidence:
             models[name] = model
         if set(tensors) != known:
             raise BundleError(f"{path}: the arrays are not those of its models; restore the files or fit again")
+        kinds = {"item_ids": "u1", "item_id_ends": "i8", "item_rows": "i8"}
+        wrong = [name for name, kind in kinds.items() if tensors[name].ndim != 1 or tensors[name].dtype != kind]
+        ends = tensors["item_id_ends"]
+        sound = not wrong and (np.diff(ends, prepend=0) >= 0).all() and ends[-1:].sum() == len(tensors["item_ids"])
+        if not sound:
+            raise BundleError(f"{path}: the arrays of its item ids are not sound; restore the files or fit again")
+        if any(value.dtype.kind not in "fiu" for value in tensors.values()):
+            raise BundleError(f"{path}: an array holds no numbers; restore the files or fit again")
         size = len(tensors["item_rows"])
         for name, model in models.items():
             arrays = {key: tensors[f"{name}.{key}"] for key in model.ARRAYS}
@@ -324,12 +346,7 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
             f"{path} has format_version {manifest.get('format_version')!r}, and this version reads {FORMAT_VERSION}; "
             "use the package version that wrote it, or fit again"
         )
-    kinds = {"models": dict, "fitted": dict, "fusion": (dict, type(None)), "adapter_sha256": (str, type(None))}
-    for key, kind in (kinds | {"files": dict}).items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise BundleError(f"{path} has no valid entry {key!r}; restore the file or fit again")
-    if not all(isinstance(settings, dict) for settings in manifest["models"].values()):
-        raise BundleError(f"{path} has no valid entry 'models'; restore the file or fit again")
+    check_schema(manifest, _SCHEMA, path, "restore the file or fit again")
 
 
 def _strings(ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> pa.Array:
@@ -343,10 +360,3 @@ def _item_ids(text: np.ndarray, ends: np.ndarray) -> pa.Array:
         [data[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts.tolist(), ends.tolist(), strict=True)],
         pa.large_string(),
     )
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="np") as file:
-        return file.metadata() or {}

@@ -13,10 +13,11 @@ from llmrec_peft.data.files import write_json
 from llmrec_peft.errors import BundleError, ConfigError
 from llmrec_peft.inference import merged
 from llmrec_peft.inference.merged import check_merged, write_manifest
+from llmrec_peft.manifests import sealed, sha256
 from llmrec_peft.models.base import BASES
 from llmrec_peft.models.bundle import check_bundle
 from llmrec_peft.models.card import CARD, REPOSITORY, bundle_card, hub_id, merged_card
-from llmrec_peft.models.files import is_weights, read_json, sha256
+from llmrec_peft.models.files import is_weights, read_json
 from llmrec_peft.models.manifest import CONFIG, MANIFEST, WEIGHTS, is_merged
 
 _READ_FIRST = (CONFIG, merged.CONFIG, merged.INDEX)
@@ -127,7 +128,8 @@ def _rename_base(directory: Path, scratch: Path, manifest: Mapping[str, Any], ba
     write_json({**config, "base_model_name_or_path": hub_base}, scratch / CONFIG)
     options = {**manifest["model_options"], "base": base, "gguf_file": None}
     digests = {**manifest["files"], CONFIG: sha256(scratch / CONFIG)}
-    write_json({**manifest, "model_options": options, "files": digests}, scratch / MANIFEST)
+    content = {**manifest, "model_options": options, "files": digests}
+    write_json(content if manifest["format_version"] == 1 else sealed(content), scratch / MANIFEST)
 
 
 def _tokenizer_files(directory: Path, tokenizer: Any) -> list[str]:

@@ -13,18 +13,18 @@ from torch import nn
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tokens import Vocabulary
-from llmrec_peft.errors import BundleError, ConfigError
+from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.inference.deltas import Bias, Bottleneck, Delta, LowRank, count_bytes, dora_ratio
 from llmrec_peft.models.base import head_name
 from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transformer_layers
-from llmrec_peft.models.bundle import check_bundle, plain_options
+from llmrec_peft.models.bundle import check_bundle, reading
+from llmrec_peft.models.checks import check_shapes, plain_options, read_state
 from llmrec_peft.models.classifier import quantization_of
-from llmrec_peft.models.files import read_json
 from llmrec_peft.models.fingerprints import fits
-from llmrec_peft.models.manifest import CONFIG, FILES, MANIFEST, WEIGHTS, digest
-from llmrec_peft.models.options import AdapterOptions, HeadOptions, LoraOptions, ModelOptions, from_mapping
-from llmrec_peft.models.options import method_options as read_options
+from llmrec_peft.models.manifest import FILES, MANIFEST, WEIGHTS, digest, read_options
+from llmrec_peft.models.options import AdapterOptions, HeadOptions, LoraOptions
+from llmrec_peft.models.tensors import TensorEntry
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -73,10 +73,9 @@ class Base:
     precision: dict[str, Any]
 
 
-def precision_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def precision_of(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """How a bundle's base was held while it was trained: the dtype, and the 4-bit storage if any."""
-    options = from_mapping(ModelOptions, manifest["model_options"], "model")
-    tuning = read_options(manifest["method"], manifest["method_options"])
+    tuning, options = read_options(directory, manifest)
     quantization = quantization_of(tuning, options)
     return {"dtype": options.dtype, "quantization": None if quantization is None else dataclasses.asdict(quantization)}
 
@@ -96,16 +95,20 @@ def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -
         BundleError: a damaged bundle, another base, tokenizer or precision, or a method that has weights of its own.
     """
     directory = Path(directory)
-    manifest, _ = check_bundle(directory)
-    try:
-        tuning = read_options(manifest["method"], manifest["method_options"])
-        precision = precision_of(manifest)
-    except (ConfigError, TypeError) as error:
-        raise BundleError(f"{directory / MANIFEST}: {error}") from None
-    _check_fits(directory, manifest, base, precision | ({"dtype": base.precision["dtype"]} if any_dtype else {}))
-    from safetensors.torch import load_file
+    manifest, entries = check_bundle(directory)
+    with reading(directory):
+        return _read_member(directory, manifest, entries, base, any_dtype)
 
-    state = load_file(directory / WEIGHTS)
+
+def _read_member(
+    directory: Path, manifest: Mapping[str, Any], entries: Mapping[str, TensorEntry], base: Base, any_dtype: bool
+) -> Member:
+    tuning, _ = read_options(directory, manifest)
+    precision = precision_of(directory, manifest)
+    _check_fits(directory, manifest, base, precision | ({"dtype": base.precision["dtype"]} if any_dtype else {}))
+    plain = plain_options(tuning) if isinstance(tuning, LoraOptions) else tuning
+    check_shapes(directory / WEIGHTS, base.stock, plain, entries)
+    state = read_state(directory / WEIGHTS)
     if isinstance(tuning, LoraOptions):
         state = {name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()}
     head = state.pop(f"{head_name(base.stock)}.weight", None)
@@ -165,20 +168,9 @@ def _check_fits(directory: Path, manifest: Mapping[str, Any], base: Base, precis
 def _low_rank(
     directory: Path, state: dict[str, torch.Tensor], tuning: LoraOptions, stock: nn.Module
 ) -> dict[str, list[Delta]]:
-    """Deltas of a LoRA bundle, whose adapter_config.json must say what its manifest says."""
-    config = read_json(directory / CONFIG)
-    if (config.get("use_dora"), config.get("use_rslora")) != (tuning.dora, tuning.rslora):
-        raise BundleError(
-            f"{directory / CONFIG} has use_dora {config.get('use_dora')!r}, use_rslora {config.get('use_rslora')!r}, "
-            f"but {MANIFEST} has {tuning.dora!r} and {tuning.rslora!r}; restore the files that training wrote"
-        )
+    """Deltas of a LoRA bundle."""
     plain = plain_options(tuning)
     rank, alpha = plain.r, plain.alpha
-    if config.get("r") != rank or abs(config.get("lora_alpha", 0) - alpha) > 1e-9 * alpha:
-        raise BundleError(
-            f"{directory / CONFIG} has r {config.get('r')!r} and lora_alpha {config.get('lora_alpha')!r}, but "
-            f"{MANIFEST} gives {rank} and {alpha}; restore the files that training wrote"
-        )
     scale = alpha / (rank**0.5 if tuning.rslora else rank)
     modules, device = dict(stock.named_modules()), next(stock.parameters()).device
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

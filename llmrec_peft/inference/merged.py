@@ -17,47 +17,47 @@ from typing import Any
 
 from torch import nn
 
-from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
-from llmrec_peft.documents import read_mapping
-from llmrec_peft.errors import BundleError, ModelError, output_errors
+from llmrec_peft.data.files import move_into_place, plain, scratch_directory, write_json
+from llmrec_peft.errors import BundleError, ModelError, input_errors, output_errors
+from llmrec_peft.manifests import check_schema, check_seal, sealed, sha256
 from llmrec_peft.models.base import load_model, load_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.classifier import BehaviorClassifier
-from llmrec_peft.models.files import check_links, read_json, sha256, stray_weights
+from llmrec_peft.models.files import check_links, read_json, stray_weights
 from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
-from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     MERGED,
     check_calibration,
     check_domain,
-    digest,
+    check_labels,
     is_merged,
     read_manifest,
 )
 from llmrec_peft.models.options import ModelOptions
 from llmrec_peft.models.prompt_tokens import save_tokenizer, tokens_around
-from llmrec_peft.models.tensors import fingerprint, read_headers
+from llmrec_peft.models.tensors import check_finite, fingerprint, read_headers
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "merged_from": list,
-    "combination": (dict, type(None)),
-    "base": dict,
-    "dtype": str,
-    "weights": dict,
-    "tokenizer": dict,
+FORMAT_VERSION = 1
+_SCHEMA: dict[str, Any] = {
+    "merged_from": [dict],
+    "combination": (dict, None),
+    "base": {"name": (str, None)},
+    "dtype": ("float32", "bfloat16", "float16"),
+    "weights": {"fingerprint": str},
+    "tokenizer": {"fingerprint": str},
     "domain": dict,
-    "labels": list,
-    "words": list,
+    "labels": [str],
+    "words": [str],
     "stream": dict,
-    "calibration": (dict, type(None)),
-    "counts": dict,
+    "calibration": (dict, None),
+    "counts": {"split?": (dict, None)},
     "metrics": dict,
     "measured": dict,
-    "versions": dict,
-    "files": dict,
+    "versions": {str: str},
+    "files": {str: str},
+    "student?": {"options": dict, "loss": dict, "teacher": (dict, None)},
     "seal": str,
 }
 _RESTORE = "restore the file that merging wrote, or merge again"
@@ -109,28 +109,17 @@ def read_merged(directory: str | Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("kind") != MERGED:
         raise BundleError(f"{directory} is no merged model (kind {manifest.get('kind')!r}); load it as a bundle")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if type(manifest.get("format_version")) is not int or manifest["format_version"] != FORMAT_VERSION:
         raise BundleError(
             f"{path} has format_version {manifest.get('format_version')!r}, and this version reads {FORMAT_VERSION}; "
             "use the package version that wrote it, or merge again"
         )
-    for key, kind in _TYPES.items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise BundleError(f"{path} has no valid entry {key!r}; {_RESTORE}")
+    check_schema(manifest, _SCHEMA, path, _RESTORE)
     check_domain(manifest["domain"], str(path))
-    outcomes = outcomes_of(manifest["domain"])
-    if manifest["labels"] != list(outcomes) or manifest["words"] != list(outcomes.values()):
-        raise BundleError(
-            f"{path} has the labels {manifest['labels']} with the words {manifest['words']}, but its domain has "
-            f"{outcomes}; {_RESTORE}"
-        )
-    check_calibration(manifest["calibration"], len(outcomes), str(path))
+    check_calibration(manifest["calibration"], len(manifest["labels"]), str(path))
     _check_parts(manifest, path)
-    found = _seal(manifest)
-    if found != manifest["seal"]:
-        raise BundleError(
-            f"{path} has the SHA-256 {found[:16]}..., but says {manifest['seal'][:16]}..., so it was edited; {_RESTORE}"
-        )
+    check_labels(path, manifest, _RESTORE)
+    check_seal(manifest, path, _RESTORE)
     return manifest
 
 
@@ -191,9 +180,14 @@ def check_merged(directory: str | Path, trust_remote_code: bool = False) -> tupl
     directory = Path(directory)
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a directory; name the one that merging wrote")
-    check_links(directory, "merged model")
-    manifest = read_merged(directory)
-    return manifest, _check_files(directory, manifest), _tokenizer(directory, manifest, trust_remote_code)
+    with _reading(directory):
+        check_links(directory, "merged model")
+        manifest = read_merged(directory)
+        return manifest, _check_files(directory, manifest), _tokenizer(directory, manifest, trust_remote_code)
+
+
+def _reading(directory: Path) -> AbstractContextManager[None]:
+    return input_errors(BundleError, f"merged model {directory}", _RESTORE)
 
 
 def load_merged(
@@ -220,12 +214,19 @@ def load_merged(
     )  # fmt: skip
     labels = manifest["labels"]
     try:
-        model = load_model(
-            str(directory), len(labels), id2label=dict(enumerate(labels)), dtype=options.dtype,
-            attn_implementation=options.attn, trust_remote_code=trust_remote_code, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        with _reading(directory):
+            model = load_model(
+                str(directory), len(labels), id2label=dict(enumerate(labels)), dtype=options.dtype,
+                attn_implementation=options.attn, trust_remote_code=trust_remote_code,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        check_finite(dict(model.named_parameters()))
     except ModelError as error:
         raise BundleError(f"merged model {directory} cannot be loaded: {error}") from error
+    except ValueError as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"merged model {directory} {error}; {_RESTORE}") from None
     if not model.trained_head:
         raise BundleError(f"merged model {directory} has no head for the labels {labels}; {_RESTORE}")
     classifier = BehaviorClassifier(model.requires_grad_(False), MERGED, labels)
@@ -240,6 +241,8 @@ def _check_files(directory: Path, manifest: Mapping[str, Any]) -> list[Path]:
     if strange:
         raise BundleError(f"merged model {directory} holds {strange[0]!r} beside its own weights; remove it")
     for name, said in manifest["files"].items():
+        if Path(name).name != name:
+            raise BundleError(f"{directory / MANIFEST} names the file {name!r} outside of its directory; {_RESTORE}")
         found = sha256(directory / name) if (directory / name).is_file() else "none"
         if found != said:
             raise BundleError(
@@ -297,11 +300,6 @@ def _tokenizer(directory: Path, manifest: Mapping[str, Any], trust_remote_code: 
 
 def _short(value: Any) -> str:
     return f"{str(value).removeprefix('sampled-')[:16]}..."
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all of a manifest but the seal itself; the labels keep their order by `labels`."""
-    return digest({key: value for key, value in manifest.items() if key != "seal"})
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -380,8 +378,9 @@ def describe(scratch: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_manifest(scratch: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Seal a manifest and write it; returns it as it will be read."""
-    write_json({**manifest, "seal": _seal(manifest)}, scratch / MANIFEST)
-    return read_mapping(scratch / MANIFEST, error=BundleError)
+    manifest = sealed(plain(manifest))
+    write_json(manifest, scratch / MANIFEST)
+    return manifest
 
 
 def publish(scratch: Path, directory: Path) -> None:

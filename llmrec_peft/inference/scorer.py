@@ -100,7 +100,7 @@ class Scorer:
             member = Member(directory, version, Vocabulary(domain, tokenizer), calibration, head, {}, size)
             check_positions(classifier.config, domain.stream.max_length)
         else:
-            precision = precision_of(manifest) | ({} if dtype is None else {"dtype": dtype})
+            precision = precision_of(directory, manifest) | ({} if dtype is None else {"dtype": dtype})
             source = str(base or manifest["model_options"]["base"])
             loaded, classifier = load_base(
                 source, precision, attn, trust_remote_code, device, manifest["model_options"].get("gguf_file")

@@ -120,10 +120,7 @@ def add_adapters(model: nn.Module, options: AdapterOptions) -> None:
     Raises ModelError for a layout that is not known, naming the modules found, and for layers that do not exist.
     """
     layers = transformer_layers(model)
-    if options.layers is not None and max(options.layers) >= len(layers):
-        raise ModelError(
-            f"layers names layer {max(options.layers)}, but the base has {len(layers)}; use 0 to {len(layers) - 1}"
-        )
+    _check_layers(layers, options)
     layout = find_layout(layers[0])
     width = model.config.get_text_config().hidden_size
     device = next(layers[0].parameters()).device
@@ -138,6 +135,22 @@ def add_adapters(model: nn.Module, options: AdapterOptions) -> None:
             else:
                 wrapper = SequentialBottleneck(sublayer, adapter)
             setattr(parent, name, wrapper.train(model.training))
+
+
+def adapter_paths(model: nn.Module, options: AdapterOptions) -> list[str]:
+    """Paths of the modules that `add_adapters` would wrap; nothing is built. Raises ModelError as it does."""
+    layers = transformer_layers(model)
+    _check_layers(layers, options)
+    root = next(path for path, module in model.named_modules() if module is layers)
+    numbers = range(len(layers)) if options.layers is None else options.layers
+    return [f"{root}.{number}.{path}" for number in numbers for path in _wrapped_paths(find_layout(layers[0]), options)]
+
+
+def _check_layers(layers: nn.ModuleList, options: AdapterOptions) -> None:
+    if options.layers is not None and max(options.layers) >= len(layers):
+        raise ModelError(
+            f"layers names layer {max(options.layers)}, but the base has {len(layers)}; use 0 to {len(layers) - 1}"
+        )
 
 
 def _wrapped_paths(layout: Layout, options: AdapterOptions) -> list[str]:

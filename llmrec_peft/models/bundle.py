@@ -11,18 +11,30 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
-from llmrec_peft.errors import BundleError, ConfigError, ModelError, output_errors
+from llmrec_peft.data.files import move_into_place, plain, scratch_directory, write_json
+from llmrec_peft.errors import BundleError, ModelError, input_errors, output_errors
+from llmrec_peft.manifests import sealed, sha256
 from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
 from llmrec_peft.models.card import CARD, bundle_card
+from llmrec_peft.models.checks import (
+    PEFT_TYPES,
+    adapted_names,
+    check_adapter,
+    check_names,
+    check_shapes,
+    compare_config,
+    plain_options,
+    read_state,
+)
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
-from llmrec_peft.models.files import check_links, read_json, sha256, stray_weights
+from llmrec_peft.models.files import check_links, read_json, stray_weights
 from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
@@ -33,19 +45,18 @@ from llmrec_peft.models.manifest import (
     WEIGHTS,
     check_calibration,
     check_domain,
-    check_metadata,
     installed,
     is_merged,
+    is_pattern,
     read_manifest,
+    read_options,
     refuse_merged,
     weights_metadata,
 )
-from llmrec_peft.models.options import LoraOptions, ModelOptions, changes_base, from_mapping, method_options
+from llmrec_peft.models.options import LoraOptions, ModelOptions
 from llmrec_peft.models.prompt_tokens import tokens_around
 from llmrec_peft.models.sharding import is_split, whole_shape
 from llmrec_peft.models.tensors import TensorEntry, read_header, save_tensors
-
-_PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "adapter": "BOTTLENECK", "head": "HEAD", "full": "FULL"}
 
 
 @dataclass
@@ -97,11 +108,12 @@ def save_bundle(
     with writing, scratch_directory(directory) as scratch:
         base = base or classifier.base
         tensors = adapter_tensors(classifier, state)
-        save_tensors(tensors, scratch / WEIGHTS, weights_metadata(classifier.labels, domain, calibration))
+        manifest = _manifest(classifier, tokenizer, dict(domain), base, calibration, counts, metrics)
+        save_tensors(tensors, scratch / WEIGHTS, weights_metadata(manifest))
         write_json(adapter_config(classifier, base), scratch / CONFIG)
         _check_written(scratch / WEIGHTS, tensors, classifier)
-        manifest = _manifest(classifier, tokenizer, dict(domain), base, calibration, counts, metrics)
         manifest["files"] = {name: sha256(scratch / name) for name in (CONFIG, WEIGHTS)}
+        manifest = sealed(plain(manifest))
         write_json(manifest, scratch / MANIFEST)
         (scratch / CARD).write_text(bundle_card(manifest), encoding="utf-8")
         scratch.chmod(0o755)
@@ -115,10 +127,16 @@ def check_bundle(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     Raises BundleError as `load_bundle` does for what needs no base.
     """
     directory = Path(directory)
-    refuse_merged(directory)
-    _check_files(directory)
-    manifest = read_manifest(directory)
-    return manifest, _check_adapter(directory, manifest)
+    with reading(directory):
+        refuse_merged(directory)
+        _check_files(directory)
+        manifest = read_manifest(directory)
+        return manifest, check_adapter(directory, manifest)
+
+
+def reading(directory: Path) -> AbstractContextManager[None]:
+    """Turn what a library raises on a bundle's files into a BundleError of one line."""
+    return input_errors(BundleError, f"bundle {directory}", "restore the files that training wrote")
 
 
 def load_bundle(
@@ -152,17 +170,17 @@ def load_bundle(
         raise BundleError(
             f"{directory} asks to run code that comes with its base; pass trust_remote_code=True if wanted"
         )
-    try:
-        options = from_mapping(ModelOptions, stored, "model")
-        tuning = method_options(manifest["method"], manifest["method_options"])
-    except (ConfigError, TypeError) as error:
-        raise BundleError(f"{directory / MANIFEST}: {error}") from None
-    tokenizer = _check_base(directory, manifest, options)
+    tuning, options = read_options(directory, manifest, stored)
     if isinstance(tuning, LoraOptions):
         tuning = plain_options(tuning)
-    classifier = build_classifier(options, tuning, outcomes_of(manifest["domain"]), trained=True, tokenizer=tokenizer)
-    _check_config(directory, classifier)
-    _load_tensors(directory, classifier, entries, mapped)
+    with reading(directory):
+        tokenizer = _check_base(directory, manifest, options)
+        classifier = build_classifier(
+            options, tuning, outcomes_of(manifest["domain"]), trained=True, tokenizer=tokenizer,
+            check=lambda stock: check_shapes(directory / WEIGHTS, stock, tuning, entries),
+        )  # fmt: skip
+        _check_config(directory, classifier)
+        _load_tensors(directory, classifier, entries, mapped)
     return Bundle(classifier.eval(), classifier.tokenizer, manifest["domain"], manifest, manifest["calibration"])
 
 
@@ -196,9 +214,11 @@ def adapter_config(classifier: BehaviorClassifier, base: str) -> dict[str, Any]:
         config = plain_config(config) if classifier.initial_factors else config
         # Loading needs no start for the tensors, and some starts would change the base again.
         values = config.to_dict() | {"inference_mode": True, "init_lora_weights": True}
+        if is_pattern(values["target_modules"]):
+            values["target_modules"] = adapted_names(classifier.stock)
     else:
         options = dataclasses.asdict(classifier.method_options)
-        values = {"peft_type": _PEFT_TYPES[classifier.method], "task_type": "SEQ_CLS", **options}
+        values = {"peft_type": PEFT_TYPES[classifier.method], "task_type": "SEQ_CLS", **options}
     # PEFT looks for this name on the Hub or among paths, where an embedded name is neither.
     values["base_model_name_or_path"] = BASES[base].hub_id if base in BASES else base
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
@@ -208,12 +228,15 @@ def _manifest(
     classifier: BehaviorClassifier, tokenizer: Any, domain: dict[str, Any], base: str, calibration, counts, metrics
 ) -> dict[str, Any]:
     options = dataclasses.asdict(classifier.model_options) | {"base": base}
+    tuning = dataclasses.asdict(classifier.method_options)
+    if is_pattern(tuning.get("target_modules")):
+        tuning["target_modules"] = adapted_names(classifier.stock)
     source = resolve_base(base, options["gguf_file"])
     outcomes = outcomes_of(domain)
     return {
         "format_version": FORMAT_VERSION,
         "method": classifier.method,
-        "method_options": dataclasses.asdict(classifier.method_options),
+        "method_options": tuning,
         "model_options": options,
         "base": {
             "name": base,
@@ -318,41 +341,6 @@ def _check_files(directory: Path) -> None:
         )
 
 
-def _check_adapter(directory: Path, manifest: dict[str, Any]) -> dict[str, TensorEntry]:
-    """Check the files against the manifest without reading a base; returns the entries of the tensors."""
-    try:
-        entries = read_header(directory / WEIGHTS)
-    except ValueError as error:
-        raise BundleError(f"{directory / WEIGHTS} {error}; copy it again or train again") from None
-    labels, outcomes = manifest["labels"], outcomes_of(manifest["domain"])
-    if labels != list(outcomes) or manifest["words"] != list(outcomes.values()):
-        raise BundleError(
-            f"{directory / MANIFEST} has the labels {labels} with the words {manifest['words']}, but its domain has "
-            f"{outcomes}; restore the file that training wrote"
-        )
-    check_metadata(directory / MANIFEST, manifest, _metadata(directory / WEIGHTS))
-    if manifest["stream"] != (manifest["domain"].get("stream") or {}):
-        raise BundleError(
-            f"{directory / MANIFEST} has the stream settings {manifest['stream']}, but its domain has "
-            f"{manifest['domain'].get('stream')}; restore the file that training wrote"
-        )
-    config = read_json(directory / CONFIG)
-    expected = _PEFT_TYPES[manifest["method"]]
-    if config.get("peft_type") != expected:
-        raise BundleError(
-            f"{directory / CONFIG} has peft_type {config.get('peft_type')!r}, but method {manifest['method']} has "
-            f"{expected}; restore the files that training wrote"
-        )
-    for name in (CONFIG, WEIGHTS):
-        found, said = sha256(directory / name), manifest["files"].get(name)
-        if found != said:
-            raise BundleError(
-                f"{directory / name} has the SHA-256 {found[:16]}..., but {MANIFEST} says {str(said)[:16]}...; "
-                "restore the files that training wrote"
-            )
-    return entries
-
-
 def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions) -> Any:
     """Compare the fingerprints of the base and of its tokenizer with the manifest's; returns the tokenizer."""
     trust = options.trust_remote_code
@@ -388,50 +376,12 @@ def _short(fingerprint: Any) -> str:
     return f"{str(fingerprint).removeprefix('sampled-')[:16]}..."
 
 
-def plain_options(tuning: LoraOptions) -> LoraOptions:
-    """Options of the adapter as written: no start that changes the base, and the rank that `plain_factors` gave it."""
-    if not changes_base(tuning):
-        return tuning
-    alpha = tuning.alpha * (2**0.5 if tuning.rslora else 2)
-    return dataclasses.replace(tuning, init="default", r=2 * tuning.r, alpha=alpha)
-
-
-def _check_config(directory: Path, classifier: BehaviorClassifier) -> None:
-    """Compare adapter_config.json with what the manifest's options make; keys of other PEFT versions are left out."""
-    found = read_json(directory / CONFIG)
-    made = json.loads(json.dumps(adapter_config(classifier, ""), default=str))
-    for key in sorted(found.keys() & made.keys() - {"base_model_name_or_path", "peft_version", "inference_mode"}):
-        if found[key] != made[key]:
-            raise BundleError(
-                f"{directory / CONFIG} has {key} {found[key]!r}, but {MANIFEST} gives {made[key]!r}; "
-                "restore the files that training wrote"
-            )
-
-
 def _load_tensors(
     directory: Path, classifier: BehaviorClassifier, entries: dict[str, TensorEntry], mapped: bool
 ) -> None:
-    from safetensors.torch import load_file
-
     path, own = directory / WEIGHTS, adapter_tensors(classifier)
-    head = _head_tensor(classifier, own)
-    if head in entries and entries[head].shape[0] != len(classifier.labels):
-        raise BundleError(
-            f"{path} has a head of {entries[head].shape[0]} rows, but {MANIFEST} has {len(classifier.labels)} labels; "
-            "restore the files that training wrote"
-        )
-    for what, names in (("lacks", own.keys() - entries.keys()), ("has an unknown", entries.keys() - own.keys())):
-        if names:
-            raise BundleError(
-                f"{path} {what} tensor {min(names)!r} ({len(names)} in all); train again or copy it again"
-            )
-    for name, value in own.items():
-        if tuple(value.shape) != entries[name].shape:
-            raise BundleError(
-                f"{path} has tensor {name!r} of shape {entries[name].shape}, but the model has {tuple(value.shape)}; "
-                "restore the files that training wrote"
-            )
-    state = load_file(path)
+    check_names(path, {name: tuple(value.shape) for name, value in own.items()}, entries)
+    state = read_state(path)
     if isinstance(classifier.method_options, LoraOptions):
         from peft import set_peft_model_state_dict
 
@@ -443,8 +393,10 @@ def _load_tensors(
         classifier.load_trainable_state_dict(state)
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        return file.metadata() or {}
+def _check_config(directory: Path, classifier: BehaviorClassifier) -> None:
+    """Compare adapter_config.json with what the manifest's options make on this base."""
+    made = json.loads(json.dumps(adapter_config(classifier, ""), default=str))
+    targets = getattr(classifier.method_options, "target_modules", None)
+    if isinstance(targets, list) and read_json(directory / CONFIG).get("target_modules") == sorted(targets):
+        made["target_modules"] = sorted(targets)  # PEFT shortens a long list
+    compare_config(directory, made)

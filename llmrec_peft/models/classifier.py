@@ -6,7 +6,7 @@ Shape letters: B rows, L tokens in a row, T markers in the batch, H hidden width
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -359,13 +359,15 @@ def build_classifier(
     *,
     trained: bool = False,
     tokenizer: Any = None,
+    check: Callable[[nn.Module], None] | None = None,
 ) -> BehaviorClassifier:
     """Classifier on a base, by options objects and outcomes (label -> word).
 
     `trained` leaves out work whose result a bundle's tensors will replace: the head's start, and the initialisations
-    of LoRA that read the base's weights. `tokenizer` is the base's, where it has been loaded already. A base that is a
-    classifier of these labels already (a merged model) keeps its head under `head_init: words`. Raises ConfigError for
-    a method that the base's dtype does not serve.
+    of LoRA that read the base's weights. `tokenizer` is the base's, where it has been loaded already. `check` is called
+    with the stock model before the method's modules are put in. A base that is a classifier of these labels already (a
+    merged model) keeps its head under `head_init: words`. Raises ConfigError for a method that the base's dtype does
+    not serve.
     """
     if not trained:
         check_precision(model_options, tuning)
@@ -387,6 +389,8 @@ def build_classifier(
         start_head(model, base, tokenizer, outcomes, model_options)
     if model_options.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if check is not None:
+        check(model)
     classifier = with_method(model, tuning, labels, base, trained)
     classifier.tokenizer = tokenizer
     classifier.base = model_options.base

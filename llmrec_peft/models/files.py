@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import BundleError
 
 # What holds weights, or runs code when it is read: only a directory's own safetensors may.
@@ -21,12 +20,6 @@ _WEIGHT_LIKE = (
 def cache_dir() -> Path:
     """Where converted bases and fingerprints are kept: $LLMREC_PEFT_CACHE, or ~/.cache/llmrec_peft."""
     return Path(os.environ.get("LLMREC_PEFT_CACHE") or Path.home() / ".cache" / "llmrec_peft").expanduser()
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_links(directory: Path, what: str) -> None:
@@ -51,14 +44,6 @@ def is_weights(name: str) -> bool:
     return Path(name).suffix.lower() in _WEIGHT_LIKE
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Mapping in a JSON file. Raises BundleError if it holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path} is not readable JSON ({str(error)[:80]}); copy it again or train again") from None
-    if not isinstance(value, dict):
-        raise BundleError(
-            f"{path} holds a {type(value).__name__} where a mapping belongs; copy it again or train again"
-        )
-    return value
+def read_json(path: Path, advice: str = "copy it again or train again") -> dict[str, Any]:
+    """Mapping in a JSON file of a bundle or model. Raises BundleError if it holds anything else, or is too large."""
+    return read_mapping(path, error=BundleError, advice=advice)

@@ -1,69 +1,174 @@
 """behavior.json: its parts and their types, and the digests that tie them to the weights.
 
-The weights' file holds, in its metadata, the labels and words and the SHA-256 of the domain and of the calibration;
-behavior.json holds the SHA-256 of the weights' file. So neither file can be edited without the other telling.
+The weights' file holds, in its metadata, the format version, the labels and words, the method, the number format and
+the SHA-256 of the domain, of the calibration and of the method's options; behavior.json holds the SHA-256 of the
+weights' file, and seals itself. So no file can be edited without another telling.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.files import plain
-from llmrec_peft.errors import BundleError
+from llmrec_peft.documents import shortened
+from llmrec_peft.errors import BundleError, ConfigError, LLMRecError
+from llmrec_peft.manifests import Real, Whole, check_schema, check_seal, content_digest
 from llmrec_peft.models.files import read_json
-from llmrec_peft.models.options import METHODS
+from llmrec_peft.models.options import METHODS, MethodOptions, ModelOptions, from_mapping, method_options
 from llmrec_peft.probabilities import read_calibration
 
-FORMAT_VERSION = 1
+_log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+"""Of a bundle's behavior.json. Format 1 was not sealed; it is read with a warning."""
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "behavior.json"
 FILES = (CONFIG, WEIGHTS, MANIFEST)
 MERGED = "merged"
 """What `kind` says in the behavior.json of a merged model; that of a bundle has no `kind`."""
-_TYPES: dict[str, type | tuple[type, ...]] = {
+_RESTORE = "restore the file that training wrote"
+_SCHEMA: dict[str, Any] = {
     "method": str,
     "method_options": dict,
-    "model_options": dict,
-    "base": dict,
-    "tokenizer": dict,
+    "model_options": {"base": str, "dtype": str},
+    "base": {"name": str, "source?": (str, None), "fingerprint": str},
+    "tokenizer": {"fingerprint": str},
     "domain": dict,
-    "labels": list,
-    "words": list,
+    "labels": [str],
+    "words": [str],
     "stream": dict,
-    "calibration": (dict, type(None)),
-    "counts": dict,
+    "calibration": (dict, None),
+    "counts": {"split?": (dict, None)},
     "metrics": dict,
-    "versions": dict,
-    "files": dict,
+    "versions": {str: str},
+    "files": {CONFIG: str, WEIGHTS: str},
+    "seal?": str,
 }
+ALL_LINEAR = "all-linear"
+MAX_NAMES = 20_000
+"""Names in `target_modules`, at most."""
+_LAYERS = ([Whole(0, 10_000)], None)
+_LORA = {
+    "r": Whole(1, 65_536), "alpha": Real(0, 1e9), "dropout": Real(0, 1), "target_modules": (str, [str]),
+    "dora": bool, "rslora": bool, "init": str, "layers": _LAYERS, "bias": str,
+}  # fmt: skip
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": _LORA,
+    "qlora": _LORA | {
+        "quant_type": str, "double_quant": bool, "compute_dtype": (str, None), "quant_storage": (str, None),
+    },
+    "adapter": {
+        "placement": str, "size": Whole(1, 65_536), "activation": str, "dropout": Real(0, 1), "scale": Real(-1e9, 1e9),
+        "layers": _LAYERS,
+    },
+    "head": {},
+    "full": {},
+}  # fmt: skip
+_MODEL = {
+    "base": str, "gguf_file": (str, None), "dtype": str, "attn": str, "head_init": str, "head_scale": Real(0, 1e9),
+    "activation_checkpointing": bool, "trust_remote_code": bool,
+}  # fmt: skip
+_warned: set[str] = set()  # directories of format 1 that were told of
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """behavior.json of a bundle, with the types of its parts checked; no base is read.
+    """behavior.json of a bundle, with the types of its parts and its seal checked; no base is read.
 
-    Raises BundleError for another format version, and for a part that is missing or not of its type.
+    Raises BundleError for another format version, for a part that is missing or not of its type, and for an edit.
     """
     refuse_merged(directory)
     path = Path(directory) / MANIFEST
     manifest = read_json(path)
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format_version {version!r}, and this version reads {FORMAT_VERSION}; "
-            "use the package version that wrote it, or train again"
-        )
-    for key, kind in _TYPES.items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise BundleError(f"{path} has no valid entry {key!r}; restore the file that training wrote")
+    check_version(path, manifest)
+    check_schema(manifest, _SCHEMA, path, _RESTORE)
     if manifest["method"] not in METHODS:
         raise BundleError(f"{path} names method {manifest['method']!r}, not one of {', '.join(METHODS)}; restore it")
     check_domain(manifest["domain"], str(path))
     check_calibration(manifest["calibration"], len(manifest["domain"]["outcomes"]), str(path))
+    check_labels(path, manifest, _RESTORE)
+    read_options(Path(directory), manifest)
+    if manifest["format_version"] > 1:
+        check_seal(manifest, path, _RESTORE)
+    elif "seal" in manifest:
+        raise BundleError(f"{path} has format_version 1, which has no seal, and a seal, so it was edited; {_RESTORE}")
+    elif str(path) not in _warned:
+        _warned.add(str(path))
+        _log.warning(
+            "bundle %s is of format 1, which is not sealed: an edit of its metrics or counts would not show; load it "
+            "and save it again to seal it", directory,
+        )  # fmt: skip
     return manifest
+
+
+def check_labels(path: Path, manifest: Mapping[str, Any], advice: str) -> None:
+    """Raise BundleError where the labels, words or stream settings are not those of the domain."""
+    labels, words, domain = manifest["labels"], manifest["words"], manifest["domain"]
+    if labels != list(domain["outcomes"]) or words != list(domain["outcomes"].values()):
+        raise BundleError(
+            f"{path} has the labels {labels} with the words {words}, but its domain has {domain['outcomes']}; {advice}"
+        )
+    if manifest["stream"] != (domain.get("stream") or {}):
+        raise BundleError(
+            f"{path} has the stream settings {manifest['stream']}, but its domain has {domain.get('stream')}; {advice}"
+        )
+
+
+def is_pattern(targets: Any) -> bool:
+    """Whether `target_modules` is a regular expression: a text other than all-linear."""
+    return isinstance(targets, str) and targets != ALL_LINEAR
+
+
+def read_options(
+    directory: Path, manifest: Mapping[str, Any], stored: Mapping[str, Any] | None = None
+) -> tuple[MethodOptions, ModelOptions]:
+    """Options objects of a manifest; `stored` replaces its model options.
+
+    Raises BundleError for values of another type or out of bounds, and for a pattern in target_modules.
+    """
+    path, method = directory / MANIFEST, manifest["method"]
+    stored = manifest["model_options"] if stored is None else stored
+    for part, values, schema in (("method_options", manifest["method_options"], _OPTIONS[method]),
+                                 ("model_options", stored, _MODEL)):  # fmt: skip
+        known = {key: kind for key, kind in schema.items() if key in values}
+        check_schema(dict(values), known, path, _RESTORE, part)
+    try:
+        tuning = method_options(method, manifest["method_options"])
+        options = from_mapping(ModelOptions, stored, "model")
+    except (ConfigError, TypeError) as error:
+        raise BundleError(f"{path}: {error}") from None
+    _check_targets(path, getattr(tuning, "target_modules", ALL_LINEAR))
+    return tuning, options
+
+
+def _check_targets(path: Path, targets: Any) -> None:
+    """Refuse `target_modules` that is not all-linear or a list of names: a pattern of a stranger's may never end."""
+    if is_pattern(targets):
+        raise BundleError(
+            f"{path} has target_modules {targets[:80]!r}, and a bundle's must be {ALL_LINEAR} or a list of module "
+            "names: patterns are not read from a file; train again, which writes the names"
+        )
+    if isinstance(targets, list):
+        names = all(isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,500}", name) for name in targets)
+        if not names or len(targets) > MAX_NAMES:
+            raise BundleError(
+                f"{path} has target_modules that are not up to {MAX_NAMES:,} names of modules; {_RESTORE}"
+            )
+
+
+def check_version(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise BundleError for a format version that is not read."""
+    version = manifest.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format_version {version!r}, and this version reads 1 to {FORMAT_VERSION}; "
+            "use the package version that wrote it, or train again"
+        )
 
 
 def is_merged(directory: str | Path) -> bool:
@@ -97,7 +202,7 @@ def installed(*packages: str) -> dict[str, str]:
 
 
 def check_domain(domain: Mapping[str, Any], where: str) -> None:
-    """Raise BundleError unless `outcomes` maps two labels or more to texts and `stream` is a mapping or left out."""
+    """Raise BundleError unless a domain's mapping makes a `Domain`, of two labels or more."""
     outcomes, stream = domain.get("outcomes"), domain.get("stream")
     if not (
         isinstance(outcomes, Mapping)
@@ -110,6 +215,10 @@ def check_domain(domain: Mapping[str, Any], where: str) -> None:
         )
     if not isinstance(stream, Mapping | None):
         raise BundleError(f"{where}: the domain's stream must be a mapping, not {stream!r}; restore the file")
+    try:
+        Domain.from_dict(dict(domain), source=where)
+    except LLMRecError as error:
+        raise BundleError(f"{error} (the domain of a bundle; {_RESTORE})") from None
 
 
 def check_calibration(calibration: Mapping[str, Any] | None, labels: int, where: str) -> None:
@@ -117,41 +226,51 @@ def check_calibration(calibration: Mapping[str, Any] | None, labels: int, where:
     read_calibration(calibration, labels, where)
 
 
-def weights_metadata(
-    labels: list[str], domain: Mapping[str, Any], calibration: Mapping[str, Any] | None
-) -> dict[str, str]:
-    """Metadata of the weights' file: the labels and words as JSON, digests of domain and calibration."""
+def weights_metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of the weights' file: what ties it to behavior.json. Texts, JSON of lists, and digests of mappings.
+
+    manifest: entries of behavior.json, of which the labels, the domain, the calibration, the method, its options and
+    the model options are read.
+    """
     return {
         "format": "pt",
-        "labels": json.dumps(labels),
-        "words": json.dumps([str(word) for word in domain["outcomes"].values()]),
-        "domain_sha256": digest(domain),
-        "calibration_sha256": digest(calibration),
+        "format_version": str(FORMAT_VERSION),
+        "labels": json.dumps(manifest["labels"]),
+        "words": json.dumps([str(word) for word in manifest["domain"]["outcomes"].values()]),
+        "domain_sha256": digest(manifest["domain"]),
+        "calibration_sha256": digest(manifest["calibration"]),
+        "method": manifest["method"],
+        "dtype": manifest["model_options"]["dtype"],
+        "method_options_sha256": digest(manifest["method_options"]),
     }
 
 
 def check_metadata(path: Path, manifest: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Raise BundleError where the labels, words, domain or calibration are not those that the weights were saved with.
+    """Raise BundleError where behavior.json is not what the weights were saved with.
 
     `path` is that of behavior.json.
     """
-    expected = weights_metadata(manifest["labels"], manifest["domain"], manifest["calibration"])
-    for key in ("labels", "words"):
+    version = str(manifest["format_version"])
+    if metadata.get("format_version", "1") != version:
+        raise BundleError(
+            f"{path} has format_version {version}, the weights {shortened(metadata.get('format_version', '1'))}; "
+            f"{_RESTORE}"
+        )
+    expected = weights_metadata(manifest)
+    told = ("labels", "words") if version == "1" else ("labels", "words", "method", "dtype")
+    for key in told:
         if metadata.get(key) != expected[key]:
-            raise BundleError(
-                f"{path} has the {key} {manifest[key]}, the weights {metadata.get(key)}; "
-                "restore the file that training wrote"
-            )
-    for part in ("domain", "calibration"):
+            value = manifest["model_options"][key] if key == "dtype" else manifest[key]
+            raise BundleError(f"{path} has the {key} {value}, the weights {metadata.get(key)}; {_RESTORE}")
+    for part in ("domain", "calibration") if version == "1" else ("domain", "calibration", "method_options"):
         found, said = expected[f"{part}_sha256"], metadata.get(f"{part}_sha256")
         if found != said:
             raise BundleError(
                 f"{path} has a {part} with the SHA-256 {found[:16]}..., but the weights were saved with "
-                f"{str(said)[:16]}...; restore the file that training wrote"
+                f"{str(said)[:16]}...; {_RESTORE}"
             )
 
 
 def digest(value: Mapping[str, Any] | None) -> str:
-    """SHA-256 of a mapping's canonical JSON: keys sorted, so the order of labels is for `labels` to keep."""
-    text = json.dumps(plain(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    """SHA-256 of a mapping's canonical JSON, its values made those of JSON first."""
+    return content_digest(plain(value))

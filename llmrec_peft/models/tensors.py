@@ -16,9 +16,13 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+
+from llmrec_peft.documents import parse_json, shortened
+from llmrec_peft.errors import DataError
 
 SAMPLED_ABOVE = 8 * 1024**3
 """Tensors of a checkpoint of more bytes than this are sampled for its fingerprint; smaller ones are hashed whole."""
@@ -26,7 +30,8 @@ _TENSOR_PIECES, _TENSOR_PIECE = 256, 4096  # 1 MiB of a tensor
 _FILE_PIECES, _FILE_PIECE = 128, 256
 _CHUNK = 16 * 1024**2
 
-_HEADER_LIMIT = 100 * 1024 * 1024
+_HEADER_LIMIT = 16 * 1024 * 1024  # 100,000 tensors
+_SIZE_LIMIT = 2**40  # of one dimension
 _BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -48,35 +53,58 @@ class TensorEntry:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Entries of one safetensors file. Raises ValueError saying what is wrong if it is not a whole, sound one."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-            raise ValueError(f"is not a safetensors file or is cut short ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise ValueError("has a safetensors header that is not JSON") from None
-    if not isinstance(header, dict):
-        raise ValueError("has a safetensors header that is not a mapping")
-    start, entries = 8 + length, {}
-    for name, value in header.items():
-        if name != "__metadata__":
-            entries[name] = _entry(path, name, value, start)
-    expected = max((entry.end for entry in entries.values()), default=start)
-    if expected != size:
-        raise ValueError(f"holds {size} bytes where its header says {expected}")
+    header, start = _parse_header(path, size)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, value, start) for name, value in header.items()}
+    end = start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != end:
+            raise ValueError(
+                f"has tensor {shortened(entry.name)!r} at byte {entry.begin - start} where its header leaves off at "
+                f"{end - start}"
+            )
+        end = entry.end
+    if end != size:
+        raise ValueError(f"holds {size} bytes where its header says {end}")
     return entries
 
 
-def _entry(path: Path, name: str, value: object, start: int) -> TensorEntry:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of one safetensors file. Raises ValueError if its header is unsound."""
+    metadata = _parse_header(path, path.stat().st_size)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("has metadata that do not map texts to texts")
+    return metadata
+
+
+def _parse_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """A header's mapping, and the byte at which the tensors begin."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if _HEADER_LIMIT < length <= size - 8:
+            raise ValueError(f"has a safetensors header of {length:,} bytes, and at most {_HEADER_LIMIT:,} are read")
+        if not 2 <= length <= size - 8:
+            raise ValueError(f"is not a safetensors file or is cut short ({size} bytes)")
+        content = file.read(length)
     try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(map(int, value["shape"])), value["data_offsets"]
-        sound = 0 <= begin <= end and end - begin == math.prod(shape) * _BYTES[dtype]
+        header = parse_json(content, "has a safetensors header that", error=DataError, strict=True)
+    except DataError as error:
+        raise ValueError(str(error).removesuffix("; correct it there")) from None
+    if not isinstance(header, dict):
+        raise ValueError("has a safetensors header that is not a mapping")
+    return header, 8 + length
+
+
+def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        whole = all(type(number) is int and 0 <= number <= _SIZE_LIMIT for number in (*shape, begin, end))
+        sound = whole and len(shape) <= 16 and end - begin == math.prod(shape) * _BYTES[dtype]
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"describes tensor {name!r} wrongly in its header")
+        raise ValueError(f"describes tensor {shortened(name)!r} wrongly in its header")
     return TensorEntry(path, name, start + begin, start + end, dtype, shape)
 
 
@@ -103,6 +131,15 @@ def order_metadata(path: Path) -> None:
             raise ValueError(f"has a header of {length} bytes that takes {len(text)} when it is written again")
         file.seek(8)
         file.write(text.ljust(length))
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError naming the first tensor that holds a NaN or an infinity; no copy is made."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and value.numel():
+            low, high = torch.aminmax(value.detach())  # a NaN anywhere makes both NaN
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"holds a number in tensor {shortened(name)!r} that is not finite")
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import yaml
 from accelerate import PartialState
@@ -15,10 +16,11 @@ from transformers import TrainingArguments, set_seed
 
 from ..config import DistillConfig, read_config
 from ..data.domain import Domain
-from ..data.files import replacing, scratch_directory
+from ..data.files import scratch_directory
 from ..data.log import BehaviorLog
 from ..data.streams import StreamDataset, StreamSubset
 from ..data.tokens import Vocabulary
+from ..distillation.kept import ADVICE, matrix, read_kept, write_kept
 from ..distillation.pruning import check_prunable
 from ..distillation.saving import Lesson, save_student
 from ..distillation.students import NO_SHALLOW, chosen_layers, first_item, give_content, start_ids, start_shallow
@@ -189,13 +191,16 @@ def _content(teacher: Bundle, domain: Domain, log: BehaviorLog, kept: Path, batc
     events = [np.concatenate([flat[offsets[row] : offsets[row + 1]], vocabulary.marker]) for row in range(len(texts))]
     layers = content_layers(len(transformer_layers(teacher.classifier.stock)))
     key = hashlib.sha256(digest(teacher.manifest).encode() + np.concatenate([lead, *events]).tobytes()).hexdigest()
-    path = kept.with_name(f"{kept.name}-items-{key[:16]}.npy")
+    path = kept.with_name(f"{kept.name}-items-{key[:16]}.arrow")
     if path.is_file():
-        return np.load(path, allow_pickle=False)
+        found = matrix(read_kept(path, key), "content")
+        if len(found) != len(events):
+            raise DataError(f"{path} holds {len(found)} items, and the log has {len(events)}; {ADVICE}")
+        return found
     found = item_content(teacher, lead, events, layers, batch_tokens=batch_tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.save(file, found, allow_pickle=False)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1])
+    write_kept(pa.table({"content": column}), path, key)
     return found
 
 

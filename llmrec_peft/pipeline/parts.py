@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.files import replacing, sweep, write_json, write_parquet
+from ..data.files import replacing, sweep, write_json
 from ..data.tables import shorten
 from ..documents import parse_json, read_mapping
 from ..errors import ConfigError, LLMRecError
@@ -108,8 +108,8 @@ class Parts:
     def write(self, number: int, table: pa.Table, errors: Sequence[Mapping[str, Any]]) -> None:
         """Keep the answers of a part, and the users that it left out."""
         note = json.dumps({"digest": self._digest, "part": number, "errors": list(errors)})
-        with self._writing():
-            write_parquet(table.replace_schema_metadata({NOTE: note.encode()}), self._path(number))
+        with self._writing(), replacing(self._path(number)) as partial:
+            pq.write_table(table.replace_schema_metadata({NOTE: note.encode()}), partial, write_page_checksum=True)
 
     def stop(self) -> None:
         """Let no process begin another part."""
@@ -156,7 +156,7 @@ class Parts:
     def _read(self, number: int) -> tuple[pa.Table, list[dict[str, Any]]]:
         path = self._path(number)
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             errors = _note(table.schema)["errors"]
         except (OSError, pa.ArrowException, ValueError) as error:
             reason = " ".join(str(error).split())[:120]

@@ -20,7 +20,7 @@ from ..inference.evidence import MANIFEST as EVIDENCE_MANIFEST
 from ..inference.merged import read_answering
 from ..inference.recommender import Recommendation, Recommender
 from ..inference.scorer import Scorer
-from ..models.files import sha256
+from ..manifests import sha256
 from ..models.manifest import MANIFEST, digest, installed
 from ..training.processes import check_same, joined, together
 from .launch import PACKAGES, check_shared, flatten

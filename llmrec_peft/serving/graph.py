@@ -28,13 +28,14 @@ class Graph:
         path: an .onnx file.
         pad: token that fills rows up.
         threads: of one pass; ONNX Runtime's own choice if None.
+        labels: how many the answers must have; not checked if None.
 
     Raises:
         BundleError: what ONNX Runtime cannot load.
         ModelError: `threads` below 1.
     """
 
-    def __init__(self, path: str | Path, pad: int, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, pad: int, threads: int | None = None, labels: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise ModelError(f"threads must be at least 1, not {threads}; leave it out for ONNX Runtime's choice")
         options = onnxruntime.SessionOptions()
@@ -50,6 +51,13 @@ class Graph:
         names = tuple(entry.name for entry in self._session.get_inputs())
         if names != INPUTS:
             raise BundleError(f"{path} has the inputs {names}, and {INPUTS} belong there; export again")
+        outputs = {entry.name: entry.shape for entry in self._session.get_outputs()}
+        shape = outputs.get(OUTPUT)
+        if shape is None or len(shape) != 2 or (labels is not None and shape[1] != labels):
+            raise BundleError(
+                f"{path} has the outputs {outputs}, and {OUTPUT} [answers, {labels or 'labels'}] belongs there; export "
+                "again"
+            )
         self._pad = pad
 
     def answers(self, streams: Sequence[Stream], batch_tokens: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data.layout import Stream, StreamBuilder
-from ..errors import BundleError, DataError, LLMRecError
+from ..errors import BundleError, DataError, LLMRecError, input_errors
 from ..probabilities import calibrated
 from .graph import Graph
 from .items import Items
@@ -89,6 +89,11 @@ class OnnxScorer:
             ModelError: `threads` below 1, or a tokenizer whose package is not installed.
         """
         directory = Path(directory)
+        with input_errors(BundleError, f"export {directory}", "export again"):
+            return cls._load(directory, items, precision, threads, kept)
+
+    @classmethod
+    def _load(cls, directory: Path, items: Any, precision: str, threads: int | None, kept: int) -> OnnxScorer:
         manifest = read_serving(directory)
         calibration_of(manifest)
         name = MODELS.get(precision)
@@ -96,7 +101,7 @@ class OnnxScorer:
             has = [key for key, file in MODELS.items() if file in manifest["files"]]
             raise BundleError(f"{directory} has no model of precision {precision!r}; use {' or '.join(has)}")
         words = Words(manifest, check_file(directory, manifest, TOKENIZER))
-        graph = Graph(check_file(directory, manifest, name), words.pad, threads)
+        graph = Graph(check_file(directory, manifest, name), words.pad, threads, len(manifest["labels"]))
         return cls(manifest, Prompts(manifest, words, Items.read(items), kept), graph)
 
     @property

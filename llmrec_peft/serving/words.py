@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..data.text import shorten
-from ..errors import BundleError, DataError, ModelError
+from ..documents import read_mapping
+from ..errors import BundleError, DataError, ModelError, one_line
+from ..manifests import Whole, check_schema
 
 AT_ONCE = 4096  # texts
+_TOKEN = Whole(0, 2**31 - 1)
+_TOKENIZER = {
+    "model": dict, "normalizer": (dict, None), "pre_tokenizer": (dict, None),
+    "added_tokens": [{"content": str, "id": _TOKEN}],
+}  # fmt: skip
+_WHOLE_TEXTS = {"vocab": {str: _TOKEN}, "unk_token?": (str, None)}
 
 
 class Encoder(Protocol):
@@ -86,19 +93,24 @@ def read_encoder(path: Path) -> Encoder:
         BundleError: not a tokenizer.
         ModelError: the package tokenizers is needed and not installed.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["model"].get("type") == "WordLevel" and not content["normalizer"] and not content["pre_tokenizer"]:
-            return _WholeTexts(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path} is no tokenizer that loads ({error!r:.80}); export again") from None
+    again = "export again"
+    content = read_mapping(path, error=BundleError, advice=again)
+    check_schema(content, _TOKENIZER, path, again)
+    if content["model"].get("type") == "WordLevel" and not content["normalizer"] and not content["pre_tokenizer"]:
+        check_schema(content["model"], _WHOLE_TEXTS, path, again, "model")
+        return _WholeTexts(content)
     try:
         import tokenizers
     except ImportError:
         raise ModelError(
             f"{path} needs the package tokenizers; install it with: pip install llmrec-peft[serve-text]"
         ) from None
-    return _Pieces(tokenizers.Tokenizer.from_file(str(path)))
+    try:
+        return _Pieces(tokenizers.Tokenizer.from_file(str(path)))
+    except BaseException as error:  # what goes wrong in Rust is a plain Exception, or a panic, which is none
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise BundleError(f"{path} is no tokenizer that loads ({one_line(error)}); {again}") from None
 
 
 class _WholeTexts:

@@ -14,6 +14,7 @@ import torch
 from llmrec_peft.errors import BundleError, DataError, LLMRecError, ModelError, StreamError
 from llmrec_peft.inference.bank import DomainBank
 from llmrec_peft.inference.catalogue import Catalogue
+from llmrec_peft.manifests import sealed
 from tests.inference.setup_requests import CALIBRATION, HISTORY, MOVIES, SHOP, SHOP_HISTORY, USER, alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -293,7 +294,7 @@ def _edit(directory, **changes):
     manifest = json.loads(path.read_text())
     for key, value in changes.items():
         manifest[key] = value(manifest[key])
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
 
 
 def damage(kind, directory):
@@ -331,7 +332,7 @@ FAULTS = {
     "alpha": "lora_alpha",
     "base": "was trained on",
     "tokenizer": "tokenizer of fingerprint",
-    "dtype": "dtype 'bfloat16'",
+    "dtype": "the dtype bfloat16, the weights float32",
     "link": "link out of the bundle",
     "missing": "adapter_config.json",
 }

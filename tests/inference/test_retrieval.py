@@ -314,7 +314,7 @@ def rewrite(place, change):
     """New arrays with digests that are right, as one who knows the format could forge them."""
     from safetensors.numpy import load_file, save_file
 
-    from llmrec_peft.models.files import sha256
+    from llmrec_peft.manifests import sha256
     from llmrec_peft.models.manifest import digest
 
     tensors = load_file(place / ARRAYS)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
+from llmrec_peft.manifests import sealed, sha256
 from llmrec_peft.models import base as base_module
 from llmrec_peft.models import bundle as bundle_module
 from llmrec_peft.models import load_classifier
 from llmrec_peft.models.bundle import adapter_config, load_bundle, save_bundle
 from llmrec_peft.models.card import CARD
-from llmrec_peft.models.files import sha256
 from llmrec_peft.models.manifest import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_metadata
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2", "bert")
@@ -46,17 +46,22 @@ def bundle(make, shake, save):
 
 
 def edit_manifest(directory, change):
+    """Change behavior.json and seal it again, so that later checks are reached."""
     path = directory / MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest) if np.isfinite(_temperature(manifest)) else manifest))
+
+
+def _temperature(manifest):
+    value = (manifest.get("calibration") or {}).get("temperature")
+    return value if isinstance(value, float) else 0.0
 
 
 def rewrite_weights(directory, tensors):
     """Write other weights with all digests fitting them and the manifest, so that later checks are reached."""
     manifest = read_manifest(directory)
-    metadata = weights_metadata(manifest["labels"], manifest["domain"], manifest["calibration"])
-    save_file(tensors, directory / WEIGHTS, metadata=metadata)
+    save_file(tensors, directory / WEIGHTS, metadata=weights_metadata(manifest))
     edit_manifest(directory, lambda m: m["files"].update({n: sha256(directory / n) for n in (CONFIG, WEIGHTS)}))
 
 
@@ -111,7 +116,7 @@ def test_manifest_says_what_the_contract_says(make, save, domain):
     directory = save(make("llama"), calibration=calibration, counts={"train": 7}, metrics=metrics)
     manifest = read_manifest(directory)
     assert sorted(path.name for path in directory.iterdir()) == sorted((CARD, CONFIG, MANIFEST, WEIGHTS))
-    assert manifest["format_version"] == 1 and manifest["method"] == "lora"
+    assert manifest["format_version"] == 2 and manifest["method"] == "lora"
     assert manifest["labels"] == ["dislike", "like"] and manifest["words"] == [" no\n", " yes\n"]
     assert manifest["domain"] == domain and manifest["stream"] == domain["stream"]
     assert manifest["calibration"] == calibration and manifest["counts"] == {"train": 7}
@@ -214,8 +219,8 @@ class TestRefusals:
             load_bundle(bundle, base=str(other))
 
     def test_format_version(self, bundle):
-        edit_manifest(bundle, lambda m: m.update(format_version=2))
-        with pytest.raises(BundleError, match="format_version 2, and this version reads 1"):
+        edit_manifest(bundle, lambda m: m.update(format_version=3))
+        with pytest.raises(BundleError, match="format_version 3, and this version reads 1"):
             load_bundle(bundle)
 
     @pytest.mark.parametrize("where", ["labels", "domain", "both"])
@@ -283,7 +288,7 @@ class TestRefusals:
         with pytest.raises(BundleError, match=message):
             save(make("llama", "head"), "other", calibration=calibration)
         edit_manifest(bundle, lambda m: m.update(calibration=calibration))
-        with pytest.raises(BundleError, match=message):
+        with pytest.raises(BundleError, match=f"{message}|the number inf, which is not finite"):
             read_manifest(bundle)
 
     def test_base_of_the_same_weights_with_another_configuration(self, bundle, tiny_base, tmp_path):

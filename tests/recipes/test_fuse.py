@@ -26,6 +26,7 @@ from llmrec_peft.inference.evidence import MANIFEST as EVIDENCE
 from llmrec_peft.inference.histories import Histories, signs
 from llmrec_peft.inference.hub import push_to_hub
 from llmrec_peft.inference.merge import merge_bundle
+from llmrec_peft.manifests import sealed
 from llmrec_peft.models.bundle import load_bundle
 from llmrec_peft.models.card import CARD
 from llmrec_peft.models.manifest import FILES, MANIFEST, WEIGHTS
@@ -246,7 +247,7 @@ def test_what_is_refused_before_anything_is_scored(recipe, bundle, log, trained,
     edge = BehaviorLog.read(log).split(by="time", valid=0.15, test=0.2).boundaries
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["counts"]["split"]["boundaries"] = list(edge)
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    (bundle / MANIFEST).write_text(json.dumps(sealed(manifest)))
     interactions, items = tables(40, 40)
     interactions = interactions.filter(pc.less(interactions.column("timestamp"), edge[1]))
     short = write_log(tmp_path / "short", interactions, items)

@@ -1,0 +1,106 @@
+"""Teacher outputs on disk that were cut, edited or forged: the part is named, and nothing is distilled from it.
+
+Other inputs fail the same way: a part of another teacher copied in, a part renamed over another, kept item vectors.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.streams import build_streams
+from llmrec_peft.distillation import teacher as module
+from llmrec_peft.distillation.kept import matrix, read_kept, write_kept
+from llmrec_peft.distillation.teacher import teacher_answers
+from llmrec_peft.errors import DataError
+from llmrec_peft.inference.merged import load_answering
+from tests.conftest import make_small_tables
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def kept(bundle_of, domains, tmp_path, monkeypatch):
+    """(teacher, streams, directory) of an answered log in several parts."""
+    monkeypatch.setattr(module, "PART_TOKENS", 400)
+    teacher = load_answering(bundle_of())
+    log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
+    streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
+    teacher_answers(teacher, streams, tmp_path / "kept", batch_tokens=600)
+    return teacher, streams, tmp_path / "kept"
+
+
+def flip(path, owner):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite(change):
+    """A part with other values, without its digest or with one of its own making."""
+
+    def apply(path, owner):
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        window, target, logits = table["window"].to_numpy(), table["target"].to_numpy(), matrix(table, "logits")
+        window, target, logits = change(window.copy(), target.copy(), logits.copy())
+        column = pa.FixedSizeListArray.from_arrays(pa.array(logits.reshape(-1)), logits.shape[1])
+        write_kept(pa.table({"window": window, "target": target, "logits": column}), path, owner)
+
+    return apply
+
+
+SECRET = "known"
+FAULTS = {
+    "flipped": (flip, ""),
+    "cut": (lambda path, owner: path.write_bytes(path.read_bytes()[:-200]), ""),
+    "empty": (lambda path, owner: path.write_bytes(b""), ""),
+    "zeroed": (rewrite(lambda w, t, x: (w, t, x * 0)), ""),
+    "of another owner": (rewrite(lambda w, t, x: (w, t, x)), ""),
+    "not finite": (rewrite(lambda w, t, x: (w, t, x * np.float32("nan"))), SECRET),
+    "negative numbers": (rewrite(lambda w, t, x: (w, -1 - t, x)), SECRET),
+    "windows beyond": (rewrite(lambda w, t, x: (w + 10**6, t, x)), SECRET),
+    "a target twice": (rewrite(lambda w, t, x: (w, np.where(t == t[0], t[-1], t), x)), SECRET),
+    "a label more": (rewrite(lambda w, t, x: (w, t, np.hstack([x, x[:, :1]]))), SECRET),
+    "huge": (rewrite(lambda w, t, x: (w, t, x + np.float32(1e30))), SECRET),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_bad_part_is_named(name, kept, monkeypatch):
+    teacher, streams, directory = kept
+    damage, secret = FAULTS[name]
+    owners = []
+    monkeypatch.setattr(module, "read_kept", lambda path, owner: owners.append(owner) or read_kept(path, owner))
+    teacher_answers(teacher, streams, directory, batch_tokens=600)
+    part = sorted(directory.glob("part-*.arrow"))[1]
+    damage(part, owners[0] if secret else "unknown")
+    with pytest.raises(DataError, match=rf"{part.name}.*the teacher is asked for it again") as caught:
+        teacher_answers(teacher, streams, directory, batch_tokens=600)
+    assert "\n" not in str(caught.value)
+    part.unlink()
+    assert np.isfinite(teacher_answers(teacher, streams, directory, batch_tokens=600).logits).all()
+
+
+def test_a_part_twice_is_refused(kept):
+    teacher, streams, directory = kept
+    part = sorted(directory.glob("part-*.arrow"))[0]
+    (directory / "part-copy.arrow").write_bytes(part.read_bytes())
+    with pytest.raises(DataError, match="in more than one part"):
+        teacher_answers(teacher, streams, directory, batch_tokens=600)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_vectors_of_items_are_kept_with_their_digest(size, tmp_path):
+    values = np.arange(12 * size, dtype=np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values), size)
+    write_kept(pa.table({"content": column}), tmp_path / "a.arrow", "owner")
+    np.testing.assert_array_equal(matrix(read_kept(tmp_path / "a.arrow", "owner"), "content").ravel(), values)
+    with pytest.raises(DataError, match="was cut or edited, or is another teacher's"):
+        read_kept(tmp_path / "a.arrow", "another")
+    content = bytearray((tmp_path / "a.arrow").read_bytes())
+    place = content.index(values[1 : 1 + 4].tobytes())
+    content[place] ^= 255
+    (tmp_path / "a.arrow").write_bytes(content)
+    with pytest.raises(DataError, match="was cut or edited"):
+        read_kept(tmp_path / "a.arrow", "owner")
