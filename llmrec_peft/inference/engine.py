@@ -19,8 +19,10 @@ from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.errors import ModelError
 from llmrec_peft.inference.kept import Kept, KeptTrunks
 from llmrec_peft.inference.member import Member
+from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.last_layer import LastLayer
+from llmrec_peft.models.selftest import check_candidates
 
 ROW_TOKENS = 800
 """Tokens of one row: its new trunk tokens and as many probes as fit, at least CHUNK_TOKENS of them; the rest follow in
@@ -104,6 +106,8 @@ class Engine:
                 f"base {classifier.config.model_type} reads both ways and cannot share a history among candidates; "
                 "score its bundle by recipes/evaluate.py, or use a decoder"
             )
+        check_candidates(classifier, "a scorer or bank answers many candidates to one history", cache=True)
+        attention.count_no_places(classifier.stock)
         self.classifier = classifier.eval().requires_grad_(False)
         self.pad_token_id, self.kept = pad_token_id, kept
         self._modules = dict(classifier.stock.named_modules())
