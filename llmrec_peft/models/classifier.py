@@ -123,8 +123,14 @@ class BehaviorClassifier(nn.Module):
             return self._encoder_logits(input_ids, markers, attention_mask, branch)
         return self._head_logits(self.head_inputs(input_ids, position_ids, markers, attention_mask, branch))
 
-    def head_inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, markers: torch.Tensor,
-                    attention_mask: torch.Tensor | None = None, branch: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    def head_inputs(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        markers: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What `forward` gives to the head of a decoder: [T, H]; arguments as `forward`'s."""
         # Packed tokens outnumber the answers, and only these are read behind the last layer.
         alone = markers if self._last_layer.runs_once else None

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.requirements import candidates_of, check_positions, odd_layers
@@ -25,10 +24,11 @@ if TYPE_CHECKING:
 
 TRUNK, PROBES, REST = 7, (3, 4), 3
 """Tokens of the rows: of the trunk, of each candidate that hangs off it, and of the trunk beyond them."""
-TOLERANCE = {torch.float32: 0.01}
-LOW = 0.3
-"""Largest difference that passes, as a share of how far apart different prompts are: in float32 and in less. A leak
-shows as .2 to 2 there; right answers differ by about 1e-6, and by .01 to .05 in bfloat16 and 4 bits."""
+TOLERANCE = {torch.float32: 1e-3}
+LOW = 2.0
+"""Largest difference that passes, as a share of the spread of different prompts: in float32 and in less precise types.
+In float32 right answers differ by 1e-7 to 2e-5, and linear attention is off by 3e-3 (weights that nobody trained) to 5.
+In bfloat16 a mixture that routes one token to another expert is off by 1, so only gross faults show there."""
 _FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
