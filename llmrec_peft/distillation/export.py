@@ -36,6 +36,7 @@ from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.manifest import installed
 from llmrec_peft.models.predict import Predictions, predict
+from llmrec_peft.models.selftest import check_candidates
 
 OPSET = 18
 """Of the graph by default: the least that torch's exporter writes."""
@@ -93,6 +94,7 @@ def export_onnx(
             f"student {student} ({classifier.config.model_type}) reads both ways and cannot share a history among "
             "candidates; export a decoder"
         )
+    check_candidates(classifier, "an exported scorer answers many candidates to one history")
     domain = Domain.from_dict(loaded.domain, source=f"the domain of {student}")
     check_positions(classifier.config, domain.stream.max_length)
     size = sum(value.numel() * value.element_size() for value in classifier.parameters())

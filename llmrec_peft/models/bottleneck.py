@@ -124,10 +124,11 @@ def add_adapters(model: nn.Module, options: AdapterOptions) -> None:
         raise ModelError(
             f"layers names layer {max(options.layers)}, but the base has {len(layers)}; use 0 to {len(layers) - 1}"
         )
-    layout = find_layout(layers[0])
+    numbers = range(len(layers)) if options.layers is None else options.layers
+    layouts = {number: find_layout(layers[number]) for number in numbers}  # a base may have layers of several kinds
     width = model.config.get_text_config().hidden_size
     device = next(layers[0].parameters()).device
-    for number in range(len(layers)) if options.layers is None else options.layers:
+    for number, layout in layouts.items():
         for path in _wrapped_paths(layout, options):
             parent_path, _, name = path.rpartition(".")
             parent = layers[number].get_submodule(parent_path)
