@@ -142,6 +142,8 @@ class Engine:
     def _rows(self, tensor: torch.Tensor, span: _Span) -> torch.Tensor:
         """A bundle's tokens of an activation, [n, width], without a copy."""
         rows, length = self._active.shape
+        if tensor.dim() == 4 and tensor.shape[1] == 1:  # DeepSeek's keys and values, shared by all heads
+            tensor = tensor.squeeze(1)
         if tensor.shape[:2] == (rows, length):
             return tensor[span.first : span.last].view(-1, tensor.shape[-1])
         if tensor.shape[0] == rows * length:

@@ -118,8 +118,8 @@ def _as_named(model: nn.Module, names: list[str]) -> list[str]:
     moved = set(rewritten(model, names))
     if moved:
         _log.warning(
-            "all-linear leaves out %s, which PEFT would take for experts of this mixture and adapt elsewhere; they stay "
-            "as they are",
+            "all-linear leaves out %s, which PEFT would take for experts of this mixture and adapt elsewhere; they "
+            "stay as they are",
             sorted(moved),
         )
     left = [name for name in names if name not in moved]
