@@ -102,7 +102,7 @@ def linear_names(model: nn.Module) -> list[str]:
     backbone, names = backbone_of(model), set()
     for path, module in backbone.named_modules():
         inside = re.search(r"\.\d+\.(.+)$", "." + path)
-        if inside and isinstance(module, nn.Linear | Conv1D):
+        if inside and isinstance(module, nn.Linear | Conv1D) and not _is_router(module):
             names.add(inside.group(1))
     fused = sorted({re.sub(r"\.\d+\.", ".N.", name) for name, value in backbone.named_parameters() if value.dim() == 3
                     and "expert" in name})  # fmt: skip
@@ -111,6 +111,12 @@ def linear_names(model: nn.Module) -> list[str]:
     if not names:
         raise ModelError(f"{type(backbone).__name__} has no linear layers to adapt; name target_modules")
     return sorted(names)
+
+
+def _is_router(module: nn.Module) -> bool:
+    """A model's own subclass of a linear layer with another forward, such as Phi-MoE's, which returns a tuple."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
 
 
 def _as_named(model: nn.Module, names: list[str]) -> list[str]:

@@ -134,7 +134,7 @@ FAMILIES = (
     Family("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
            refused="candidates", why="with ALiBi: positions cannot be given", says="cannot hide candidates"),
     Family("modernbert-decoder", {**WHOLE, "bos_token_id": 2, "local_attention": 1024}, refused="always",
-           why="modules between backbone and head", says="not those of the stock model"),
+           why="modules between backbone and head", says="lacks the weight head"),
 )  # fmt: skip
 
 
