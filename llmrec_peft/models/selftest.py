@@ -7,6 +7,7 @@ modules between backbone and head, and backbones that take other arguments. It c
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ LOW = 2.0
 In float32 right answers differ by 1e-7 to 2e-5, and linear attention is off by 3e-3 (weights that nobody trained) to 5.
 In bfloat16 a mixture that routes one token to another expert is off by 1, so only gross faults show there."""
 _FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
+
+
+class _HeadReached(Exception):
+    """The stock model has come to its head."""
 
 
 def check_streams(classifier: BehaviorClassifier, streams: Any) -> None:
@@ -171,11 +176,17 @@ def _rows(classifier: BehaviorClassifier, *rows: list[int]) -> torch.Tensor:
 def _alone(classifier: BehaviorClassifier, prompts: list[list[int]]) -> torch.Tensor:
     """What the stock classifier's head reads at the last token of each prompt, run alone: [prompts, H]."""
     read: list[torch.Tensor] = []
-    hook = head_of(classifier.stock).register_forward_pre_hook(lambda _head, inputs: read.append(inputs[0]))
+
+    def stop(_head: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        read.append(inputs[0])
+        raise _HeadReached  # a float32 head would not take what a bfloat16 base gives it
+
+    hook = head_of(classifier.stock).register_forward_pre_hook(stop)
     try:
         for prompt in prompts:
             ids = _rows(classifier, prompt)
-            classifier.stock(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            with contextlib.suppress(_HeadReached):
+                classifier.stock(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
         hook.remove()
     return torch.stack([value[0, -1] if value.dim() == 3 else value[0] for value in read])
