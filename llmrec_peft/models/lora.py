@@ -114,9 +114,8 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def _is_router(module: nn.Module) -> bool:
-    """A model's own subclass of a linear layer with another forward, such as Phi-MoE's, which returns a tuple."""
-    kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    """A subclass of a linear layer that returns its choice of experts, such as Phi-MoE's."""
+    return "Router" in type(module).__name__ and type(module).forward is not nn.Linear.forward
 
 
 def _as_named(model: nn.Module, names: list[str]) -> list[str]:
