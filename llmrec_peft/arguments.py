@@ -13,19 +13,18 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.errors import ConfigError, LLMRecError
+from llmrec_peft.documents import parse_yaml, read_yaml, shortened
+from llmrec_peft.errors import ConfigError
+from llmrec_peft.fields import describe
 
 Config = TypeVar("Config")
-
-USAGE_ERROR = 2
-"""Exit code of a recipe that refuses its input."""
 
 # Keys whose values are mappings of the user's own names; in flags their entries are dotted too.
 _MAPPINGS = ("domain.outcomes", "domain.label.map", "bundles", "items", "swap", "quotas", "context")
@@ -41,21 +40,11 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
     printing = "--print_config" in arguments
     with exit_on_error():
         config = read_config(config_class, [argument for argument in arguments if argument != "--print_config"])
+        if printing:
+            print(config_to_yaml(config), end="")
     if printing:
-        print(config_to_yaml(config), end="")
         raise SystemExit(0)
     return config
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Turn an error that this package raises on purpose into one line on standard error and exit code 2."""
-    try:
-        yield
-    except LLMRecError as error:
-        if not error.said_elsewhere:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR) from None
 
 
 def read_config(config_class: type[Config], args: Sequence[str]) -> Config:
@@ -123,23 +112,20 @@ def _take_files(args: list[str], has_domain: bool) -> tuple[list[str], str | Non
 
 def _read_file(path: str, known: set[str], sections: set[str]) -> dict[str, Any]:
     """Read one --config file, with its domain in place."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot read it ({error.strerror}); give an existing YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path}: must be YAML in UTF-8; {reason}; correct it there") from None
+    content = read_yaml(path, error=ConfigError, what=f"--config {shortened(path)}")
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: must be a mapping of keys, not {type(content).__name__}; see --help")
+        raise ConfigError(
+            f"--config {shortened(path)}: must be a mapping of keys, not {type(content).__name__}; see --help"
+        )
     domain = content.pop("domain", None) if "domain" in sections else None
-    _check_mapping(content, known, sections, path)
+    where = shortened(path)
+    _check_mapping(content, known, sections, where)
     if isinstance(domain, str):
         content["domain"] = Domain.from_yaml(Path(path).parent / domain).to_dict()
     elif domain is not None:
         # Through Domain, so that a domain in place obeys the same rules as one in a file of its own.
-        content["domain"] = Domain.from_dict(domain, source=f"{path}: domain").to_dict()
+        content["domain"] = Domain.from_dict(domain, source=f"{where}: domain").to_dict()
     return content
 
 
@@ -150,7 +136,9 @@ def _check_mapping(
         key = f"{prefix}{name}"
         if key in sections:
             if not isinstance(value, dict):
-                raise ConfigError(f"{where}: {key} must be a mapping of its keys, not {value!r}; see --help")
+                raise ConfigError(
+                    f"{where}: {key} must be a mapping of its keys, not {shortened(repr(value))}; see --help"
+                )
             _check_mapping(value, known, sections, where, f"{key}.")
         else:
             _check_key(key, known, where)
@@ -167,7 +155,7 @@ def _check_key(key: str, known: set[str], where: str, prefix: str = "") -> None:
         ends = {name.rsplit(".", 1)[-1]: name for name in sorted(known, reverse=True)}
         close = [ends[name] for name in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)]
     advice = f"did you mean {prefix}{close[0]}?" if close else "--help lists the keys"
-    raise ConfigError(f"{where}: unknown key {prefix}{key}; {advice}")
+    raise ConfigError(f"{where}: unknown key {prefix}{shortened(key)}; {advice}")
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
@@ -181,10 +169,13 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
 
 def _parse(config_class: type, content: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     """Check types and put flags over the files' content; the one use of jsonargparse."""
-    from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+    from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=config_class.__doc__)
+    set_loader(_LOADER, _load_flag, exceptions=(ConfigError,))
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, description=config_class.__doc__, parser_mode=_LOADER
+    )
     files = parser.add_argument_group("files and printing")
     files.add_argument("--config", metavar="FILE.yaml", help="Keys from a file; dotted flags go over it.")
     if _has_domain(config_class):
@@ -196,6 +187,16 @@ def _parse(config_class: type, content: dict[str, Any], flags: list[str]) -> dic
     except Exception as error:  # ArgumentError, and what a library raises for a value that it cannot read
         _refuse(str(error), dict(_keys(config_class)))
     return parsed.as_dict()
+
+
+_LOADER = "llmrec_peft"
+"""Name by which jsonargparse knows `_load_flag`."""
+
+
+def _load_flag(text: str) -> Any:
+    """The value of a flag, in YAML within the limits of documents.py; `{title}` is a text and no mapping."""
+    value = parse_yaml(text, "the value", error=ConfigError, dates=False)
+    return text if isinstance(value, dict) and value and all(part is None for part in value.values()) else value
 
 
 def _add_arguments(parser: Any, config_class: type, prefix: str = "") -> None:
@@ -230,24 +231,11 @@ def _refuse(message: str, types: Mapping[str, Any]) -> NoReturn:
     wrong = re.search(r'Parser key "([^"]+)":', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     if wrong and value and wrong[1] in types:
-        requirement = _describe(types[wrong[1]])
-        raise ConfigError(f"{wrong[1]} must be {requirement}, not {value[1]!r}; change it in the configuration")
-    raise ConfigError(f"the command line: {' '.join(message.split())}; --help lists the keys")
-
-
-def _describe(hint: Any) -> str:
-    """Say a type in words, for messages."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint in words:
-        return words[hint]
-    if kind is Literal:
-        return f"{'one of ' if len(inner) > 1 else ''}{', '.join('null' if name is None else name for name in inner)}"
-    if kind is list:
-        return f"a list, each {_describe(inner[0])}"
-    if kind is dict:
-        return f"a mapping from {_describe(inner[0])} to {_describe(inner[1])}"
-    return " or ".join(_describe(part) for part in inner)
+        requirement = describe(types[wrong[1]])
+        raise ConfigError(
+            f"{wrong[1]} must be {requirement}, not {shortened(value[1])!r}; change it in the configuration"
+        )
+    raise ConfigError(f"the command line: {shortened(' '.join(message.split()), 400)}; --help lists the keys")
 
 
 def _keys(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

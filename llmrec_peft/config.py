@@ -17,6 +17,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.distillation.options import AnswersOptions, LossOptions, StudentOptions
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.evaluation.metrics import find_metric, higher_is_better
+from llmrec_peft.fields import MAX_COUNT, MAX_SEED, MAX_TOKENS, check_fields, number, require
 from llmrec_peft.models.options import (
     AdapterOptions,
     FullOptions,
@@ -24,7 +25,6 @@ from llmrec_peft.models.options import (
     LoraOptions,
     ModelOptions,
     QloraOptions,
-    require,
 )
 
 __all__ = [
@@ -52,6 +52,12 @@ __all__ = [
 ]
 
 
+MAX_SAMPLES = 100_000
+"""Resamples of a bootstrap, at most."""
+MAX_MOMENT = 1e12
+"""Seconds from 1970 to a moment, at most: 30,000 years."""
+
+
 def _check_metrics(names: list[str] | None, key: str) -> None:
     """Names that exist, one at least of which is no count: a report on counts alone would say nothing."""
     values = [name for name in names or [] if not find_metric(name)[0].count]
@@ -68,6 +74,7 @@ class DataConfig:
     """Name of the reader; auto finds it from the files."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data.", brief=True)
         require(bool(self.path.strip()), "data.path", "the place of a log", self.path)
 
 
@@ -75,69 +82,56 @@ class DataConfig:
 class TrainConfig:
     """How the adapter is trained."""
 
-    max_steps: int = -1
+    max_steps: int = number(-1, 1, MAX_COUNT, also=(-1,))
     """Optimiser steps; -1 to go by epochs."""
-    epochs: float = 1.0
+    epochs: float = number(1.0, 0, 1e6, above=True)
     """Passes over the training targets, if max_steps is -1."""
-    batch_size: int = 8
+    batch_size: int = number(8, 1, 1_000_000)
     """Streams in one global batch: over all ranks and all accumulation steps."""
-    micro_tokens: int = 1200
+    micro_tokens: int = number(1200, 1, MAX_TOKENS)
     """Tokens that go through the model at once, at most; memory and speed depend on it, the gradient does not."""
-    learning_rate: float = 3e-4
+    learning_rate: float = number(3e-4, 0, 100, above=True)
     """Highest learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, 0, 1000)
     """Decoupled weight decay."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
     """Optimiser."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
-    warmup: float = 0.05
+    warmup: float = number(0.05, 0, 1, below=True)
     """Share of the steps in which the learning rate rises from 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = number(1.0, 0, 1e9)
     """Gradients are scaled down to this norm; 0 for never."""
     loss: Literal["cross_entropy", "focal", "listwise"] = "cross_entropy"
     """Loss: per target, per target with weight on the hard ones, or softmax over the events of one list."""
-    class_weights: Literal["balanced"] | list[float] | None = None
+    class_weights: Literal["balanced"] | list[float] | None = number(None, 0, 1e6)
     """Weight of each class in the loss: balanced, one number a class, or null."""
-    focal_gamma: float = 2.0
+    focal_gamma: float = number(2.0, 0, 100)
     """Exponent of the focal loss."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, 0, 1, below=True)
     """Share of the truth that is spread over all classes."""
-    eval_steps: int = 0
+    eval_steps: int = number(0, 0, MAX_COUNT)
     """Steps between two validations; 0 for one at the end."""
-    save_steps: int = 0
+    save_steps: int = number(0, 0, MAX_COUNT)
     """Steps between two checkpoints; 0 for none beside those that selection needs."""
     select_metric: str = "logloss"
     """Validation metric that chooses the best checkpoint and stops early."""
-    early_stopping: int = 0
+    early_stopping: int = number(0, 0, MAX_COUNT)
     """Validations without improvement before training stops; 0 for never."""
-    seed: int = 0
+    seed: int = number(0, 0, MAX_SEED)
     """Seed of order, dropout and new weights."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers, by the names that Trainer knows; [] for none."""
-    logging_steps: int = 5
+    logging_steps: int = number(5, 1, MAX_COUNT)
     """Steps between two log lines."""
     resume: bool = False
     """Go on from the last checkpoint in output_dir."""
 
     def __post_init__(self) -> None:
-        at_least = {
-            "batch_size": 1, "micro_tokens": 1, "logging_steps": 1, "weight_decay": 0, "max_grad_norm": 0,
-            "focal_gamma": 0, "eval_steps": 0, "save_steps": 0, "early_stopping": 0, "seed": 0,
-        }  # fmt: skip
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            require(low <= value < float("inf"), f"train.{name}", f"at least {low}", value)
-        require(self.max_steps == -1 or self.max_steps >= 1, "train.max_steps", "at least 1, or -1", self.max_steps)
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            require(0 < value < float("inf"), f"train.{name}", "a finite number above 0", value)
-        for name in ("warmup", "label_smoothing"):
-            require(0 <= getattr(self, name) < 1, f"train.{name}", "at least 0 and below 1", getattr(self, name))
+        check_fields(self, "train.", brief=True)
         if isinstance(self.class_weights, list):
-            usable = bool(self.class_weights) and all(0 <= weight < float("inf") for weight in self.class_weights)
-            require(usable and any(self.class_weights), "train.class_weights", "finite and not negative",
-                     self.class_weights)  # fmt: skip
+            require(any(self.class_weights), "train.class_weights", "finite and not negative, one of them above 0",
+                    self.class_weights)  # fmt: skip
         higher_is_better(self.select_metric)
         require(not (self.early_stopping and not self.eval_steps), "train.eval_steps",
                  "at least 1 with early_stopping", self.eval_steps)  # fmt: skip
@@ -152,34 +146,30 @@ class TrainConfig:
 class EvaluationConfig:
     """What is measured after (and before) training."""
 
-    valid_targets: int | None = 2000
+    valid_targets: int | None = number(2000, 1, MAX_COUNT)
     """Validation targets, at most, in whole streams; null for all."""
-    test_targets: int | None = 2000
+    test_targets: int | None = number(2000, 1, MAX_COUNT)
     """Test targets, at most, in whole streams; null for all."""
     before: bool = True
     """Measure the untrained classifier too."""
     calibrate: bool = True
     """Fit a temperature and one bias a label on validation, and keep them in the bundle."""
-    prior: list[float] | None = None
+    prior: list[float] | None = number(None, 0, 1)
     """Shares of the labels in the traffic to come, where validation has others (sampled negatives); null: the same."""
-    bootstrap: int = 1000
+    bootstrap: int = number(1000, 0, MAX_SAMPLES)
     """Resamples of the users for confidence intervals; 0 for none."""
-    batch_tokens: int = 4000
+    batch_tokens: int = number(4000, 1, MAX_TOKENS)
     """Tokens that are scored at once, at most."""
     metrics: list[str] | None = None
     """Metrics by name, such as auc or ndcg@10; null for the usual ones."""
 
     def __post_init__(self) -> None:
-        for name in ("valid_targets", "test_targets"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"evaluation.{name}", "at least 1, or null", value)
+        check_fields(self, "evaluation.", brief=True)
         _check_metrics(self.metrics, "evaluation.metrics")
         if self.prior is not None:
-            shares = all(0 < share < 1 for share in self.prior) and abs(sum(self.prior) - 1) < 1e-3
-            require(shares, "evaluation.prior", "one share above 0 a label, 1 in all", self.prior)
+            shares = all(1e-12 <= share < 1 for share in self.prior) and abs(sum(self.prior) - 1) < 1e-3
+            require(shares, "evaluation.prior", "one share above 0 a label, 1 in all, each at least 1e-12", self.prior)
             require(self.calibrate, "evaluation.calibrate", "true with evaluation.prior", self.calibrate)
-        require(self.bootstrap >= 0, "evaluation.bootstrap", "at least 0", self.bootstrap)
-        require(self.batch_tokens >= 1, "evaluation.batch_tokens", "at least 1", self.batch_tokens)
 
 
 @dataclass(kw_only=True)
@@ -198,6 +188,7 @@ class TrainRecipeConfig:
     """Directory of everything that the run leaves."""
 
     def __post_init__(self) -> None:
+        check_fields(self, brief=True)
         weights, labels = self.train.class_weights, self.domain.labels
         if isinstance(weights, list):
             requirement = f"{len(labels)} numbers, for {', '.join(labels)}"
@@ -270,6 +261,7 @@ class DistillConfig:
     """Directory of everything that the run leaves; the student is in `student` there."""
 
     def __post_init__(self) -> None:
+        check_fields(self, brief=True)
         ids = self.student.kind == "ids"
         require(not (ids and self.loss.hidden), "loss.hidden", "0 for a student of item ids, which reads other tokens",
                  self.loss.hidden)  # fmt: skip
@@ -307,31 +299,25 @@ class DistillConfig:
 class RankingConfig:
     """How candidates are ranked for the positives of the split."""
 
-    candidates: int | Literal["all"] | None = None
+    candidates: int | Literal["all"] | None = number(None, 2, MAX_COUNT)
     """Items of each list, the positive among them; all for the whole item table; null for no ranking."""
     sampling: Literal["uniform", "popularity"] = "uniform"
     """How the others of a list are drawn; by how often training took them, or each alike."""
-    targets: int | None = 200
+    targets: int | None = number(200, 1, MAX_COUNT)
     """Positives, at most, drawn at random; null for all."""
-    pool: int | None = None
+    pool: int | None = number(None, 1, MAX_COUNT)
     """With all candidates: those that retrieval names for the model to rank; the rest follow in retrieval's order."""
     retrieval: str | None = None
     """Directory of what a log says of its items; null for the one in the bundle, if there is one."""
-    bootstrap: int = 1000
+    bootstrap: int = number(1000, 0, MAX_SAMPLES)
     """Resamples of the users for confidence intervals; 0 for none."""
-    seed: int = 0
+    seed: int = number(0, 0, MAX_SEED)
     """Seed of the positives, of their lists and of the intervals."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.candidates, int):
-            require(self.candidates >= 2, "ranking.candidates", "at least 2, all, or null", self.candidates)
-        for name in ("targets", "pool"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"ranking.{name}", "at least 1, or null", value)
+        check_fields(self, "ranking.", brief=True)
         require(self.pool is None or self.candidates == "all", "ranking.candidates", "all with ranking.pool",
                  self.candidates)  # fmt: skip
-        for name in ("bootstrap", "seed"):
-            require(getattr(self, name) >= 0, f"ranking.{name}", "at least 0", getattr(self, name))
 
 
 @dataclass(kw_only=True)
@@ -353,9 +339,9 @@ class EvaluateConfig:
     """Score whole streams, or each target as a prompt of its own; the answers agree."""
     split: Literal["train", "valid", "test"] = "test"
     """Which targets to score."""
-    limit: int | None = None
+    limit: int | None = number(None, 1, MAX_COUNT)
     """Targets, at most, in whole streams; null for all."""
-    batch_tokens: int = 4000
+    batch_tokens: int = number(4000, 1, MAX_TOKENS)
     """Tokens that are scored at once, at most."""
     metrics: list[str] | None = None
     """Metrics by name, such as auc or ndcg@10; null for those that training left in the bundle."""
@@ -364,9 +350,8 @@ class EvaluateConfig:
     """Directory for metrics and predictions; null to print only."""
 
     def __post_init__(self) -> None:
+        check_fields(self, brief=True)
         _check_metrics(self.metrics, "metrics")
-        require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
-        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
 
 
 @dataclass(kw_only=True)
@@ -380,13 +365,13 @@ class FuseConfig:
     """Directory for what is fitted; null for `retrieval` in the bundle. What was fitted before is replaced."""
     refit: bool = False
     """Keep models of all rows for serving, once everything is measured with those of the training rows."""
-    valid_targets: int | None = 2000
+    valid_targets: int | None = number(2000, 1, MAX_COUNT)
     """Validation targets that the fusion is fitted on, at most, in whole streams; null for all."""
-    test_targets: int | None = 2000
+    test_targets: int | None = number(2000, 1, MAX_COUNT)
     """Test targets that are measured, at most, in whole streams; null for all."""
-    bootstrap: int = 1000
+    bootstrap: int = number(1000, 0, MAX_SAMPLES)
     """Resamples of the users for confidence intervals; 0 for none."""
-    seed: int = 0
+    seed: int = number(0, 0, MAX_SEED)
     """Seed of the factors, of the folds and of the intervals."""
     base: str | None = None
     """Base model; null for the one that the bundle names."""
@@ -396,18 +381,13 @@ class FuseConfig:
     """Attention implementation; null for the one that it was trained with."""
     trust_remote_code: bool = False
     """Allow code that comes with the base to run."""
-    batch_tokens: int = 4000
+    batch_tokens: int = number(4000, 1, MAX_TOKENS)
     """Tokens that are scored at once, at most."""
     output_dir: str | None = None
     """Directory for metrics and predictions; null to print only."""
 
     def __post_init__(self) -> None:
-        for name in ("valid_targets", "test_targets"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, "at least 1, or null", value)
-        for name in ("bootstrap", "seed"):
-            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
+        check_fields(self, brief=True)
 
 
 @dataclass(kw_only=True)
@@ -419,6 +399,9 @@ class MergeDataConfig:
     format: str = "auto"
     """Name of the reader; auto finds it from the files."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "data.", brief=True)
+
 
 @dataclass(kw_only=True)
 class MergeConfig:
@@ -428,24 +411,24 @@ class MergeConfig:
     """Directory of the bundle; a list for a weighted merge, whose first bundle's domain goes on."""
     output_dir: str
     """Directory of the merged model; an earlier one there is replaced."""
-    weights: list[float] | None = None
+    weights: list[float] | None = number(None, -1e6, 1e6)
     """Weight of each bundle of a list."""
     combination: Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "linear"
     """How the bundles of a list are combined."""
-    density: float | None = None
+    density: float | None = number(None, 0, 1, above=True)
     """Share of the numbers that ties, dare_linear, dare_ties and magnitude_prune keep."""
     data: MergeDataConfig = field(default_factory=MergeDataConfig)
     split: Literal["valid", "test"] = "test"
     """Which targets of the log are answered."""
-    limit: int | None = 500
+    limit: int | None = number(500, 1, MAX_COUNT)
     """Targets, at most, in whole streams; null for all."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Number format of the weights; null for that of the bundle's base. The head stays float32."""
-    tolerance: float | None = None
+    tolerance: float | None = number(None, 0, 1e6)
     """Largest difference of a logit that passes; null for the usual one of the number formats."""
     max_shard_size: str = "2GB"
     """Size of one weights file, at most."""
-    batch_tokens: int = 1000
+    batch_tokens: int = number(1000, 1, MAX_TOKENS)
     """Tokens that are answered at once, at most."""
     base: str | None = None
     """Base model; null for the one that the bundle names."""
@@ -453,6 +436,7 @@ class MergeConfig:
     """Allow code that comes with the base to run."""
 
     def __post_init__(self) -> None:
+        check_fields(self, brief=True)
         many = isinstance(self.bundle, list)
         require(bool(self.bundle), "bundle", "a directory, or a list of them", self.bundle)
         if many:
@@ -461,12 +445,8 @@ class MergeConfig:
         else:
             require(self.weights is None, "weights", "null for one bundle", self.weights)
             require(self.density is None, "density", "null for one bundle", self.density)
-        require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null", self.limit)
-        require(self.batch_tokens >= 1, "batch_tokens", "at least 1", self.batch_tokens)
         size = re.fullmatch(r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", self.max_shard_size)
         require(size is not None, "max_shard_size", "a size such as 500MB or 2GB", self.max_shard_size)
-        require(self.tolerance is None or 0 <= self.tolerance < float("inf"), "tolerance", "a finite number of at "
-                 "least 0, or null", self.tolerance)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -480,21 +460,21 @@ class RecommendConfig:
     """Directory for recommendations.parquet; parts of an unfinished job there are gone on with."""
     users: str | None = None
     """File with a column user_id and columns that header or event name (parquet, csv, jsonl); null for the log's."""
-    until: float | None = None
+    until: float | None = number(None, -MAX_MOMENT, MAX_MOMENT)
     """Moment of the recommendation, in seconds since 1970: only earlier rows are history; null for all rows."""
     retrieval: str | None = None
     """Directory of what a log says of its items; null for the one in the bundle, if there is one."""
-    quotas: dict[str, float] = field(default_factory=dict)
+    quotas: dict[str, float] = number(dict, 0, 1e6)
     """Share of each retrieval source; {} for the usual ones."""
     candidates: str | None = None
     """File with a column item_id of the items to rank, in place of retrieval; null for retrieval, or else all items."""
-    context: dict[str, int | float | str] = field(default_factory=dict)
+    context: dict[str, int | float | str] = number(dict, -(2**63), 2**63 - 1)
     """Columns of the moment that the event names and items lack, for all users."""
-    k: int = 10
+    k: int = number(10, 1, MAX_COUNT)
     """Items for each user, at most."""
-    pool: int = 100
+    pool: int = number(100, 1, MAX_COUNT)
     """Candidates that retrieval names for each user."""
-    chunk: int = 64
+    chunk: int = number(64, 1, 1_000_000)
     """Users that are answered together, and lost at most if a process is killed."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a user who cannot be answered: stop, or leave the user out and say so in errors.jsonl."""
@@ -504,14 +484,13 @@ class RecommendConfig:
     """Number format of the base; null for the one that it was trained in."""
     trust_remote_code: bool = False
     """Allow code that comes with the base to run."""
-    batch_tokens: int = 4000
+    batch_tokens: int = number(4000, 1, MAX_TOKENS)
     """Tokens of one forward pass, at most."""
 
     def __post_init__(self) -> None:
-        for name in ("k", "pool", "chunk", "batch_tokens"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        finite = self.until is None or abs(self.until) < float("inf")
+        finite = not isinstance(self.until, float) or abs(self.until) < float("inf")
         require(finite, "until", "a finite number of seconds, or null", self.until)
+        check_fields(self, brief=True)
 
 
 @dataclass(kw_only=True)
@@ -522,37 +501,35 @@ class SwapConfig:
     """From a domain's name to the directory of its bundle."""
     requests: str
     """File of JSON lines: domain, history ([event, label] pairs), candidates (events), and user where a header asks."""
-    base: str = "smollm2-135m"
-    """Base model that all bundles were trained on."""
+    base: str | None = None
+    """Base model that all bundles were trained on; null for the one that they name."""
     items: dict[str, str] = field(default_factory=dict)
     """From a domain's name to its item table, or to the directory of its log."""
     fallback: str | None = None
     """Domain that answers for names that the bank does not have; null to refuse them."""
     swap: dict[str, str] = field(default_factory=dict)
     """From a domain's name to the bundle that takes its place, and is measured; by default each bundle in its own."""
-    max_gb: float | None = None
+    max_gb: float | None = number(None, 0, 1e6, above=True)
     """Memory that bundles may take, in GB; null for no limit."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the base; null for that of the first bundle."""
     trust_remote_code: bool = False
     """Allow code that comes with the base to run."""
-    batch_requests: int = 16
+    batch_requests: int = number(16, 1, 1_000_000)
     """Requests that are answered together."""
-    batch_tokens: int = 4000
+    batch_tokens: int = number(4000, 1, MAX_TOKENS)
     """Tokens of one forward pass, at most."""
     output: str | None = None
     """File of JSON lines for the answers; null to print the throughput only."""
 
     def __post_init__(self) -> None:
+        check_fields(self, brief=True)
         require(bool(self.bundles), "bundles", "at least one domain and its bundle", self.bundles)
         for name in ("items", "swap"):
             unknown = sorted(set(getattr(self, name)) - set(self.bundles))
             require(not unknown, name, f"a mapping of domains among {', '.join(self.bundles)}", unknown)
         require(self.fallback is None or self.fallback in self.bundles, "fallback",
                  f"null or one of {', '.join(self.bundles)}", self.fallback)  # fmt: skip
-        require(self.max_gb is None or self.max_gb > 0, "max_gb", "above 0, or null", self.max_gb)
-        for name in ("batch_requests", "batch_tokens"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
 CONFIGS: dict[str, type] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +23,14 @@ MAX_DEPTH = 100
 """Levels of nested lists and mappings, at most."""
 MAX_DIGITS = 40
 """Digits of a whole number, at most: every such number is a finite float too."""
+MAX_ALIASES = 1000
+"""Aliases in one YAML document, at most."""
+MAX_MERGED = 10_000
+"""Keys of a YAML mapping with those that `<<` brings, at most."""
 MAX_NODES = 2_000_000
 """Values in one document, at most; an alias in YAML counts as all that it stands for."""
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 
 
@@ -38,20 +44,26 @@ def read_bytes(path: str | Path, *, error: type[LLMRecError] = DataError, limit:
         error: no such file, not a regular file, a path that no file system takes, or more bytes than the limit.
     """
     try:
-        path = Path(path)
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
-            raise error(f"{path} is no regular file; name a file")
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
+        return _bytes_of(path, limit, pipes)
     except (OSError, ValueError) as fault:  # ValueError: NUL in the path
-        if isinstance(fault, LLMRecError):
-            raise
-        reason = getattr(fault, "strerror", None) or one_line(fault)
-        raise error(f"cannot read {shortened(path)} ({reason}); give an existing file") from None
+        raise error(f"cannot read {shortened(path)} ({_reason(fault)}); give an existing file") from None
+
+
+def _bytes_of(path: str | Path, limit: int, pipes: bool) -> bytes:
+    """Bytes of a file. Raises OSError or ValueError."""
+    path = Path(path)
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+        raise OSError("not a regular file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
-        raise error(f"{path} has more than {limit:,} bytes, the most that is read; name the right file")
+        raise OSError(f"it has more than {limit:,} bytes, the most that is read")
     return content
+
+
+def _reason(fault: Exception) -> str:
+    return getattr(fault, "strerror", None) or one_line(fault)
 
 
 def read_json(
@@ -64,8 +76,8 @@ def read_json(
     """The value in a JSON file that this or another toolkit wrote.
 
     Raises:
-        error: not readable, not UTF-8, not JSON, too large or too deep, a number that is not finite, or half a
-            surrogate pair in a text.
+        error: not readable, not UTF-8, not JSON, too large or too deep, a number that is not finite, half a surrogate
+            pair in a text, or a key twice in one mapping.
     """
     return parse_json(read_bytes(path, error=error, limit=limit), str(path), error=error, advice=advice, strict=True)
 
@@ -94,15 +106,17 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text; `where` names it in messages, such as `line 7 of x.jsonl`.
 
-    Depth and digits are always limited. `strict` also refuses NaN, infinities and half surrogate pairs, which data may
-    hold and manifests may not.
+    Depth and digits are always limited. `strict` also refuses NaN, infinities, half surrogate pairs and a key that
+    stands twice in one mapping, which data may hold and manifests may not.
 
     Raises:
         error: not UTF-8, not JSON, or beyond a limit.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_mapping_once if strict else None)
+    except _RepeatedKey as fault:
+        raise error(f"{where} has the key {shortened(repr(fault.key))} twice in one mapping; {advice}") from None
     except json.JSONDecodeError as fault:
         raise error(f"{where} is not JSON: {fault.msg} (line {fault.lineno}); {advice}") from None
     except UnicodeDecodeError as fault:
@@ -117,34 +131,110 @@ def parse_json(
     return value
 
 
-def read_yaml(path: str | Path, *, error: type[LLMRecError], what: str | None = None) -> Any:
-    """The value in a YAML file of plain values; `what` names it in messages in place of its path.
+class _RepeatedKey(Exception):
+    """A key that stands twice in one mapping."""
+
+    def __init__(self, key: Any) -> None:
+        super().__init__(str(key))
+        self.key = key
+
+
+def _mapping_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return found
+
+
+def read_yaml(path: str | Path, *, error: type[LLMRecError], what: str | None = None, kind: str = "") -> Any:
+    """The value in a YAML file of plain values.
+
+    Args:
+        what: names it in messages in place of its path.
+        kind: of file, such as `domain file`, for messages.
 
     Raises:
-        error: not readable, not UTF-8, not YAML, too large or too deep.
+        error: not readable, not UTF-8, not YAML, too large or too deep, or a key twice in one mapping.
     """
-    where = what or str(path)
+    where = what or shortened(path)
     try:
-        content = read_bytes(path, error=error, limit=MAX_YAML_BYTES, pipes=True)
-    except error as fault:
-        raise error(str(fault) if what is None else f"{what}: {fault}") from None
-    return parse_yaml(content, where, error=error)
+        content = _bytes_of(path, MAX_YAML_BYTES, pipes=True)
+    except (OSError, ValueError) as fault:
+        thing = f"the {kind}" if kind else "it"
+        raise error(f"{where}: cannot read {thing} ({_reason(fault)}); give an existing YAML file") from None
+    return parse_yaml(content, f"{where}: a {kind}" if kind else f"{where}:", error=error)
 
 
-def parse_yaml(text: str | bytes, where: str, *, error: type[LLMRecError], advice: str = "correct it there") -> Any:
-    """The value of a YAML text of plain values. Raises `error` if it is not UTF-8, not YAML, or beyond a limit."""
+def parse_yaml(
+    text: str | bytes,
+    where: str,
+    *,
+    error: type[LLMRecError],
+    advice: str = "correct it there",
+    dates: bool = True,
+) -> Any:
+    """The value of a YAML text of plain values; without `dates`, these are texts.
+
+    Raises:
+        error: not UTF-8, not YAML, beyond a limit, or a key twice in one mapping.
+    """
     import yaml
 
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_yaml_loader(dates))  # a subclass of SafeLoader
+    except _RepeatedKey as fault:
+        raise error(f"{where} has the key {shortened(repr(fault.key))} twice in one mapping; {advice}") from None
     except RecursionError:
         raise error(f"{where} nests deeper than {MAX_DEPTH} levels; {advice}") from None
     # ValueError: a date or a whole number that Python does not take; TypeError: a key that is a list
     except (yaml.YAMLError, ValueError, TypeError) as fault:
-        raise error(f"{where}: must be YAML in UTF-8; {' '.join(str(fault).split())[:300]}; {advice}") from None
+        raise error(f"{where} must be YAML in UTF-8; {' '.join(str(fault).split())[:300]}; {advice}") from None
     check_tree(value, where, error=error, advice=advice)
     return value
+
+
+@lru_cache(maxsize=2)
+def _yaml_loader(dates: bool) -> type:
+    """PyYAML's SafeLoader that refuses repeated keys, and aliases beyond a limit.
+
+    Merge keys (`<<`) copy what they name: without the limit a few of them grow without end before any value is seen.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        aliases = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.aliases += self.check_event(yaml.AliasEvent)
+            if self.aliases > MAX_ALIASES:
+                raise yaml.YAMLError(f"more than {MAX_ALIASES:,} aliases")
+            return super().compose_node(parent, index)
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node, seen = super().compose_mapping_node(anchor), set()
+            for key_node, _ in node.value:
+                if isinstance(key_node, yaml.ScalarNode):
+                    merges = key_node.tag == "tag:yaml.org,2002:merge"
+                    key = key_node.value if merges else self.construct_object(key_node)
+                    if key in seen:
+                        raise _RepeatedKey(key)
+                    seen.add(key)
+            return node
+
+        def flatten_mapping(self, node: Any) -> None:
+            super().flatten_mapping(node)
+            if len(node.value) > MAX_MERGED:
+                raise yaml.YAMLError(f"merge keys (<<) make a mapping of more than {MAX_MERGED:,} keys")
+
+    if not dates:
+        timestamp = "tag:yaml.org,2002:timestamp"
+        Loader.yaml_implicit_resolvers = {
+            first: [pair for pair in pairs if pair[0] != timestamp]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+    return Loader
 
 
 def check_tree(
@@ -175,7 +265,7 @@ def check_tree(
             refuse(f"holds a whole number of more than {MAX_DIGITS} digits")
         elif strict and isinstance(node, float) and not abs(node) < float("inf"):
             refuse(f"holds the number {node}, which is not finite")
-        elif strict and isinstance(node, str) and any("\ud800" <= character <= "\udfff" for character in node):
+        elif strict and isinstance(node, str) and _HALF_PAIR.search(node):
             refuse("holds half a surrogate pair, which is no character")
 
 

@@ -13,6 +13,9 @@ Each message is one line that names the thing, the rule, the value received and 
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,6 +77,68 @@ def input_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[No
         raise kind(f"{what} cannot be used ({reason}{file}); {advice}") from error
     except Exception as error:
         raise kind(f"{what} cannot be used ({type(error).__name__}: {one_line(error)}); {advice}") from error
+
+
+@contextmanager
+def output_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[None]:
+    """Turn what this and other libraries raise where the disk is full or may not be written into one of our errors.
+
+    Args:
+        kind: the class to raise.
+        what: what is written, such as `bundle /data/x`.
+        advice: what the user can do.
+    """
+    try:
+        yield
+    except LLMRecError:
+        raise
+    except Exception as error:
+        if machine_fault(error) is None:
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise kind(f"{what} cannot be written ({reason}); {advice}") from error
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """One line on what the machine refused (space, rights, memory, names), or None for an error of another kind.
+
+    Libraries wrap such errors in classes of their own: safetensors, tokenizers and torch.
+    """
+    text = " ".join(str(error).split())
+    number = error.errno if isinstance(error, OSError) else None
+    wrapped = _OS_ERROR.search(text)
+    if number is None and wrapped is not None:
+        number = int(wrapped[1])
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(f"{type(error).__name__} {text}"):
+        return f"not enough memory ({text[:160] or 'MemoryError'}); {_ADVICE[errno.ENOMEM]}"
+    if number is None and not isinstance(error, OSError) and not _ARCHIVE.search(text):
+        return None
+    reason = text[:300] if number is None else os.strerror(number)
+    files = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    place = f"{' to '.join(name if len(name) <= 100 else f'{name[:50]}...{name[-50:]}' for name in files)}: "
+    return f"{place if files else ''}{reason}; {_ADVICE.get(number, 'correct it and start again')}"
+
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust spell an OSError."""
+_ARCHIVE = re.compile(r"inline_container|PytorchStreamWriter|file write failed|iostream error")
+"""How torch says that an archive could not be written."""
+_NO_MEMORY = re.compile(r"^OutOfMemoryError|can't allocate memory|not enough memory")
+_ADVICE = {
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+    errno.EFBIG: "choose a place that takes files of this size",
+    errno.EACCES: "choose a place that may be used",
+    errno.EPERM: "choose a place that may be used",
+    errno.EROFS: "choose a place that may be written",
+    errno.ENOENT: "give an existing one",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "choose a path without a circle of links",
+    errno.EMFILE: "let a process open more files (ulimit -n)",
+    errno.ENFILE: "let the machine open more files",
+    errno.ENOMEM: "use a smaller model, fewer tokens at once, or a larger machine",
+    errno.EPIPE: "let its reader read to the end",
+}
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:

@@ -9,14 +9,19 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
+from ..documents import read_yaml, shortened
 from ..errors import DataError, DomainError
+from ..fields import MAX_COUNT, annotations_of, broken_fields
+from ..fields import number as of_number
+from ..fields import text as of_text
 from .tables import OUTCOME_COLUMNS
 from .text import broken_up, neutralise, template_columns, template_literals
 
 Rule = TypeVar("Rule")
 
+MAX_TEMPLATE = 100_000
+"""Characters of a template, at most."""
 ITEM_EVENT = "item {item_id}"
 """Event of a domain for models that read item ids in place of texts."""
 
@@ -27,7 +32,7 @@ class LabelRule:
 
     column: str = "label"
     """Column of the interactions that holds the outcome."""
-    above: float | None = None
+    above: float | None = of_number(None, -1e18, 1e18)
     """With two outcomes: values above this are the second one, others the first."""
     map: dict[str, str | None] | None = None
     """From the column's values to labels; null leaves such rows out of the log."""
@@ -41,9 +46,9 @@ class SplitRule:
 
     by: Literal["time", "user"] = "time"
     """One global time for all users, or whole users."""
-    valid: float = 0.1
+    valid: float = of_number(0.1, 0, 1)
     """Share of the interactions (by time) or of the users (by user) for validation."""
-    test: float = 0.1
+    test: float = of_number(0.1, 0, 1)
     """Share for the test, taken last."""
 
 
@@ -51,7 +56,7 @@ class SplitRule:
 class NegativeRule:
     """Sampled negatives for logs that hold positives alone."""
 
-    per_positive: int = 0
+    per_positive: int = of_number(0, 0, 1000)
     """How many sampled items stand beside each positive; 0 for logs with both outcomes."""
     sampling: Literal["popularity", "uniform"] = "popularity"
     """Draw by popularity in the past of the positive, or uniformly among the items seen by then."""
@@ -63,11 +68,11 @@ class NegativeRule:
 class StreamRule:
     """How one user's log is cut into windows."""
 
-    context: int = 10
+    context: int = of_number(10, 0, 100_000)
     """History events before the targets, at most; their outcomes carry no loss."""
-    targets: int = 30
+    targets: int = of_number(30, 1, 100_000)
     """Events in a window that are answered, at most."""
-    max_length: int = 1024
+    max_length: int = of_number(1024, 8, MAX_COUNT)
     """Tokens in a window, at most; the oldest history events are left out first, whole."""
     history_labels: list[str] | None = None
     """Labels whose events later events may see; all if not given. Others are probes and leave no trace."""
@@ -91,11 +96,11 @@ class Domain:
 
     name: str
     """Short name, used for adapters and files."""
-    event: str
+    event: str = of_text(most=MAX_TEMPLATE)
     """Text of an event; {columns} of the items and of the interactions."""
     outcomes: dict[str, str]
     """From label to the word that follows the marker, in class order."""
-    header: str = ""
+    header: str = of_text("", most=MAX_TEMPLATE)
     """Text before the first event; {columns} of the interactions that describe the user."""
     marker: str = " ->"
     """Text that closes an event; the answer is read at its last token."""
@@ -113,8 +118,10 @@ class Domain:
     """Lists of items."""
 
     def __post_init__(self) -> None:
+        _check_parts(self)
         _check_texts(self)
         _check_rules(self)
+        _check_fields(self)
 
     # -- reading and writing -------------------------------------------------------------------
 
@@ -125,17 +132,9 @@ class Domain:
         Raises:
             DomainError: no such file, not YAML, an unknown key, or a rule broken.
         """
-        path = Path(path)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DomainError(
-                f"{path}: cannot read the domain file ({error.strerror}); give an existing YAML"
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise DomainError(f"{path}: a domain file must be YAML in UTF-8; {reason}") from None
-        return cls.from_dict(content, source=str(path))
+        where = shortened(path)
+        content = read_yaml(path, error=DomainError, kind="domain file")
+        return cls.from_dict(content, source=where)
 
     @classmethod
     def from_dict(cls, content: Any, *, source: str = "domain") -> "Domain":
@@ -375,6 +374,22 @@ def _text_keys(content: Any, where: str, only_bool: bool = False) -> dict[str, A
     return {str(key): value for key, value in content.items()}
 
 
+def _check_parts(domain: Domain) -> None:
+    """What the rules below take for granted."""
+    where = f"domain {shortened(repr(domain.name))}"
+    for name, (kind, _) in annotations_of(Domain).items():
+        part = getattr(domain, name)
+        if dataclasses.is_dataclass(kind) and not isinstance(part, kind):
+            raise DomainError(f"{where}: {name} must be a mapping of keys; got {shortened(repr(part))}")
+    for name, mapping in {"outcomes": domain.outcomes, "label.map": domain.label.map}.items():
+        keys = mapping if isinstance(mapping, dict) else [None] * (mapping is not None or name == "outcomes")
+        if not all(isinstance(key, str) for key in keys):
+            raise DomainError(f"{where}: {name} must be a mapping with texts as keys; got {shortened(repr(mapping))}")
+    column = domain.label.column
+    if not isinstance(column, str) or not column:
+        raise DomainError(f"{where}: label.column must be a column's name; got {shortened(repr(column))}")
+
+
 def _check_texts(domain: Domain) -> None:
     where = f"domain '{domain.name}'"
     for key in ("name", "event", "marker"):
@@ -418,8 +433,6 @@ def _check_texts(domain: Domain) -> None:
 def _check_rules(domain: Domain) -> None:
     where = f"domain '{domain.name}'"
     label, labels = domain.label, domain.labels
-    if not isinstance(label.column, str) or not label.column:
-        raise DomainError(f"{where}: label.column must be a column's name; got {label.column!r}")
     numbers = {"label.above": label.above, "split.valid": domain.split.valid, "split.test": domain.split.test}
     for key, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -448,12 +461,15 @@ def _check_rules(domain: Domain) -> None:
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise DomainError(f"{where}: {key} must be one of {', '.join(allowed)}; got {value!r}")
-    lows = {
-        "negatives.per_positive": (domain.negatives.per_positive, 0),
-        "stream.context": (domain.stream.context, 0),
-        "stream.targets": (domain.stream.targets, 1),
-        "stream.max_length": (domain.stream.max_length, 8),
-    }
-    for key, (value, low) in lows.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise DomainError(f"{where}: {key} must be a whole number of at least {low}; got {value!r}")
+
+
+def _check_fields(domain: Domain) -> None:
+    """Types and bounds, as the fields say them."""
+    rules = {item.name: getattr(domain, item.name) for item in dataclasses.fields(domain)}
+    parts = {f"{name}.": rule for name, rule in rules.items() if dataclasses.is_dataclass(rule)}
+    for prefix, part in {"": domain, **parts}.items():
+        for name, requirement, value in broken_fields(part):
+            raise DomainError(
+                f"domain {shortened(repr(domain.name))}: {prefix}{name} must be {requirement}; "
+                f"got {shortened(repr(value))}"
+            )

@@ -12,7 +12,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
+from llmrec_peft.boundary import exit_on_error
+from llmrec_peft.data.files import scratch_directory
 from llmrec_peft.data.tables import listed
 from llmrec_peft.errors import DataError
 
@@ -87,11 +88,13 @@ def download_movielens(
     """
     if name not in ARCHIVES and (url is None or checksum is None):
         raise DataError(f"no archive {name!r}; known are {listed(list(ARCHIVES))}; give url= and checksum= for another")
-    if not name or name != Path(name).name or name in (".", ".."):
+    if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
         raise DataError(f"archive name {name!r} must be a plain directory name, such as ml-latest-small")
     url = url or ARCHIVES[name].url
     checksum = checksum or ARCHIVES[name].checksum
     root = Path(directory) if directory is not None else default_directory()
+    if "\0" in str(root):
+        raise DataError(f"directory {str(root)!r} holds a NUL character; choose another")
     target = root / name
     if target.is_dir():
         return target
@@ -226,26 +229,28 @@ def unpack(archive: Path, target: Path) -> Path:
     Raises:
         DataError: not a zip, a damaged member, a path that leaves the target, a link, more than `MAX_UNPACKED` bytes.
     """
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with zipfile.ZipFile(archive) as content:
-            members = [member for member in content.infolist() if not member.is_dir()]
-            _check_members(members, archive)
-            for member in tqdm(members, unit="file", desc=f"unpacking {archive.name}", delay=2):
-                place = work / member.filename
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with content.open(member) as source, open(place, "wb") as sink:
-                    shutil.copyfileobj(source, sink, BLOCK)
-        tops = list(work.iterdir())
-        inner = tops[0] if len(tops) == 1 and tops[0].is_dir() else work
-        # mkdtemp makes the directory private; a data set is as readable as other files.
-        inner.chmod(0o755)
-        os.replace(inner, target)
+        with scratch_directory(target) as work:
+            _extract(archive, work, target)
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         raise DataError(f"{archive} cannot be unpacked into {target}: {error}; remove it and download again") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _extract(archive: Path, work: Path, target: Path) -> None:
+    """Unpack all members into `work`, and move what it holds to `target`."""
+    with zipfile.ZipFile(archive) as content:
+        members = [member for member in content.infolist() if not member.is_dir()]
+        _check_members(members, archive)
+        for member in tqdm(members, unit="file", desc=f"unpacking {archive.name}", delay=2):
+            place = work / member.filename
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with content.open(member) as source, open(place, "wb") as sink:
+                shutil.copyfileobj(source, sink, BLOCK)
+    tops = list(work.iterdir())
+    inner = tops[0] if len(tops) == 1 and tops[0].is_dir() else work
+    inner.chmod(0o755)
+    os.replace(inner, target)
 
 
 def _check_members(members: list[zipfile.ZipInfo], archive: Path) -> None:
@@ -271,10 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checksum", help="sha256:<hex> or md5:<hex> of another edition")
     options = parser.parse_args(arguments)
     try:
-        print(download_movielens(options.name, options.directory, options.url, checksum=options.checksum))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with exit_on_error():
+            print(download_movielens(options.name, options.directory, options.url, checksum=options.checksum))
+    except SystemExit as stop:
+        return int(stop.code or 0)
     return 0
 
 

@@ -1,9 +1,21 @@
-"""Files written whole or not at all: under a temporary name beside their place, and then moved into it."""
+"""Files and directories written whole or not at all: under a temporary name beside their place, and then moved into it.
 
+A temporary name is `.NAME.<8 hex digits>.partial`, and `.NAME-old-<8 hex digits>` is what steps aside while a directory
+is replaced. Whoever uses one holds a lock on it, which the system lets go of however the process ends: so `sweep` knows
+what a killed process left, and removes that alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,16 +23,117 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+_PARTIAL = re.compile(r"\.(.+)\.(?:[0-9]+|[0-9a-f]{8})\.partial", re.DOTALL)
+_OLD = re.compile(r"\.(.+)-old-[0-9a-z_]{8}", re.DOTALL)
+_SCRATCH = re.compile(r"\.(.+)-merging-[0-9a-z_]{8}", re.DOTALL)  # of earlier versions
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give the temporary name to write to; it takes the place of `path` at the end, and is gone after an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with scratch_file(path) as partial:
         yield partial
         os.replace(partial, path)
+
+
+@contextmanager
+def scratch_file(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` to write to, gone when the block ends; what killed processes left goes too."""
+    with _scratch(path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))) as scratch:
+        try:
+            yield scratch
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """A directory beside `path` to fill and `move_into_place`, gone when the block ends; what killed processes left
+    goes too."""
+    path = _named(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(path, os.mkdir) as scratch:
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _scratch(path: Path, make: Callable[[Path], Any]) -> Iterator[Path]:
+    sweep(path.parent, path.name)
+    while True:
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        make(scratch)
+        with _locked(scratch, wait=True):
+            if scratch.exists():  # else somebody swept it before it was locked
+                yield scratch
+                return
+
+
+def move_into_place(scratch: Path, directory: Path) -> None:
+    """Rename onto `directory`; an old one steps aside first, as a directory cannot replace a full one."""
+    directory = _named(directory)
+    if not directory.exists():
+        os.replace(scratch, directory)
+        return
+    with _locked(directory):
+        old = directory.with_name(f".{directory.name}-old-{secrets.token_hex(4)}")
+        os.replace(directory, old)
+        try:
+            os.replace(scratch, directory)
+        except OSError:
+            os.replace(old, directory)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(directory: Path, name: str | None = None) -> None:
+    """Remove what killed processes left in a directory: of the file or directory `name`, or of all.
+
+    Where a replacement was broken off between its two renames, the old directory comes back. What a living process
+    writes stays, and so does everything on file systems without locks.
+    """
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.listdir(directory)):
+            old, partial = _OLD.fullmatch(entry), _PARTIAL.fullmatch(entry) or _SCRATCH.fullmatch(entry)
+            found = partial or old
+            if found is not None and name in (None, found[1]):
+                with contextlib.suppress(OSError):
+                    _remove_if_left(directory / entry, None if partial else directory / found[1])
+
+
+def _remove_if_left(path: Path, place: Path | None) -> None:
+    """Remove what no process holds a lock on; what stepped aside from `place` goes back where nothing is there."""
+    with _locked(path) as left:
+        if not left:
+            return
+        if place is not None and not place.exists():
+            os.replace(path, place)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock on a file or directory; gives False where another process holds it, or there are no locks."""
+    handle, locked = None, False
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        locked = True
+    try:
+        yield locked
     finally:
-        partial.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _named(path: Path) -> Path:
+    """A path that ends in a name, as `.` and `..` do not."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

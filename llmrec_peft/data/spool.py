@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from llmrec_peft.data.files import scratch_file
 from llmrec_peft.errors import DataError
 
 SPOOL_ROWS = 1_000_000
@@ -34,19 +35,16 @@ def spool(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
         DataError: the disk is full or not writable.
     """
     directory = spool_directory()
-    handle, name = tempfile.mkstemp(prefix="llmrec_peft_", suffix=".arrow", dir=directory)
-    os.close(handle)
     try:
-        with pa.OSFile(name, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        return pa.ipc.open_file(pa.memory_map(name)).read_all()
+        with scratch_file(directory / "llmrec_peft.arrow") as path:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except OSError as error:
         raise DataError(
             f"cannot keep a large log in {directory}: {error}; set LLMREC_PEFT_CACHE to a directory with free space"
         ) from error
-    finally:
-        os.unlink(name)
 
 
 def collect(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from ..errors import DataError, StreamError
+from ..errors import DataError, StreamError, output_errors
 from .domain import Domain, render, template_literals
 from .tables import shorten
 
@@ -42,7 +42,9 @@ class TokenTable:
         """
         lengths = []
         # A map keeps its own hold on the file, so that the file can be closed at once.
-        with tempfile.TemporaryFile(prefix="llmrec-tokens-") as file:
+        place = f"a file of tokens in {tempfile.gettempdir()}"
+        full = output_errors(DataError, place, "make room, or set TMPDIR to a directory with free space")
+        with full, tempfile.TemporaryFile(prefix="llmrec-tokens-") as file:
             with tqdm(total=total, desc=f"tokenising {what}", unit="text", disable=total < 4 * CHUNK) as bar:
                 for chunk in chunks:
                     encoded = pc.dictionary_encode(chunk)

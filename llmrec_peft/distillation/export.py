@@ -33,7 +33,7 @@ from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.bundle import Bundle
 from llmrec_peft.models.card import CARD
 from llmrec_peft.models.classifier import BehaviorClassifier
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.fingerprints import fits
 from llmrec_peft.models.manifest import installed
 from llmrec_peft.models.predict import Predictions, predict
 from llmrec_peft.models.selftest import check_candidates
@@ -185,7 +185,7 @@ def _check_output(out: Path, student: Path, serving: Any) -> Path:
 def _check_streams(streams: Any, student: str | Path, manifest: Mapping[str, Any]) -> None:
     """Raise BundleError for streams that the student would read wrongly."""
     parent = getattr(streams, "parent", streams)
-    same = tokenizer_fingerprint(parent.vocabulary.tokenizer) == manifest["tokenizer"].get("fingerprint")
+    same = fits(parent.vocabulary.tokenizer, manifest["tokenizer"].get("fingerprint"))
     if not same or parent.domain.labels != manifest["labels"]:
         raise BundleError(
             f"streams of domain {parent.domain.name!r} with the labels {parent.domain.labels} were made "

@@ -12,14 +12,15 @@ from llmrec_peft.distillation.students import fold_content
 from llmrec_peft.inference.merged import (
     check_output,
     describe,
+    loading_notes,
     publish,
     save_merged,
     scratch_beside,
     writing,
 )
+from llmrec_peft.inference.stock import prepare_tokenizer
 from llmrec_peft.models.card import CARD, student_card
 from llmrec_peft.models.classifier import BehaviorClassifier
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import installed
 
@@ -57,17 +58,19 @@ def save_student(
     What `give_content` added is folded into the embeddings first, which leaves the answers as they are.
 
     Raises:
-        BundleError: the directory holds something else, or cannot be written.
+        BundleError: the directory holds something else, or cannot be written; or a tokenizer that stock classes would
+            read at another token than the marker.
     """
     directory = check_output(directory)
     fold_content(classifier)
+    prepare_tokenizer(classifier.tokenizer, classifier.config, domain, encoder=classifier.encoder)
     outcomes = outcomes_of(domain)
     content = {
         "merged_from": [],
         "combination": None,
         "base": {"name": lesson.options.base or lesson.options.kind},
         "dtype": "float32",
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(classifier.tokenizer)},
+        **loading_notes(classifier, classifier.tokenizer),
         "domain": dict(domain),
         "labels": list(outcomes),
         "words": list(outcomes.values()),

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 
-from llmrec_peft.errors import BundleError, DataError
+from llmrec_peft.errors import DataError
+from llmrec_peft.probabilities import calibrated, read_calibration
 
 # A validation set that is ranked without a fault has its best temperature at 0: the bounds keep answers finite.
+# Both, and the fitted biases' bound, lie inside of what a bundle may hold (`probabilities.read_calibration`).
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+MAX_FITTED_BIAS = 30.0
 
 # What is believed before any target is seen: log temperature and biases are normal around 0 with these deviations. So
 # a few targets move them little, and thousands as far as the data say.
@@ -36,20 +39,25 @@ class Calibration:
     bias: tuple[float, ...] | None = None
 
     def apply(self, logits: np.ndarray) -> np.ndarray:
-        """Probabilities float64 [n, C] of logits [n, C]. Raises DataError if C is not the number of biases."""
-        return softmax(self.shift(logits), axis=1)
+        """Probabilities float64 [n, C] of logits [n, C].
+
+        Raises DataError if C is not the number of biases, and ModelError for logits that are not finite.
+        """
+        self._check_width(np.asarray(logits))
+        return calibrated(logits, self.temperature, self.bias)
 
     def shift(self, logits: np.ndarray) -> np.ndarray:
         """Calibrated logits float64 [n, C], before the softmax."""
         logits = np.asarray(logits, dtype=np.float64)
-        if self.bias is None:
-            return logits / self.temperature
-        if logits.ndim != 2 or logits.shape[1] != len(self.bias):
+        self._check_width(logits)
+        return logits / self.temperature + (0.0 if self.bias is None else np.asarray(self.bias))
+
+    def _check_width(self, logits: np.ndarray) -> None:
+        if self.bias is not None and (logits.ndim != 2 or logits.shape[1] != len(self.bias)):
             raise DataError(
                 f"calibration has {len(self.bias)} classes, got logits of shape {logits.shape}: "
                 "use the calibration that was fitted with this head"
             )
-        return logits / self.temperature + np.asarray(self.bias)
 
     def to_dict(self) -> dict:
         """Plain mapping for JSON."""
@@ -57,23 +65,8 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, mapping: Mapping | None) -> "Calibration":
-        """Read back `to_dict`; None gives the calibration that changes nothing. Raises BundleError on bad values."""
-        if mapping is None:
-            return cls()
-        try:
-            temperature = float(mapping["temperature"])
-            bias = mapping.get("bias")
-            bias = None if bias is None else tuple(float(value) for value in bias)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(
-                f"calibration must be {{temperature: number, bias: list or null}}, got {mapping!r}: "
-                "save the bundle again"
-            ) from error
-        if not (math.isfinite(temperature) and temperature > 0 and all(math.isfinite(b) for b in bias or ())):
-            raise BundleError(
-                f"calibration needs a finite temperature > 0 and finite biases, got {mapping!r}: save the bundle again"
-            )
-        return cls(temperature, bias)
+        """Read back `to_dict`; None gives the calibration that changes nothing. Raises BundleError out of bounds."""
+        return cls(*read_calibration(mapping, None, "bundle"))
 
 
 def fit_temperature(logits, labels) -> float:
@@ -140,7 +133,7 @@ def _fit_both(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray
         slope = (error * logits).sum() + 2 * pull_scale * math.log(scale) / scale
         return value, np.r_[slope, error.sum(axis=0) + 2 * pull_bias * bias]
 
-    bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)] + [(None, None)] * classes
+    bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)] + [(-MAX_FITTED_BIAS, MAX_FITTED_BIAS)] * classes
     found = minimize(loss, np.r_[1.0, np.zeros(classes)], jac=True, bounds=bounds, method="L-BFGS-B")
     return 1 / found.x[0], found.x[1:]
 

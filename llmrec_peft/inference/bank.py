@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from llmrec_peft.errors import BundleError, DataError, LLMRecError, ModelError
 from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.inference.engine import Engine
 from llmrec_peft.inference.kept import KeptTrunks
-from llmrec_peft.inference.member import Base, Member, load_member, precision_of, stamp
+from llmrec_peft.inference.member import Base, Member, load_member, precision_of
 from llmrec_peft.inference.plan import answer, ask
 from llmrec_peft.inference.prompts import Prompts
+from llmrec_peft.inference.versions import Stamp, Versions, check_name, holds, stamp_of
 from llmrec_peft.models.base import (
     Quantization,
     base_fingerprint,
@@ -32,6 +32,7 @@ from llmrec_peft.models.base import (
 from llmrec_peft.models.bundle import check_bundle
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.serving.prompts import check_list
 
 if TYPE_CHECKING:
     from llmrec_peft.inference.scorer import Scorer
@@ -48,7 +49,7 @@ class _Entry:
     """What a domain's name stands for; replaced whole, never changed."""
 
     directory: Path
-    stamp: tuple[Any, ...]
+    stamp: Stamp
     prompts: Prompts
 
 
@@ -57,7 +58,11 @@ class DomainBank:
 
     LoRA (all variants), 4-bit LoRA, bottleneck and head-only bundles share the base's weights; each brings its adapter,
     head, labels, calibration and domain. All methods may be called by several threads at once: `score` answers each
-    request wholly by the version of its bundle that was there when the call began.
+    request wholly by the version of its bundle that was there when the call began. A version that no domain uses any
+    more leaves memory when the last call that began with it ends.
+
+    A domain's name is a text of 1 to 200 printable characters without spaces around it. Names are compared as they are
+    and never by their beginnings: `foo` and `foobar`, or `Foo`, are different domains.
     """
 
     def __init__(
@@ -71,9 +76,9 @@ class DomainBank:
     ) -> None:
         """For `load`, which makes the base and the engine."""
         self._base, self._engine = base, engine
-        self._fallback, self._max_bytes, self._any_dtype = fallback, max_bytes, any_dtype
+        self._fallback, self._any_dtype = fallback, any_dtype
         self._entries: dict[str, _Entry] = {}
-        self._members: OrderedDict[tuple[Any, ...], Member] = OrderedDict()
+        self._versions = Versions(max_bytes, None if engine.kept is None else engine.kept.retire)
         self._lock = threading.Lock()
 
     @classmethod
@@ -108,8 +113,11 @@ class DomainBank:
         Raises:
             ModelError: a base that is not there, or an encoder, which reads both ways.
             BundleError: a damaged bundle, or one of another base, tokenizer or precision than the bank's.
-            DataError: an item table that cannot be read, or of a domain that is not among the bundles.
+            DataError: an item table that cannot be read, or of a domain that is not among the bundles; a name that
+                cannot be one.
         """
+        for name in bundles:
+            check_name(name)
         items = dict(items or {})
         extra = sorted(set(items) - set(bundles))
         if extra:
@@ -156,52 +164,70 @@ class DomainBank:
     def sizes(self) -> dict[str, int]:
         """Bytes that the bundle of each domain takes in memory; 0 where it is on disk only."""
         with self._lock:
-            held = {name: self._members.get(entry.stamp) for name, entry in self._entries.items()}
-        return {name: 0 if member is None else member.size for name, member in held.items()}
+            return {name: self._versions.size(entry.stamp) for name, entry in self._entries.items()}
 
     def add(self, name: str, directory: str | Path, items: Items = None) -> None:
-        """Add a domain. Raises BundleError, and changes nothing, if the name is taken or the bundle does not fit."""
-        if name in self._entries:
-            raise BundleError(f"domain {name!r} is in the bank already; call swap to replace its bundle")
-        entry = self._read(Path(directory), Catalogue.read(items))
+        """Add a domain. After an error nothing has changed.
+
+        Raises:
+            BundleError: the name is taken, or the bundle does not fit.
+            DataError: a name that cannot be one, or an item table that cannot be read.
+        """
+        check_name(name)
+        self._check_free(name)
+        entry, member = self._read(Path(directory), Catalogue.read(items))
         with self._lock:
-            if name in self._entries:
-                raise BundleError(f"domain {name!r} is in the bank already; call swap to replace its bundle")
+            self._check_free(name)
             self._entries[name] = entry
+            self._versions.put(entry.stamp, member)
 
     def swap(self, name: str, directory: str | Path) -> None:
         """Let another bundle answer for a domain from the next call of `score` on; its items stay.
 
         The new bundle is read and checked before anything changes: after an error the old one goes on. A bundle that
-        the bank has in memory, whatever the name, is not read again.
+        the bank has in memory, by another name or by `preload`, is not read again.
 
         Raises:
             DataError: no domain has this name.
             BundleError: the bundle is damaged or does not fit the base.
         """
         old = self._entry(name)
-        entry = self._read(Path(directory), old.prompts.catalogue, old.prompts)
+        entry, member = self._read(Path(directory), old.prompts.catalogue, old.prompts)
         with self._lock:
-            if name not in self._entries:
-                raise self._unknown(name)
+            gone = self._entry(name)
             self._entries[name] = entry
+            self._versions.put(entry.stamp, member)
+            self._drop_unused(gone.stamp)
 
     def remove(self, name: str) -> None:
         """Take a domain out; a `score` that has begun still answers for it. Raises DataError if there is none."""
         with self._lock:
-            if name not in self._entries:
-                raise self._unknown(name)
+            gone = self._entry(name)
             if name == self._fallback:
                 raise DataError(
                     f"domain {name!r} is the bank's fallback and stays; swap its bundle, or make another bank"
                 )
-            gone = self._entries.pop(name)
-            if all(entry.stamp != gone.stamp for entry in self._entries.values()):
-                self._members.pop(gone.stamp, None)
+            del self._entries[name]
+            self._drop_unused(gone.stamp)
 
     def preload(self, directory: str | Path) -> None:
-        """Read a bundle into memory ahead of a `swap`, which then takes no time."""
-        self._read(Path(directory), Catalogue(None))
+        """Read a bundle into memory ahead of a `swap` or `add`, which then takes no time.
+
+        It stays until that first use, until `release`, or until `max_bytes` takes it. An earlier version of the same
+        directory that was preloaded and not used goes.
+        """
+        mark = stamp_of(Path(directory))
+        member = self._member(Path(directory), mark)
+        with self._lock:
+            for old in self._versions.ahead(mark[0]):
+                self._release(old)
+            self._versions.put(mark, member, ahead=True)
+
+    def release(self, directory: str | Path) -> None:
+        """Give up what was preloaded from a directory and has not been used; nothing happens where nothing was."""
+        with self._lock:
+            for mark in self._versions.ahead(str(Path(directory).resolve())):
+                self._release(mark)
 
     def scorer(self, name: str) -> Scorer:
         """A scorer of one domain on the bank's base; after a swap the new bundle answers. Raises DataError for none."""
@@ -212,45 +238,57 @@ class DomainBank:
         def current() -> tuple[Member, Prompts]:
             with self._lock:
                 entry = self._entry(name)
-            return self._member_of(entry), entry.prompts
+                member = self._versions.get(entry.stamp)
+            return member or self._read_again(entry), entry.prompts
 
         return Scorer(self._engine, current)
 
-    def _read(self, directory: Path, catalogue: Catalogue, old: Prompts | None = None) -> _Entry:
-        try:
-            mark = stamp(directory)
-        except OSError as error:
-            raise BundleError(
-                f"bundle {directory} cannot be read ({error.strerror}: {Path(error.filename or directory).name}); "
-                "name a directory that training left"
-            ) from None
+    def _read(self, directory: Path, catalogue: Catalogue, old: Prompts | None = None) -> tuple[_Entry, Member]:
+        mark = stamp_of(directory)
         member = self._member(directory, mark)
         same = old is not None and old.vocabulary.domain == member.domain
-        return _Entry(directory, mark, old if same else Prompts(member.vocabulary, catalogue))
+        return _Entry(directory, mark, old if same else Prompts(member.vocabulary, catalogue)), member
 
-    def _member(self, directory: Path, mark: tuple[Any, ...]) -> Member:
-        """The bundle in memory, read if it is not there; what was not used for the longest makes room."""
+    def _member(self, directory: Path, mark: Stamp) -> Member:
+        """The bundle in memory, or read where it is not there; who uses it puts it into memory."""
         with self._lock:
-            if mark in self._members:
-                self._members.move_to_end(mark)
-                return self._members[mark]
+            found = self._versions.get(mark)
+        if found is not None:
+            return found
         member = load_member(directory, self._base, any_dtype=self._any_dtype)
         check_positions(self._base.stock.config, member.domain.stream.max_length)
-        try:
-            unchanged = stamp(directory) == mark
-        except OSError:
-            unchanged = False
-        if not unchanged:
+        if not holds(directory, mark):
             raise BundleError(f"bundle {directory} was changed while it was read; call swap once it is whole")
         self._engine.install(member.deltas)
-        with self._lock:
-            self._members[mark] = member
-            while self._max_bytes is not None and self._held() > self._max_bytes and len(self._members) > 1:
-                self._members.popitem(last=False)
         return member
 
-    def _held(self) -> int:
-        return sum(member.size for member in self._members.values())
+    def _read_again(self, entry: _Entry) -> Member:
+        """The entry's very version, which has left memory; it is there again only where a domain uses it still."""
+        if not holds(entry.directory, entry.stamp):
+            raise BundleError(
+                f"bundle {entry.directory} is out of memory, and was changed or taken away since it was added; "
+                "call swap with the version wanted"
+            )
+        member = self._member(entry.directory, entry.stamp)
+        with self._lock:
+            if self._uses(entry.stamp):
+                self._versions.put(entry.stamp, member)
+        return member
+
+    def _uses(self, mark: Stamp) -> bool:
+        return any(entry.stamp == mark for entry in self._entries.values())
+
+    def _drop_unused(self, mark: Stamp) -> None:
+        if not self._uses(mark):
+            self._versions.drop(mark)
+
+    def _release(self, mark: Stamp) -> None:
+        self._versions.release(mark)
+        self._drop_unused(mark)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._entries:
+            raise BundleError(f"domain {name!r} is in the bank already; call swap to replace its bundle")
 
     def _entry(self, name: Any) -> _Entry:
         entry = self._entries.get(name) if isinstance(name, str) else None
@@ -296,43 +334,32 @@ class DomainBank:
 
     def _choose(self, requests: Sequence[Request]) -> list[tuple[Request, _Entry, Member]]:
         """The version of a bundle that answers each request: one a domain for all of this call."""
-        with self._lock:
-            entries = dict(self._entries)
+        check_list("requests", requests)
         for number, request in enumerate(requests):
             if not isinstance(request, list | tuple) or len(request) not in (3, 4):
                 raise DataError(
                     f"request {number} must be (domain, history, candidates) or (domain, history, candidates, user), "
                     f"not {shorten(request)}; correct it"
                 )
-        found: dict[str, tuple[_Entry, Member]] = {}
+            if not isinstance(request[0], str):
+                raise DataError(f"request {number} has the domain {shorten(request[0])}, which is no text; correct it")
+        names = dict.fromkeys(request[0] for request in requests)
+        with self._lock:
+            known = sorted(self._entries)
+            entries = {name: self._entries.get(name if name in self._entries else self._fallback) for name in names}
+            held = {name: self._versions.get(entry.stamp) for name, entry in entries.items() if entry is not None}
         for number, (name, *_) in enumerate(requests):
-            if isinstance(name, str) and name in found:
-                continue
-            entry = entries.get(name if isinstance(name, str) and name in entries else self._fallback)
-            if entry is None:
+            if entries[name] is None:
                 raise DataError(
                     f"request {number} is of domain {shorten(name)}, which is not in the bank; use one of "
-                    f"{listed(sorted(entries))}, or give the bank a fallback"
+                    f"{listed(known)}, or give the bank a fallback"
                 )
-            found[name] = (entry, self._member_of(entry))
-        return [(request, *found[request[0]]) for request in requests]
-
-    def _member_of(self, entry: _Entry) -> Member:
-        """The entry's very version; one that is out of memory is read again if its files are the same still."""
-        with self._lock:
-            if entry.stamp in self._members:
-                self._members.move_to_end(entry.stamp)
-                return self._members[entry.stamp]
-        try:
-            unchanged = stamp(entry.directory) == entry.stamp
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            raise BundleError(
-                f"bundle {entry.directory} is out of memory, and was changed or taken away since it was added; "
-                "call swap with the version wanted"
-            )
-        return self._member(entry.directory, entry.stamp)
+        read: dict[Stamp, Member] = {}
+        for name, entry in entries.items():
+            if held[name] is None:
+                held[name] = read.get(entry.stamp) or self._read_again(entry)
+                read[entry.stamp] = held[name]
+        return [(request, entries[request[0]], held[request[0]]) for request in requests]
 
 
 def load_base(

@@ -6,8 +6,6 @@ made them and the fusion that was fitted with them. It may stand in a bundle's d
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmrec_peft.data.files import write_json
+from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.errors import BundleError, ConfigError, DataError
+from llmrec_peft.errors import BundleError, ConfigError, DataError, output_errors
 from llmrec_peft.inference.collaborative import (
     MODELS,
     CollaborativeModel,
@@ -31,7 +29,7 @@ from llmrec_peft.inference.collaborative import (
 )
 from llmrec_peft.inference.fusion import GATES, Features, Fusion
 from llmrec_peft.inference.histories import Histories
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
+from llmrec_peft.models.files import check_links, read_json, sha256, stray_weights
 from llmrec_peft.models.manifest import digest
 from llmrec_peft.models.tensors import read_header
 
@@ -203,9 +201,8 @@ class Evidence:
             )
         if directory.exists() and not (directory / MANIFEST).is_file() and any(directory.iterdir()):
             raise BundleError(f"{directory} exists and holds no evidence, so it is not replaced; choose another")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
+        writing = output_errors(BundleError, f"retrieval {directory}", "make room or choose another directory")
+        with writing, scratch_directory(directory) as scratch:
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "models": {name: model.settings() for name, model in self.models.items()},
@@ -217,8 +214,6 @@ class Evidence:
             write_json(manifest | {"files": {ARRAYS: sha256(scratch / ARRAYS)}}, scratch / MANIFEST)
             scratch.chmod(0o755)
             move_into_place(scratch, directory)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         return directory
 
     def _tensors(self) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, logsumexp
 
 from llmrec_peft.errors import BundleError, DataError
+from llmrec_peft.probabilities import checked
 
 GATES = ("log_user_events", "log_item_rows")
 """Features that every fusion has: how much is known of the user and of the item."""
@@ -146,6 +147,7 @@ class Fusion:
 
         Raises:
             DataError: logits with another number of classes, or features with other names or another length.
+            ModelError: weights so large that probabilities of finite logits are not finite.
         """
         logits = np.asarray(llm_logits, np.float64)
         if logits.ndim != 2 or logits.shape[1] != len(self.positive):
@@ -172,7 +174,9 @@ class Fusion:
             np.where(side, _log_share(moved)[:, None], _log_share(-moved)[:, None]),
         )
         log_p[known] += after - before
-        return np.exp(log_p)
+        found = np.exp(log_p)
+        checked(found[known])
+        return found
 
     def _frame(self) -> dict[str, tuple[float, ...]]:
         return {name: getattr(self, name) for name in ("centre", "scale", "low", "high")}

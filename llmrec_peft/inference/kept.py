@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,8 @@ class KeptTrunks:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._trunks: OrderedDict[bytes, tuple[Kept, list[bytes]]] = OrderedDict()
+        self._versions: dict[bytes, str] = {}
+        self._retired: weakref.WeakSet[Member] = weakref.WeakSet()
         self._beginnings: dict[bytes, tuple[bytes, int]] = {}
         self._lock = threading.Lock()
         self.size = 0
@@ -110,27 +113,37 @@ class KeptTrunks:
         digests = _digests(member, trunk)
         own = digests[-1][0]
         with self._lock:
-            if own in self._trunks or kept.size > self.max_bytes:
+            if own in self._trunks or kept.size > self.max_bytes or member in self._retired:
                 return
             for digest, _ in digests[:-1]:
                 if digest in self._trunks:
                     self._drop(digest)
             self._trunks[own] = (kept, [digest for digest, _ in digests])
+            self._versions[own] = member.version
             self.size += kept.size
             for digest, length in digests:
                 self._beginnings.setdefault(digest, (own, length))
             while self.size > self.max_bytes:
                 self._drop(next(iter(self._trunks)))
 
+    def retire(self, member: Member) -> None:
+        """Forget the trunks of a version that nobody will ask again; what calls that have begun bring is not kept."""
+        with self._lock:
+            self._retired.add(member)
+            for own in [own for own, version in self._versions.items() if version == member.version]:
+                self._drop(own)
+
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
             self._trunks.clear()
+            self._versions.clear()
             self._beginnings.clear()
             self.size = 0
 
     def _drop(self, own: bytes) -> None:
         kept, digests = self._trunks.pop(own)
+        del self._versions[own]
         self.size -= kept.size
         for digest in digests:
             if self._beginnings.get(digest, (None,))[0] == own:

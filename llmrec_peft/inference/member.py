@@ -21,7 +21,8 @@ from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transf
 from llmrec_peft.models.bundle import check_bundle, plain_options
 from llmrec_peft.models.classifier import quantization_of
 from llmrec_peft.models.files import read_json
-from llmrec_peft.models.manifest import CONFIG, FILES, MANIFEST, WEIGHTS
+from llmrec_peft.models.fingerprints import fits
+from llmrec_peft.models.manifest import CONFIG, FILES, MANIFEST, WEIGHTS, digest
 from llmrec_peft.models.options import AdapterOptions, HeadOptions, LoraOptions, ModelOptions, from_mapping
 from llmrec_peft.models.options import method_options as read_options
 
@@ -131,7 +132,7 @@ def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -
     head = head.float().to(device)
     return Member(
         directory=directory,
-        version=manifest["files"][WEIGHTS],
+        version=digest(manifest),  # the same weights at another scale answer otherwise
         vocabulary=Vocabulary(domain, base.tokenizer),
         calibration=Calibration.from_dict(manifest["calibration"]),
         head=head,
@@ -148,7 +149,7 @@ def _check_fits(directory: Path, manifest: Mapping[str, Any], base: Base, precis
             f"base {base.name} has {base.fingerprint[:16]}...; serve it on the base that it was trained on"
         )
     said = str(manifest["tokenizer"].get("fingerprint"))
-    if said != base.tokenizer_fingerprint:
+    if said != base.tokenizer_fingerprint and not fits(base.tokenizer, said):
         raise BundleError(
             f"bundle {directory} was trained with a tokenizer of fingerprint {said[:16]}..., but that of base "
             f"{base.name} has {base.tokenizer_fingerprint[:16]}...; use the base's own tokenizer files"

@@ -29,6 +29,7 @@ from llmrec_peft.inference.merged import (
     check_room,
     describe,
     load_merged,
+    loading_notes,
     publish,
     save_merged,
     scratch_beside,
@@ -36,6 +37,7 @@ from llmrec_peft.inference.merged import (
     writing,
 )
 from llmrec_peft.inference.samples import SampleStreams
+from llmrec_peft.inference.stock import measure_stock, prepare_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.card import CARD, merged_card
 from llmrec_peft.models.manifest import MANIFEST, WEIGHTS, installed, read_manifest
@@ -82,7 +84,8 @@ def merge_bundle(
     """Write a bundle and its base as one stock `AutoModelForSequenceClassification` checkpoint, and measure it.
 
     The adapter goes into the weights one layer at a time, 4-bit weights are dequantised first, and the head stays
-    float32. What was written is loaded back and must answer as the bundle does; else nothing is left. An earlier merged
+    float32. What was written is loaded back and must answer as the bundle does, and so must stock classes on it; else
+    nothing is left. An earlier merged
     model in `out` is replaced; `out` is there whole or not at all.
 
     Args:
@@ -99,12 +102,13 @@ def merge_bundle(
     Returns:
         `max_difference` and `mean_difference` (of the absolute differences of logits), `tolerance`, `spread` (standard
         deviation of the adapted logits), `answers`, `streams` ("samples" or the data's name), `auc_adapted` and
-        `auc_merged` (None without labels of two classes), `dtype`, `bytes` (of the weights), `seconds` and `peak_bytes`
-        (resident memory of this process so far).
+        `auc_merged` (None without labels of two classes), what `measure_stock` gives, `dtype`, `bytes` (of the
+        weights), `seconds` and `peak_bytes` (resident memory of this process so far).
 
     Raises:
         BundleError: a damaged bundle or another base, a merged model in place of a bundle, a method that cannot be
-            merged, an output that is something else's or cannot be written, answers that differ.
+            merged, a tokenizer that stock classes would read at another token, an output that is something else's or
+            cannot be written, answers that differ.
         ModelError: a setting out of range, or answers that are not finite.
     """
     settings = MergeSettings(dtype, base, streams, tolerance, max_shard_size, batch_tokens, trust_remote_code)
@@ -165,22 +169,39 @@ def write_merge(
         streams, labelled = _streams(adapted, settings)
         before = _answers(adapted, streams, settings)
         model = fold(adapted.classifier, getattr(torch, dtype))
+        prepare_tokenizer(adapted.tokenizer, model.config, adapted.domain, encoder=adapted.classifier.encoder)
         size = sum(value.numel() * value.element_size() for value in model.parameters())
         check_room(scratch, size)
         with writing(out):
-            save_merged(scratch, model, adapted.tokenizer, max_shard_size=settings.max_shard_size)
+            save_merged(
+                scratch, model, adapted.tokenizer, max_shard_size=settings.max_shard_size,
+                trust_remote_code=settings.trust_remote_code,
+            )  # fmt: skip
+        content = {
+            **content,
+            **loading_notes(adapted.classifier, adapted.tokenizer),
+            "dtype": dtype,
+            "measured": {},
+            "versions": installed(*_PACKAGES),
+        }
         del adapted, model
         gc.collect()  # models refer to themselves
-        content = {**content, "dtype": dtype, "measured": {}, "versions": installed(*_PACKAGES)}
         with writing(out):
             manifest = describe(scratch, content)
         merged = load_merged(scratch, trust_remote_code=settings.trust_remote_code)
         measured = _compared(before, _answers(merged, streams, settings), labelled)
+        prompts = _Prompts(merged, streams if labelled else None)
+        at_markers = _answers(merged, prompts, settings).logits
         del merged
+        gc.collect()
+        measured |= measure_stock(scratch, prompts.tokens, prompts.texts, at_markers, settings.trust_remote_code)
         measured |= {"streams": _name(streams) if labelled else "samples", "tolerance": settings.tolerance}
         if settings.tolerance is None:
             measured["tolerance"] = usual * max(1.0, measured["spread"])
         _check(out, measured)
+        _check_stock(
+            out, measured, TOLERANCE["float32" if dtype == "float32" else "low"] * max(1.0, measured["spread"])
+        )
         with writing(out):
             manifest = write_manifest(scratch, {**manifest, "measured": measured})
             (scratch / CARD).write_text(merged_card(manifest), encoding="utf-8")
@@ -215,6 +236,38 @@ def _name(streams: Any) -> str:
     return f"{parent.name} of {parent.log.name}"
 
 
+class _Prompts:
+    """A few prompts of one answer each, for stock classes.
+
+    Attributes:
+        tokens: their token ids.
+        texts: the same as whole texts; None where the model reads item ids, and prompts come from `streams`.
+    """
+
+    def __init__(self, merged: Bundle, streams: Any) -> None:
+        if merged.tokenizer.unk_token == UNKNOWN_ITEM:
+            whole = streams if isinstance(streams, IndependentPrompts) else IndependentPrompts(streams)
+            self._rows, self.texts = [whole[number] for number in range(min(_STOCK_PROMPTS, len(whole)))], None
+        else:
+            domain = Domain.from_dict(merged.domain, source="the bundle's domain")
+            samples = SampleStreams(domain, merged.tokenizer, independent=True)
+            # Of different lengths, and different places in their windows.
+            numbers = np.linspace(0, len(samples) - 1, min(_STOCK_PROMPTS, len(samples))).round().astype(int)
+            self._rows = [samples[number] for number in numbers]
+            self.texts = [samples.texts[number] for number in numbers]
+        self.tokens = [row.input_ids for row in self._rows]
+        self.lengths = np.array([len(row) for row in self._rows])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Any:
+        return self._rows[number]
+
+
+_STOCK_PROMPTS = 8
+
+
 def _answers(bundle: Bundle, streams: Any, settings: MergeSettings) -> Predictions:
     classifier = bundle.classifier
     collator = StreamCollator(bundle.tokenizer.pad_token_id, settings.batch_tokens, mask=classifier.encoder)
@@ -244,6 +297,15 @@ def _check(out: Path, measured: Mapping[str, Any]) -> None:
             f"merged model {out} answers otherwise than what it was merged from: logits differ by "
             f"{measured['max_difference']:.3g} at most and {measured['mean_difference']:.3g} in the mean, over the "
             f"tolerance {measured['tolerance']:.3g}, so it was not kept; use dtype float32, or set a higher tolerance"
+        )
+
+
+def _check_stock(out: Path, measured: Mapping[str, Any], tolerance: float) -> None:
+    if not measured["stock_difference"] <= tolerance:
+        raise BundleError(
+            f"merged model {out} answers otherwise in stock classes: on the same tokens logits differ by "
+            f"{measured['stock_difference']:.3g} at most, over the tolerance {tolerance:.3g}, so it was not kept; "
+            "stock classes must read the last token that is not the pad token, which a base's own code may change"
         )
 
 

@@ -8,26 +8,23 @@ an edit of the domain or of the calibration shows.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from llmrec_peft.data.files import write_json
-from llmrec_peft.errors import BundleError, ModelError
+from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
+from llmrec_peft.documents import read_mapping
+from llmrec_peft.errors import BundleError, ModelError, output_errors
 from llmrec_peft.models.base import load_model, load_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.classifier import BehaviorClassifier
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.files import check_links, read_json, sha256, stray_weights
+from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
     FORMAT_VERSION,
@@ -40,6 +37,7 @@ from llmrec_peft.models.manifest import (
     read_manifest,
 )
 from llmrec_peft.models.options import ModelOptions
+from llmrec_peft.models.prompt_tokens import save_tokenizer, tokens_around
 from llmrec_peft.models.tensors import fingerprint, read_headers
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -127,12 +125,62 @@ def read_merged(directory: str | Path) -> dict[str, Any]:
             f"{outcomes}; {_RESTORE}"
         )
     check_calibration(manifest["calibration"], len(outcomes), str(path))
+    _check_parts(manifest, path)
     found = _seal(manifest)
     if found != manifest["seal"]:
         raise BundleError(
             f"{path} has the SHA-256 {found[:16]}..., but says {manifest['seal'][:16]}..., so it was edited; {_RESTORE}"
         )
     return manifest
+
+
+def _check_parts(manifest: Mapping[str, Any], path: Path) -> None:
+    """Raise BundleError, naming the part, for a value that is not of its type: a seal does not keep a forger out."""
+    for name, sound in (
+        ("dtype", manifest["dtype"] in _DTYPES),
+        ("attn", manifest.get("attn", "sdpa") in ("sdpa", "eager")),
+        ("files", set(manifest["files"]) == {CONFIG} and _are(str, manifest["files"].values())),
+        ("weights", isinstance(manifest["weights"].get("fingerprint"), str)),
+        ("tokenizer", isinstance(manifest["tokenizer"].get("fingerprint"), str)),
+        ("merged_from", all(map(_is_origin, manifest["merged_from"]))),
+        ("metrics", isinstance(manifest["metrics"].get("test"), dict | None)),
+        ("measured", all(value is None or isinstance(value, str) or _is_number(value)
+                         for value in manifest["measured"].values())),
+        ("counts", _is_split(manifest["counts"].get("split"))),
+    ):  # fmt: skip
+        if not sound:
+            raise BundleError(f"{path} has no valid entry {name!r}: {str(manifest.get(name))[:80]!r}; {_RESTORE}")
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _is_split(split: Any) -> bool:
+    """Whether this is `SplitStreams.split_note` of a run, or nothing."""
+    if split is None:
+        return True
+    boundaries = split.get("boundaries", ()) if isinstance(split, dict) else ()
+    return boundaries is None or (
+        isinstance(boundaries, list) and len(boundaries) == 2 and all(map(_is_number, boundaries))
+    )
+
+
+def _is_origin(part: Any) -> bool:
+    """Whether this is what `merge.provenance` says of one bundle."""
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("name"), str | None)
+        and _are(str, (part.get("method"), part.get("weights_sha256")))
+        and _is_number(part.get("weight"))
+    )
+
+
+def _are(kind: type, values: Iterable[Any]) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def check_merged(directory: str | Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], list[Path], Any]:
@@ -159,7 +207,7 @@ def load_merged(
 
     Args:
         dtype: number format of the weights; the one that they were saved in if None. The head is float32.
-        attn: attention kernel; sdpa if None.
+        attn: attention kernel; the bundle's own if None.
         trust_remote_code: allow code that came with the base to run.
 
     Raises BundleError naming both values of any mismatch.
@@ -167,8 +215,9 @@ def load_merged(
     directory = Path(directory)
     manifest, _, tokenizer = check_merged(directory, trust_remote_code)
     options = ModelOptions(
-        base=str(directory), dtype=dtype or manifest["dtype"], attn=attn or "sdpa", trust_remote_code=trust_remote_code
-    )
+        base=str(directory), dtype=dtype or manifest["dtype"], attn=attn or manifest.get("attn", "sdpa"),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     labels = manifest["labels"]
     try:
         model = load_model(
@@ -233,6 +282,11 @@ def _tokenizer(directory: Path, manifest: Mapping[str, Any], trust_remote_code: 
     except ModelError as error:
         raise BundleError(f"merged model {directory} has no tokenizer that loads: {error}") from error
     found, said = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
+    if found != said and fits(tokenizer, said):
+        raise BundleError(
+            f"the tokenizer of merged model {directory} puts an end token behind every text, which stock classes read "
+            "in place of the marker, so other programs give other answers; merge again with this version"
+        )
     if found != said:
         raise BundleError(
             f"merged model {directory} was trained with a tokenizer of fingerprint {_short(said)}, but its files have "
@@ -276,68 +330,38 @@ def check_output(directory: str | Path, *sources: str | Path) -> Path:
 def scratch_beside(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` that is gone when the block ends; what a killed process left goes too.
 
-    A process holds a lock on its scratch directory, and the system lets go of it however the process ends.
     Raises BundleError where the disk is full or cannot be written.
     """
-    with writing(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{directory.name}-merging-"
-        for old in directory.parent.glob(f"{prefix}*"):
-            _remove_if_left(old)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
-    with _locked(scratch):
-        try:
+    with contextlib.ExitStack() as stack:
+        with writing(directory):
+            scratch = stack.enter_context(scratch_directory(directory))
             scratch.chmod(0o755)
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        yield scratch
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Hold a lock on a directory; gives False where another process holds it, or the file system has no locks."""
-    import fcntl
-
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)
-
-
-def _remove_if_left(scratch: Path) -> None:
-    """Remove a scratch directory whose process has ended."""
-    with contextlib.suppress(FileNotFoundError), _locked(scratch) as left:
-        if left:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path) -> AbstractContextManager[None]:
     """Turn what writing raises, by this and other libraries, into one line."""
-    try:
-        yield
-    except (BundleError, ModelError):
-        raise
-    except Exception as error:
-        # The tokenizers library raises a plain Exception for a full disk.
-        if not isinstance(error, OSError | SafetensorError) and not re.search(r"\(os error \d+\)", str(error)):
-            raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise BundleError(
-            f"merged model {directory} cannot be written ({reason}); make room or choose another directory"
-        ) from error
+    return output_errors(BundleError, f"merged model {directory}", "make room or choose another directory")
 
 
-def save_merged(scratch: Path, model: nn.Module, tokenizer: Any, *, max_shard_size: str | int) -> None:
+def loading_notes(classifier: BehaviorClassifier, tokenizer: Any) -> dict[str, Any]:
+    """Entries of a manifest that say how the model is loaded again: its tokenizer and its attention kernel."""
+    options = classifier.model_options
+    return {
+        "tokenizer": {
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            **tokens_around(tokenizer, encoder=classifier.encoder),
+        },
+        "attn": "eager" if options is not None and options.attn == "eager" else "sdpa",
+    }
+
+
+def save_merged(
+    scratch: Path, model: nn.Module, tokenizer: Any, *, max_shard_size: str | int, trust_remote_code: bool = False
+) -> None:
     """Write a stock classifier and its tokenizer into a scratch directory, in weights files of `max_shard_size`."""
     model.save_pretrained(scratch, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(scratch)
+    save_tokenizer(tokenizer, scratch, trust_remote_code=trust_remote_code)
     for path in _shards(scratch):
         path.chmod(0o644)
 
@@ -357,7 +381,7 @@ def describe(scratch: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 def write_manifest(scratch: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Seal a manifest and write it; returns it as it will be read."""
     write_json({**manifest, "seal": _seal(manifest)}, scratch / MANIFEST)
-    return json.loads((scratch / MANIFEST).read_text("utf-8"))
+    return read_mapping(scratch / MANIFEST, error=BundleError)
 
 
 def publish(scratch: Path, directory: Path) -> None:
@@ -366,8 +390,6 @@ def publish(scratch: Path, directory: Path) -> None:
         _sync(path)
     move_into_place(scratch, directory)
     _sync(directory.parent)
-    for old in directory.parent.glob(f".{directory.name}-old-*"):  # where an earlier move was broken off
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

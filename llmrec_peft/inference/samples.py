@@ -24,12 +24,16 @@ class SampleStreams:
 
     Answers are read after each trunk event, each of which sees all before it, and in the probes. Labels are made up,
     so no metric of them means anything. `independent` gives each answer a row of its own, as encoders need it.
+
+    Attributes:
+        texts: by target number, the whole prompt as text, up to its marker.
     """
 
     def __init__(self, domain: Domain, tokenizer: Any, *, independent: bool = False, seed: int = 0) -> None:
         self._domain, self._vocabulary = domain, Vocabulary(domain, tokenizer)
         self._rng = np.random.default_rng(seed)
         self._streams: list[Stream] = []
+        self.texts: list[str] = []
         for _ in range(WINDOWS):
             self._streams.append(self._stream(sum(len(stream.markers) for stream in self._streams)))
         if independent:
@@ -49,14 +53,18 @@ class SampleStreams:
         """One stream whose targets are numbered from `first`; the first event is laid down however long it is."""
         vocabulary, rng = self._vocabulary, self._rng
         room = min(TOKENS, self._domain.stream.max_length) - len(vocabulary.suffix)
-        build = StreamBuilder([vocabulary.prefix, self._header()])
-        markers, labels = [], []
+        text, header = self._header()
+        build = StreamBuilder([vocabulary.prefix, header])
+        markers, labels, words = [], [], list(self._domain.outcomes.values())
         for place in range(EVENTS + PROBES):
-            event, label = self._event(), int(rng.integers(len(vocabulary.outcomes)))
+            (spelled, event), label = self._event(), int(rng.integers(len(vocabulary.outcomes)))
             longest = len(vocabulary.marker) + max(map(len, vocabulary.outcomes))
             if markers and build.length + len(event) + longest > room:
                 break
+            prompt = text + spelled + self._domain.marker
+            self.texts.append(prompt)
             if place < EVENTS:
+                text = prompt + words[label]
                 markers.append(build.trunk(event, vocabulary.marker))
                 build.trunk(vocabulary.outcomes[label])
             else:
@@ -67,11 +75,15 @@ class SampleStreams:
         numbers = np.arange(first, first + count)
         return Stream(ids, positions, branch, np.array(markers), np.array(labels), numbers, numbers)
 
-    def _header(self) -> np.ndarray:
-        return self._vocabulary.tokens(self._vocabulary.headers(self._columns(self._domain.header), 1).to_pylist())[0]
+    def _header(self) -> tuple[str, np.ndarray]:
+        """A header's text, and its tokens."""
+        texts = self._vocabulary.headers(self._columns(self._domain.header), 1).to_pylist()
+        return texts[0], self._vocabulary.tokens(texts)[0]
 
-    def _event(self) -> np.ndarray:
-        return self._vocabulary.tokens(self._vocabulary.events(self._columns(self._domain.event)).to_pylist())[0]
+    def _event(self) -> tuple[str, np.ndarray]:
+        """An event's text, and its tokens."""
+        texts = self._vocabulary.events(self._columns(self._domain.event)).to_pylist()
+        return texts[0], self._vocabulary.tokens(texts)[0]
 
     def _columns(self, template: str) -> dict[str, pa.Array]:
         """A made-up value for each column that a template names: a text, or a number where its format wants one."""

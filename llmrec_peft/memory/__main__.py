@@ -16,7 +16,7 @@ def main(args: list[str] | None = None) -> None:
     config = parse_config(MemoryConfig, [word for word in given if word != "--json"])
     with exit_on_error():
         estimate = estimate_memory(config)
-    print(json.dumps(estimate.to_dict(), indent=1) if as_json else f"{estimate.summary}\n\n{estimate.table()}")
+        print(json.dumps(estimate.to_dict(), indent=1) if as_json else f"{estimate.summary}\n\n{estimate.table()}")
 
 
 if __name__ == "__main__":

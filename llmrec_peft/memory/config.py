@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llmrec_peft.errors import ConfigError
+from llmrec_peft.fields import MAX_COUNT, MAX_TOKENS, check_fields, number
 from llmrec_peft.models.options import (
     METHODS,
     AdapterOptions,
@@ -33,13 +34,13 @@ class MemoryConfig(ModelOptions):
     lora: LoraOptions = field(default_factory=LoraOptions)
     qlora: QloraOptions = field(default_factory=QloraOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
-    labels: int = 2
+    labels: int = number(2, 2, 100_000)
     """Labels of the domain: rows of the head."""
-    micro_tokens: int = 1200
+    micro_tokens: int = number(1200, 1, MAX_TOKENS)
     """Tokens that go through the model at once, at most, as train.micro_tokens."""
-    length: int = 600
+    length: int = number(600, 1, MAX_TOKENS)
     """Tokens of a stream; a longer one than micro_tokens goes through alone."""
-    targets: int = 30
+    targets: int = number(30, 1, MAX_TOKENS)
     """Answers in a stream, as domain.stream.targets."""
     probes: bool = False
     """Streams have probes, and with them a mask [rows, 1, length, length]."""
@@ -49,9 +50,9 @@ class MemoryConfig(ModelOptions):
     """Optimiser, as train.optimizer."""
     device: Literal["gpu", "cpu"] = "gpu"
     """Kind of device: on a GPU the optimiser updates all tensors at once, which needs more memory for a moment."""
-    gpus: int = 1
+    gpus: int = number(1, 1, MAX_COUNT)
     """Devices, a process each."""
-    zero: int = 0
+    zero: int = number(0, 0, 3)
     """Stage of DeepSpeed's ZeRO, 0 to 3; 0 is one process, or DDP."""
     offload_optimizer: bool = False
     """Optimiser states and the update in the host's memory (ZeRO 1 to 3)."""
@@ -59,12 +60,10 @@ class MemoryConfig(ModelOptions):
     """Weights in the host's memory (ZeRO-3)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("micro_tokens", "length", "targets", "gpus"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.labels >= 2, "labels", "at least 2", self.labels)
-        _require(self.targets <= self.length, "targets", f"at most the length {self.length}", self.targets)
         _require(self.zero in (0, 1, 2, 3), "zero", "0, 1, 2 or 3", self.zero)
+        check_fields(self, brief=True)
+        super().__post_init__()
+        _require(self.targets <= self.length, "targets", f"at most the length {self.length}", self.targets)
         _require(not self.offload_optimizer or self.zero >= 1, "zero", "1, 2 or 3 with offload_optimizer", self.zero)
         _require(not self.offload_parameters or self.zero == 3, "zero", "3 with offload_parameters", self.zero)
         if self.method == "qlora" and self.zero == 3:

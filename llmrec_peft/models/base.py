@@ -9,11 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmrec_peft.errors import ModelError
+from llmrec_peft.data.files import scratch_directory, sweep
+from llmrec_peft.documents import read_mapping
+from llmrec_peft.errors import ModelError, output_errors
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.fingerprints import fingerprint_of
+from llmrec_peft.models.prompt_tokens import has_end_token, leave_end_token_out
 from llmrec_peft.models.requirements import check_layout
 from llmrec_peft.models.requirements import check_positions as check_positions
 from llmrec_peft.models.sharding import gathered, make_whole, splitting_in
@@ -119,14 +119,26 @@ def _converted(gguf: Path, name: str) -> Path:
     """Directory of the safetensors copy of a GGUF file, made if it is not in the cache."""
     target = cache_dir() / "bases" / f"{name}-v{_CONVERSION}-{file_fingerprint(gguf)[:16]}"
     if target.is_dir():
+        sweep(target.parent)
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"base {gguf.name} needs the package gguf to be read; install it with: pip install gguf")
+    print(f"Converting {gguf.name} to safetensors, once (about a minute)", file=sys.stderr, flush=True)
+    writing = output_errors(ModelError, f"converted base {target}", "make room or set LLMREC_PEFT_CACHE")
+    with writing, scratch_directory(target) as scratch:
+        _convert(gguf, name, scratch)
+        try:
+            os.replace(scratch, target)
+        except OSError:
+            if not target.is_dir():  # else another process has made the same copy meanwhile
+                raise
+    return target
+
+
+def _convert(gguf: Path, name: str, scratch: Path) -> None:
+    """Write the safetensors copy of a GGUF file, whole."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"Converting {gguf.name} to safetensors, once (about a minute)", file=sys.stderr, flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -138,16 +150,8 @@ def _converted(gguf: Path, name: str) -> Path:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
         scratch.chmod(0o755)
-        try:
-            os.replace(scratch, target)
-        except OSError:
-            if not target.is_dir():  # else another process has made the same copy meanwhile
-                raise
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"base {gguf} cannot be converted: {_one_line(error)}; use a supported GGUF") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
@@ -165,7 +169,10 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> Any:
-    """Tokenizer of a base, with a pad token that the vocabulary has already. Raises ModelError if there is none."""
+    """Tokenizer of a base, with a pad token that the vocabulary has already; that of a decoder puts no end token.
+
+    Raises ModelError if there is none.
+    """
     from transformers import AutoTokenizer
 
     with base_errors(base):
@@ -177,6 +184,8 @@ def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> Any:
                 f"base {base} has no special token to pad with; set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = token
+    if has_end_token(tokenizer) and not is_encoder(load_config(base, trust_remote_code=trust_remote_code)):
+        leave_end_token_out(tokenizer)
     return tokenizer
 
 
@@ -347,7 +356,10 @@ def _weight_files(base: str) -> list[Path]:
         index = cached_file(source, "model.safetensors.index.json", **options)
         if index is None:
             raise ModelError(f"base {base} has no model.safetensors; save it as safetensors (no pickle is read)")
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        named = read_mapping(index, error=ModelError).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+            raise ModelError(f"base {base}: {index} has no weight_map from tensors to files; download or save it again")
+        shards = sorted(set(named.values()))
         return [Path(cached_file(source, shard)) for shard in shards]
 
 

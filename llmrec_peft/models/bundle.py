@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,13 @@ from typing import Any
 
 import torch
 
-from llmrec_peft.data.files import write_json
-from llmrec_peft.errors import BundleError, ConfigError, ModelError
+from llmrec_peft.data.files import move_into_place, scratch_directory, write_json
+from llmrec_peft.errors import BundleError, ConfigError, ModelError, output_errors
 from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
 from llmrec_peft.models.card import CARD, bundle_card
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
-from llmrec_peft.models.files import check_links, move_into_place, read_json, sha256, stray_weights
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.files import check_links, read_json, sha256, stray_weights
+from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
     CONFIG,
@@ -43,8 +41,9 @@ from llmrec_peft.models.manifest import (
     weights_metadata,
 )
 from llmrec_peft.models.options import LoraOptions, ModelOptions, changes_base, from_mapping, method_options
+from llmrec_peft.models.prompt_tokens import tokens_around
 from llmrec_peft.models.sharding import is_split, whole_shape
-from llmrec_peft.models.tensors import TensorEntry, read_header
+from llmrec_peft.models.tensors import TensorEntry, read_header, save_tensors
 
 _PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "adapter": "BOTTLENECK", "head": "HEAD", "full": "FULL"}
 
@@ -82,8 +81,6 @@ def save_bundle(
     Raises BundleError if the directory holds something else or a merged model, if labels and domain differ, if the
     calibration is unsound, if a tensor is not whole, or if what was written cannot be read back.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     if classifier.model_options is None or classifier.method_options is None:
         raise BundleError("this classifier does not know its options; make it with load_classifier to save it")
@@ -95,13 +92,12 @@ def save_bundle(
             "save it with the domain it was trained on"
         )
     _check_place(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     _check_whole(classifier, state)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    writing = output_errors(BundleError, f"bundle {directory}", "make room or choose another directory")
+    with writing, scratch_directory(directory) as scratch:
         base = base or classifier.base
         tensors = adapter_tensors(classifier, state)
-        save_file(tensors, scratch / WEIGHTS, metadata=weights_metadata(classifier.labels, domain, calibration))
+        save_tensors(tensors, scratch / WEIGHTS, weights_metadata(classifier.labels, domain, calibration))
         write_json(adapter_config(classifier, base), scratch / CONFIG)
         _check_written(scratch / WEIGHTS, tensors, classifier)
         manifest = _manifest(classifier, tokenizer, dict(domain), base, calibration, counts, metrics)
@@ -110,8 +106,6 @@ def save_bundle(
         (scratch / CARD).write_text(bundle_card(manifest), encoding="utf-8")
         scratch.chmod(0o755)
         move_into_place(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return directory
 
 
@@ -226,7 +220,10 @@ def _manifest(
             "source": base_source(base),
             "fingerprint": base_fingerprint(source, trust_remote_code=options["trust_remote_code"]),
         },
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer)},
+        "tokenizer": {
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            **tokens_around(tokenizer, encoder=classifier.encoder),
+        },
         "domain": domain,
         "labels": list(outcomes),
         "words": list(outcomes.values()),
@@ -372,11 +369,11 @@ def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions
             f"{_told({'name': options.base, 'source': base_source(options.base)})} has {_short(found)}; "
             "load it on the base that it was trained on"
         )
-    found, said = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
-    if found != said:
+    said = manifest["tokenizer"].get("fingerprint")
+    if not fits(tokenizer, said):
         raise BundleError(
             f"bundle {directory} was trained with a tokenizer of fingerprint {_short(said)}, but that of base "
-            f"{options.base} has {_short(found)}; use the base's own tokenizer files"
+            f"{options.base} has {_short(tokenizer_fingerprint(tokenizer))}; use the base's own tokenizer files"
         )
     return tokenizer
 

@@ -198,11 +198,22 @@ def _answer(manifest: Mapping[str, Any]) -> list[str]:
         "",
         f"header, event, marker = {', '.join(map(repr, texts))}  # put values for what is in braces",
         f"pieces = [header, event, marker, {str(manifest['words'][-1])!r}, event, marker]",
-        'around = tokenizer("")["input_ids"]  # none, or BOS; CLS and SEP of an encoder',
+        *_around(manifest["tokenizer"]),
         'inside = [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]',
         "with torch.no_grad():",
-        "    logits = model(input_ids=torch.tensor([around[:1] + inside + around[1:]])).logits[0].float()",
+        "    logits = model(input_ids=torch.tensor([before + inside + behind])).logits[0].float()",
         f"probabilities = (logits{scale}{shift}).softmax(-1)  # {[str(label) for label in manifest['labels']]!r}",
+    ]
+
+
+def _around(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Lines that set the tokens before and behind a prompt; older manifests do not say them."""
+    known = [tokenizer.get(key) for key in ("prefix", "suffix")]
+    if all(isinstance(ids, list) and all(type(number) is int for number in ids) for ids in known):
+        return [f"before, behind = {known[0]!r}, {known[1]!r}  # BOS, if there is one; CLS and SEP of an encoder"]
+    return [
+        'around = tokenizer("")["input_ids"]  # none, or BOS; CLS and SEP of an encoder',
+        "before, behind = around[:1], around[1:]",
     ]
 
 
@@ -232,11 +243,38 @@ def _merging(manifest: Mapping[str, Any]) -> str:
     if measured:
         names = {"max_difference": "largest difference of a logit", "mean_difference": "mean difference of a logit",
                  "tolerance": "largest difference allowed", "answers": "answers compared", "streams": "of",
-                 "auc_adapted": "AUC, adapter", "auc_merged": "AUC, merged"}  # fmt: skip
+                 "auc_adapted": "AUC, adapter", "auc_merged": "AUC, merged",
+                 "stock_prompts": "prompts compared in stock classes",
+                 "stock_difference": "largest difference of a logit in stock classes",
+                 "text_same_tokens": "of these prompts, tokenised whole to the same tokens",
+                 "text_difference": "largest difference of a logit, prompts tokenised whole",
+                 "text_mean_difference": "mean difference of a logit, prompts tokenised whole",
+                 "text_left_difference": "the same, padded on the left"}  # fmt: skip
         found = [(names[key], _number(measured[key])) for key in names if measured.get(key) is not None]
         text += "\n\nAnswers of the adapter on its base and of these weights, compared before they were published:\n\n"
         text += _table(("measured", "value"), found)
+        text += _through_text(measured)
     return f"## Merged from\n\n{text}"
+
+
+def _through_text(measured: Mapping[str, Any]) -> str:
+    """What who hands whole texts to the tokenizer should know."""
+    count, same = measured.get("stock_prompts"), measured.get("text_same_tokens")
+    whole, left = measured.get("text_difference"), measured.get("text_left_difference")
+    allowed = measured.get("tolerance")
+    if not all(map(_is_number, (count, same, whole, left, allowed))):
+        return ""
+    lines = []
+    if same == count:
+        lines.append("A whole prompt, `tokenizer(text)`, gives the same tokens as its pieces.")
+    else:
+        lines.append(
+            f"A whole prompt, `tokenizer(text)`, gives other tokens than its pieces in {count - same} of {count} cases "
+            f"and moves logits by up to {_number(whole)}; training saw pieces, so join them as above."
+        )
+    if left > max(whole, allowed):
+        lines.append(f"Pad on the right: on the left, positions move, and logits by up to {_number(left)}.")
+    return "\n\n" + " ".join(lines)
 
 
 def _teaching(manifest: Mapping[str, Any]) -> str:

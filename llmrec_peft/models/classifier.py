@@ -405,8 +405,17 @@ def build_classifier(
     classifier.tokenizer = tokenizer
     classifier.base = model_options.base
     classifier.model_options = model_options
-    classifier.method_options = tuning
+    classifier.method_options = _resolved(tuning, classifier)
     return classifier.eval()
+
+
+def _resolved(tuning: MethodOptions, classifier: BehaviorClassifier) -> MethodOptions:
+    """The options as a bundle keeps them: what a pattern of modules matched is listed, and never matched again."""
+    targets = getattr(tuning, "target_modules", None)
+    if not isinstance(targets, str) or targets == "all-linear":
+        return tuning
+    config = classifier.stock.peft_config["default"]
+    return dataclasses.replace(tuning, target_modules=sorted(config.target_modules))
 
 
 def check_precision(model_options: ModelOptions, tuning: MethodOptions) -> None:

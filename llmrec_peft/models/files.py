@@ -1,12 +1,10 @@
-"""The cache directory, and the digests, checks and move into place that bundles are written and read with."""
+"""The cache directory, and the digests and checks that bundles are written and read with."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -64,18 +62,3 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(value).__name__} where a mapping belongs; copy it again or train again"
         )
     return value
-
-
-def move_into_place(scratch: Path, directory: Path) -> None:
-    """Rename onto `directory`; an old bundle steps aside first, as a directory cannot replace a full one."""
-    if not directory.exists():
-        os.replace(scratch, directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-    os.replace(directory, old)
-    try:
-        os.replace(scratch, directory)
-    except OSError:
-        os.replace(old, directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

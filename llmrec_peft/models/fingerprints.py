@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.data.files import write_json
+from llmrec_peft.documents import parse_json, read_mapping
+from llmrec_peft.errors import LLMRecError, ModelError
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.tensors import TensorEntry, fingerprint
 
@@ -75,21 +76,17 @@ def _cached_fingerprint(entries: dict[str, TensorEntry]) -> str:
 
 def _read_cache(path: Path) -> dict[str, str]:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_mapping(path)
+    except LLMRecError:
         return {}
-    sound = isinstance(known, dict) and all(isinstance(value, str) for value in known.values())
-    return known if sound else {}
+    return known if all(isinstance(value, str) for value in known.values()) else {}
 
 
 def _write_cache(path: Path, known: Mapping[str, str]) -> None:
     """Write the cache into place; where that cannot be, the weights are read again next time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=".fingerprints-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(known, file, indent=0)
-        os.replace(scratch, path)
+        write_json(known, path)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -98,12 +95,30 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
     The pad token is left out: it never reaches an answer, and `load_tokenizer` may have chosen it.
     """
+    return _tokenizer_digest(tokenizer, None)
+
+
+def fits(tokenizer: Any, said: Any) -> bool:
+    """Whether a fingerprint is this tokenizer's, or was before `load_tokenizer` took its end token away.
+
+    Bundles of earlier versions hold the latter, and so do those that were saved with the base's tokenizer as it is.
+    """
+    before = getattr(tokenizer, "replaced_post_processor", None)
+    return said == tokenizer_fingerprint(tokenizer) or (
+        before is not None and said == _tokenizer_digest(tokenizer, before)
+    )
+
+
+def _tokenizer_digest(tokenizer: Any, post_processor: Any) -> str:
+    """`post_processor` stands for the tokenizer's own unless it is None."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     special.pop("additional_special_tokens", None)
     content: dict[str, Any] = {"special": special, "vocabulary": sorted(tokenizer.get_vocab().items())}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        parts = json.loads(backend.to_str())
+        parts = parse_json(backend.to_str(), "the tokenizer", error=ModelError)
         content |= {part: parts.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")}
+        if post_processor is not None:
+            content["post_processor"] = post_processor
         content["model"] = {key: value for key, value in parts["model"].items() if key != "vocab"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

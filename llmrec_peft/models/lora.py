@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.base import HEAD_NAMES, backbone_entries, backbone_of
 from llmrec_peft.models.fused_lora import fuse_lora
-from llmrec_peft.models.options import LoraOptions, QloraOptions, changes_base
+from llmrec_peft.models.options import LoraOptions, QloraOptions, changes_base, matching_names
 from llmrec_peft.models.tensors import read_tensor
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,12 @@ def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False
         targets = _as_named(model, linear_names(model))
     elif isinstance(targets, str) and options.layers is not None:
         raise ModelError("layers cannot be set when target_modules is a pattern; list the names, or use all-linear")
-    else:
+    elif isinstance(targets, str):
+        targets = matching_names(targets, [name for name, _ in model.named_modules() if name])
+        if not targets:
+            raise ModelError(f"LoRA cannot be added: no module's path is as target_modules {options.target_modules!r} "
+                             "says; list the modules' names, or use all-linear")  # fmt: skip
+    if options.target_modules != "all-linear":
         _refuse_rewritten(model, targets)
     depth = model.config.get_text_config().num_hidden_layers
     if options.layers is not None and max(options.layers) >= depth:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from llmrec_peft.data.files import plain
 from llmrec_peft.errors import BundleError
 from llmrec_peft.models.files import read_json
 from llmrec_peft.models.options import METHODS
+from llmrec_peft.probabilities import read_calibration
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "behavior.json"
@@ -113,24 +113,8 @@ def check_domain(domain: Mapping[str, Any], where: str) -> None:
 
 
 def check_calibration(calibration: Mapping[str, Any] | None, labels: int, where: str) -> None:
-    """Raise BundleError unless it is None, or a finite temperature > 0 and a finite bias for each label (or null)."""
-    if calibration is None:
-        return
-    bias = calibration.get("bias")
-    sound = _is_number(calibration.get("temperature")) and calibration["temperature"] > 0
-    sound = sound and (bias is None or (isinstance(bias, list | tuple) and all(map(_is_number, bias))))
-    if not sound:
-        raise BundleError(
-            f"{where}: calibration must have a finite temperature above 0 and finite biases or null, "
-            f"not {dict(calibration)!r}; fit it again"
-        )
-    if bias is not None and len(bias) != labels:
-        raise BundleError(f"{where}: calibration has {len(bias)} biases, but {labels} labels; fit it again")
-
-
-def _is_number(value: object) -> bool:
-    value = value.item() if hasattr(value, "item") else value
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Raise BundleError unless it is None, or a temperature and a bias for each label (or null) within their bounds."""
+    read_calibration(calibration, labels, where)
 
 
 def weights_metadata(

@@ -12,27 +12,56 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmrec_peft.errors import ConfigError
+from llmrec_peft.documents import shortened
+from llmrec_peft.errors import ConfigError, one_line
+from llmrec_peft.fields import check_fields, number, require
 
 # What LoRA's `init` may be, and the advice for PEFT's schemes that need activations of real batches first.
 LORA_INITS = ("default", "gaussian", "olora", "pissa", "loftq", "orthogonal")
 _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 _DATA_INITS = ("eva", "corda")
 
+MAX_RANK = 4096
+"""Rank of a low-rank update, at most: the width of a layer of 7 billion weights."""
+MAX_LAYERS = 10_000
+"""Layers of a base, at most."""
 
-def require(rule: bool, field: str, requirement: str, value: object) -> None:
-    """Raise ConfigError unless a setting keeps its rule."""
-    if not rule:
-        raise ConfigError(f"{field} must be {requirement}, not {value!r}; change {field} in the configuration")
+
+def _layers() -> Any:
+    """The field of layer numbers."""
+    return number(None, 0, MAX_LAYERS)
 
 
 def _check_layers(layers: list[int] | None) -> None:
-    require(
-        layers is None or (len(layers) > 0 and min(layers) >= 0 and len(set(layers)) == len(layers)),
-        "layers",
-        "null or a list of different layer numbers from 0",
-        layers,
-    )
+    different = layers is None or (len(layers) > 0 and len(set(layers)) == len(layers))
+    require(different, "layers", "null or a list of different layer numbers from 0", layers)
+
+
+def _check_targets(targets: str | list[str]) -> None:
+    """A text other than all-linear is a regular expression, which must be one that a linear-time matcher knows."""
+    require(bool(targets), "target_modules", "all-linear or a list of names", targets)
+    if not isinstance(targets, str) or targets == "all-linear":
+        return
+    try:
+        matching_names(targets, [""])
+    except ValueError as error:
+        requirement = f"all-linear, a list of names or a regular expression in RE2's syntax ({one_line(error)})"
+        raise ConfigError(
+            f"target_modules must be {requirement}, not {shortened(repr(targets))}; list the modules' names"
+        ) from None
+
+
+def matching_names(pattern: str, names: list[str]) -> list[str]:
+    """Those of `names` that a regular expression describes whole, in time linear in their length (RE2).
+
+    Raises:
+        ValueError: not a regular expression of RE2, which has no backreferences and no lookaround.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    array = pa.array(names, pa.string())
+    return array.filter(pc.match_substring_regex(array, rf"\A(?:{pattern})\z")).to_pylist()
 
 
 @dataclass
@@ -50,7 +79,7 @@ class ModelOptions:
     head_init: Literal["words", "zero", "random"] = "words"
     """Start of the head: the outcome words' rows of the language-model head (an encoder's starts at random, and a base
     that is a classifier of these labels keeps its own), zero, or random."""
-    head_scale: float = 1.0
+    head_scale: float = number(1.0, 0, 1e6, above=True)
     """Factor on the rows that `head_init: words` starts from."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -58,43 +87,37 @@ class ModelOptions:
     """Allow model code that comes with the base to run."""
 
     def __post_init__(self) -> None:
-        require(bool(self.base and self.base.strip()), "base", "a model name or path", self.base)
-        _check_choice(self, "dtype", ("float32", "bfloat16", "float16"))
-        _check_choice(self, "attn", ("sdpa", "eager", "flash_attention_2"))
-        _check_choice(self, "head_init", ("words", "zero", "random"))
-        require(0 < self.head_scale < float("inf"), "head_scale", "a finite number above 0", self.head_scale)
+        check_fields(self)
+        require(bool(self.base.strip()), "base", "a model name or path", self.base)
 
 
 @dataclass
 class LoraOptions:
     """Low-rank adapters in the linear layers (Hu et al. 2021), with DoRA, rsLoRA and PEFT's initialisations."""
 
-    r: int = 16
+    r: int = number(16, 1, MAX_RANK)
     """Rank of each update."""
-    alpha: float = 32
+    alpha: float = number(32, 0, 1e6, above=True)
     """Scale of each update: alpha / r, or alpha / sqrt(r) with rslora."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, 0, 1, below=True)
     """Dropout in front of each low-rank update."""
     target_modules: str | list[str] = "all-linear"
-    """Layers to adapt: all-linear, a list of module names, or a regular expression."""
+    """Layers to adapt: all-linear, a list of module names, or a regular expression (RE2) of their whole paths."""
     dora: bool = False
     """Weight-decomposed updates (DoRA, Liu et al. 2024)."""
     rslora: bool = False
     """Rank-stabilised scale alpha / sqrt(r) (Kalajdzievski 2023)."""
     init: str = "default"
     """Start of the updates: default, gaussian, olora, pissa, pissa_niter_N, loftq or orthogonal."""
-    layers: list[int] | None = None
+    layers: list[int] | None = _layers()
     """Numbers of the layers to adapt, from 0; null for all."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train too."""
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, "r", "a whole number of at least 1", self.r)
-        require(0 < self.alpha < float("inf"), "alpha", "a finite number above 0", self.alpha)
-        require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
-        require(bool(self.target_modules), "target_modules", "all-linear or a list of names", self.target_modules)
+        check_fields(self)
+        _check_targets(self.target_modules)
         _check_layers(self.layers)
-        _check_choice(self, "bias", ("none", "all", "lora_only"))
         if self.init in _DATA_INITS:
             raise ConfigError(
                 f"init must be one of {', '.join(LORA_INITS)} or pissa_niter_N, not {self.init!r}, which needs "
@@ -122,9 +145,6 @@ class QloraOptions(LoraOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice(self, "quant_type", ("nf4", "fp4"))
-        _check_choice(self, "compute_dtype", (None, "float32", "bfloat16", "float16"))
-        _check_choice(self, "quant_storage", (None, "uint8", "float32", "bfloat16", "float16"))
         require(not changes_base(self), "init", "default, gaussian or loftq on a 4-bit base", self.init)
 
 
@@ -139,23 +159,20 @@ class AdapterOptions:
 
     placement: Literal["pfeiffer", "houlsby", "parallel"] = "pfeiffer"
     """Place of the blocks: after the MLP (pfeiffer), after attention and MLP (houlsby), beside the MLP (parallel)."""
-    size: int = 64
+    size: int = number(64, 1, 65_536)
     """Width of the bottleneck."""
     activation: Literal["gelu", "relu", "silu"] = "gelu"
     """Non-linearity of the bottleneck."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, 0, 1, below=True)
     """Dropout between the non-linearity and the up-projection."""
-    scale: float = 1.0
+    scale: float = number(1.0, -1e6, 1e6)
     """Factor on what a block adds."""
-    layers: list[int] | None = None
+    layers: list[int] | None = _layers()
     """Numbers of the layers to adapt, from 0; null for all."""
 
     def __post_init__(self) -> None:
-        _check_choice(self, "placement", ("pfeiffer", "houlsby", "parallel"))
-        require(self.size >= 1, "size", "a whole number of at least 1", self.size)
-        _check_choice(self, "activation", ("gelu", "relu", "silu"))
-        require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
-        require(0 < abs(self.scale) < float("inf"), "scale", "a finite number other than 0", self.scale)
+        check_fields(self)
+        require(self.scale != 0, "scale", "a finite number other than 0", self.scale)
         _check_layers(self.layers)
 
 
@@ -179,12 +196,6 @@ METHODS: dict[str, type] = {
     "head": HeadOptions,
     "full": FullOptions,
 }
-
-
-def _check_choice(options: Any, field: str, choices: tuple) -> None:
-    value = getattr(options, field)
-    names = ", ".join("null" if choice is None else choice for choice in choices)
-    require(value in choices, field, f"one of {names}", value)
 
 
 def method_options(method: str, values: Mapping[str, Any]) -> MethodOptions:

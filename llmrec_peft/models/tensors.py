@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +78,31 @@ def _entry(path: Path, name: str, value: object, start: int) -> TensorEntry:
     if not sound:
         raise ValueError(f"describes tensor {name!r} wrongly in its header")
     return TensorEntry(path, name, start + begin, start + end, dtype, shape)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    order_metadata(path)
+
+
+def order_metadata(path: Path) -> None:
+    """Write a safetensors file's header again with its metadata sorted by key: the library's order is random.
+
+    The library sorts the tensors itself, by dtype and name. The new header has the length of the old one, or less and
+    spaces behind it, so no tensor moves.
+    """
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        metadata = dict(sorted(header.pop("__metadata__", {}).items()))
+        text = json.dumps({"__metadata__": metadata, **header}, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise ValueError(f"has a header of {length} bytes that takes {len(text)} when it is written again")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..config import DistillConfig, read_config
 from ..data.domain import Domain
-from ..data.files import replacing
+from ..data.files import replacing, scratch_directory
 from ..data.log import BehaviorLog
 from ..data.streams import StreamDataset, StreamSubset
 from ..data.tokens import Vocabulary
@@ -33,6 +34,7 @@ from ..models.manifest import WEIGHTS, digest
 from ..training.processes import check_same, joined, together, uses_fsdp
 from .launch import check_launch, common_facts, flatten
 from .outputs import Costs
+from .places import check_output, writing
 from .run import prepare_run
 from .streams import SplitStreams, build_splits, check_split, read_log, split_of, streams_of
 from .train import check_classes, fit
@@ -88,6 +90,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         chosen = _kept_layers(config, manifest)
         layers = _compared_layers(config, manifest, chosen)
         kept = Path(config.answers.path or run.path("teacher"))
+        check_output(kept, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
         if asks:
             check_kept(kept, manifest, [other for _, other in layers])
     check_same(common_facts(config), "start every process with the same settings and versions")
@@ -99,10 +102,10 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             check_split(splits, name, manifest["counts"].get("split"))
         if student.kind == "ids" and student.content:
             _check_content(config.teacher_domain, log)
-    with tempfile.TemporaryDirectory(prefix="llmrec-student-") as start:
+    with scratch_directory(Path(tempfile.gettempdir(), "llmrec-student")) as start:
         # All that the log can be refused for comes before the teacher's answers, which take the longest.
-        with together():
-            base = _source(config, manifest, log, domain, Path(start))
+        with together(), writing(start, "the student's start"):
+            base = _source(config, manifest, log, domain, start)
             tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
             streams = build_splits(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
             if config.loss.hard:
@@ -115,18 +118,21 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             show(f"loading the teacher {config.teacher}", flush=True)
             with together():
                 teacher = _teacher(config, state)
-            with costs.timed("asking the teacher"):
+            with costs.timed("asking the teacher"), writing(kept, "answers.path"):
                 given = _ask(config, teacher, log, splits, [other for _, other in layers], kept, state)
         with together():
             if student.kind == "shallow":
-                start_shallow(teacher.classifier, chosen, Path(start), student.mlp, student.heads_kept)
-                base = start
+                with writing(start, "the student's start"):
+                    start_shallow(teacher.classifier, chosen, start, student.mlp, student.heads_kept)
+                base = str(start)
             del teacher
             _check_targets(streams, given)
             fingerprint = streams.fingerprint(base, valid=config.train.eval_steps > 0)
             fingerprint = digest({"streams": fingerprint, "teacher": digest(manifest)})
             set_seed(config.train.seed)
-            classifier = load_classifier(base, domain, "full", trust_remote_code=config.trust_remote_code)
+            # The layers of a teacher without sdpa have none either.
+            attn = _attention(manifest) if student.kind == "shallow" else "sdpa"
+            classifier = load_classifier(base, domain, "full", attn=attn, trust_remote_code=config.trust_remote_code)
             if given.content is not None:
                 _read_content(classifier, given.content, streams, config)
         show(classifier.summary())
@@ -143,6 +149,12 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
 
 
 # -- the teacher -------------------------------------------------------------------------------------
+
+
+def _attention(manifest: Mapping[str, Any]) -> str:
+    """Attention kernel of a teacher, a bundle or a merged model, as far as a student must take it over."""
+    said = manifest.get("attn") or manifest.get("model_options", {}).get("attn")
+    return "eager" if said == "eager" else "sdpa"
 
 
 def _teacher(config: DistillConfig, state: PartialState) -> Bundle:

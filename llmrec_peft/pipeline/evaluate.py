@@ -18,7 +18,7 @@ from ..models.predict import predict
 from ..training.processes import joined, together
 from .answers import measure, metric_names, prediction_table
 from .ranking import Lists, check_ranking, rank
-from .results import check_output, write_results
+from .results import check_results, write_results
 from .streams import check_split, read_log, split_of, streams_of
 
 
@@ -41,7 +41,8 @@ def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
         manifest = read_answering(config.bundle)
         domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
         if config.output_dir is not None:
-            check_output(Path(config.output_dir))
+            inputs = {"bundle": config.bundle, "data.path": config.data.path, "base": config.base}
+            check_results(Path(config.output_dir), inputs | {"ranking.retrieval": config.ranking.retrieval})
         show(f"reading {config.data.path}", flush=True)
         splits = split_of(read_log(config.data), domain)
         check_split(splits, config.split, manifest["counts"].get("split"))

@@ -1,5 +1,6 @@
 """Fusing a bundle's answers with what the log says of its items, and measuring both together and each alone."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ from ..models.manifest import MANIFEST
 from ..models.predict import Predictions, predict
 from ..training.processes import joined, together
 from .answers import metric_names, users_of
-from .results import cell, check_output, print_cells, write_results
-from .run import check_place
+from .places import check_output
+from .results import cell, check_results, print_cells, write_results
 from .streams import check_split, limited, read_log, split_of, streams_of
 
 NAMES = ("auc", "gauc", "logloss", "ece")
@@ -116,17 +117,20 @@ def _fuse(config: FuseConfig, state: PartialState) -> dict[str, Any]:
 
 def _check_places(config: FuseConfig, place: Path) -> None:
     """Before the minutes that scoring takes: what is fitted can be written, and replaces nothing but its like."""
-    try:
-        check_place(place)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("output_dir", "retrieval", 1)) from None
+    inputs = {"data.path": config.data.path, "base": config.base}
+    bundle = os.path.realpath(config.bundle)
+    check_output(
+        place, inputs, what="retrieval", own=lambda path: path == place or os.path.realpath(path) == bundle,
+    )  # fmt: skip
+    if os.path.realpath(place) == bundle:
+        raise ConfigError(f"retrieval {place} is the bundle itself; choose another directory")
     if place.exists() and not (place / EVIDENCE_MANIFEST).is_file() and any(place.iterdir()):
         raise ConfigError(
             f"retrieval {place} exists and holds nothing that this recipe fitted, so it is not replaced; "
             "choose another directory"
         )
     if config.output_dir is not None:
-        check_output(Path(config.output_dir))
+        check_results(Path(config.output_dir), inputs | {"bundle": config.bundle, "retrieval": str(place)})
 
 
 def _evidence(splits: Splits, domain: Domain, seed: int) -> Evidence:
@@ -205,10 +209,7 @@ def _measure_and_save(
     answers = _answers(parts, fusion, config.seed)
     names = [*NAMES, *(name for name in metric_names(test.streams, None) if name not in DEFAULT_NAMES)]
     values, gaps = _compare(test, answers, names, config)
-    try:
-        kept.save(place, fusion=fusion, adapter=adapter)
-    except OSError as error:
-        raise ConfigError(f"retrieval {place} cannot be written ({error.strerror}); choose another") from None
+    kept.save(place, fusion=fusion, adapter=adapter)
     found = {
         "test": {system: _plain(by_name) for system, by_name in values.items()},
         "fused_minus": {system: _plain(by_name) for system, by_name in gaps.items()},

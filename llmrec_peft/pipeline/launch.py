@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 from transformers import TrainingArguments
 
 from ..config import TrainRecipeConfig, config_to_yaml
+from ..documents import parse_yaml
 from ..errors import ConfigError
 from ..models.base import check_quantization
 from ..models.manifest import installed
@@ -65,7 +65,7 @@ def launch_of(arguments: TrainingArguments) -> str:
 
 def common_facts(config: TrainRecipeConfig) -> dict[str, str]:
     """Settings and versions that all processes must share, by name; where the log lies may differ."""
-    flat = flatten(yaml.safe_load(config_to_yaml(config)))
+    flat = flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
     facts = {key: repr(value) for key, value in flat.items() if key != "data.path"}
     found = installed(*PACKAGES)
     return facts | {f"the version of {name}": found.get(name, "absent") for name in PACKAGES}

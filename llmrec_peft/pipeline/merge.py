@@ -12,6 +12,7 @@ from ..inference.merged import check_output
 from ..models.base import load_tokenizer, resolve_base
 from ..models.manifest import MANIFEST
 from ..training.processes import joined
+from . import places
 from .streams import check_split, read_log, split_of, streams_of
 
 
@@ -35,6 +36,9 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
     bundles = config.bundle if many else [config.bundle]
     first = mergeable(bundles[0])
     check_output(config.output_dir, *bundles)
+    inputs = {f"bundle {number}" if many else "bundle": path for number, path in enumerate(bundles)}
+    inputs |= {"data.path": config.data.path, "base": config.base}
+    places.check_output(config.output_dir, inputs, own=lambda path: path == Path(config.output_dir))
     settings = {
         "dtype": config.dtype,
         "base": config.base,
@@ -75,4 +79,16 @@ def _print(found: dict[str, Any], directory: Path) -> None:
     print(f"  {found['mean_difference']:.3g} in the mean; the logits' standard deviation is {found['spread']:.3g}")
     if found["auc_adapted"] is not None and found["auc_merged"] is not None:
         print(f"  AUC {found['auc_adapted']:.6f} adapted, {found['auc_merged']:.6f} merged")
+    _print_stock(found)
     print(f"{found['bytes'] / 1e9:.2f} GB in {found['dtype']}, {found['seconds']:.0f} s; written to {directory}")
+
+
+def _print_stock(found: dict[str, Any]) -> None:
+    """What stock classes answer, where `found` says so."""
+    count, same = found["stock_prompts"], found["text_same_tokens"]
+    print(f"{count} prompts in stock classes: {found['stock_difference']:.3g} in a logit at most on the same tokens")
+    if same is None:
+        return
+    print(f"  {found['text_difference']:.3g} where whole texts are tokenised; {same} of {count} give the same tokens")
+    if found["text_left_difference"] > max(found["text_difference"], found["tolerance"]):
+        print(f"  {found['text_left_difference']:.3g} where they are padded on the left: pad on the right")

@@ -22,6 +22,7 @@ from ..models.classifier import BehaviorClassifier
 from ..models.predict import Predictions
 from ..training.trainer import BehaviorTrainer
 from .answers import measure, metric_names, prediction_table, users_of
+from .places import writing
 from .run import Run
 from .streams import SplitStreams, limited
 
@@ -102,6 +103,22 @@ def save_run(
         save_bundle(run.path("bundle"), model, model.tokenizer, domain, state=state, **facts)
     else:
         save(model, domain, **facts)
+    with writing(run.directory):
+        return _write(run, trainer, streams, before, after, calibration, metrics, names, cost)
+
+
+def _write(
+    run: Run,
+    trainer: BehaviorTrainer,
+    streams: SplitStreams,
+    before: Answers | None,
+    after: Answers,
+    calibration: Calibration,
+    metrics: dict[str, Any],
+    names: list[str],
+    cost: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write predictions.parquet, report.md and metrics.json; returns the metrics."""
     tables = [prediction_table(getattr(after, name), streams[name], calibration) for name in ("valid", "test")]
     write_parquet(pa.concat_tables(tables), run.path("predictions.parquet"))
     content = _report_content(run, trainer, streams, before, after, calibration, cost)

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.files import replacing, write_json, write_parquet
+from ..data.files import replacing, sweep, write_json, write_parquet
 from ..data.tables import shorten
-from ..errors import ConfigError
+from ..documents import parse_json, read_mapping
+from ..errors import ConfigError, LLMRecError
 from ..models.manifest import digest
+from .places import writing
 
 RESULT, ERRORS, DIRECTORY = "recommendations.parquet", "errors.jsonl", "parts"
 NOTE = b"llmrec_peft"
@@ -65,8 +67,8 @@ class Parts:
         """
         with self._writing():
             shutil.rmtree(self._done, ignore_errors=True)
-            for path in (*self.out.glob(f".{RESULT}.*.partial"), *self.out.glob(f".{ERRORS}.*.partial")):
-                path.unlink()
+            sweep(self.out)
+            sweep(self.directory)
             if self.directory.is_dir():
                 self._check_settings()
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -79,14 +81,12 @@ class Parts:
         if not found:
             return
         try:
-            old = json.loads(self.settings.read_text("utf-8"))
-        except (OSError, ValueError):
-            old = None
-        if not isinstance(old, dict):
+            old = read_mapping(self.settings)
+        except LLMRecError:
             raise ConfigError(
                 f"{self.directory} holds {min(found)} and no {self.settings.name} of a recommend job; choose "
                 "another output_dir, or remove it"
-            )
+            ) from None
         for name in sorted(old.keys() | self._facts.keys()):
             if old.get(name) != self._facts.get(name):
                 raise ConfigError(
@@ -176,15 +176,42 @@ class Parts:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        try:
+        with writing(self.out):
             yield
-        except OSError as error:
-            raise ConfigError(f"output_dir {self.out} cannot be written ({error.strerror}); choose another") from None
+
+
+def check_results(out: Path) -> None:
+    """Raise ConfigError where the results of a job would replace a file that no such job wrote."""
+    for name, own in ((RESULT, _is_result), (ERRORS, _is_errors)):
+        if (out / name).exists() and not own(out / name):
+            raise ConfigError(
+                f"output_dir {out} holds {name}, which no recommend job wrote, so it is not replaced; choose another "
+                "directory, or remove it"
+            )
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return False
+    own = names[:4] == ["user_id", "rank", "item_id", "score"] and names[-1] == "source"
+    return own and all(name.startswith("p_") for name in names[4:-1])
+
+
+def _is_errors(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            entry = json.loads(file.readline(100_000))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(entry, dict) and entry.keys() == {"row", "user_id", "error"}
 
 
 def _note(schema: pa.Schema) -> dict[str, Any]:
-    note = json.loads((schema.metadata or {}).get(NOTE, b"{}"))
-    if not isinstance(note, dict) or not isinstance(note.get("errors"), list):
+    note = parse_json((schema.metadata or {}).get(NOTE, b"{}"), "the note of a recommend job")
+    errors = note.get("errors") if isinstance(note, dict) else None
+    if not isinstance(errors, list) or not all(isinstance(entry, dict) and "row" in entry for entry in errors):
         raise ValueError("no note of a recommend job")
     return note
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..config import RecommendConfig, config_to_yaml
 from ..data.domain import Domain
 from ..data.log import BehaviorLog
-from ..errors import DataError, LLMRecError
+from ..documents import parse_yaml
+from ..errors import ConfigError, DataError, LLMRecError
 from ..inference.evidence import DIRECTORY as EVIDENCE
 from ..inference.evidence import MANIFEST as EVIDENCE_MANIFEST
 from ..inference.merged import read_answering
@@ -24,8 +24,9 @@ from ..models.files import sha256
 from ..models.manifest import MANIFEST, digest, installed
 from ..training.processes import check_same, joined, together
 from .launch import PACKAGES, check_shared, flatten
-from .parts import ERRORS, RESULT, Parts
-from .run import check_place
+from .parts import DIRECTORY as PARTS
+from .parts import ERRORS, RESULT, Parts, check_results
+from .places import check_output
 from .streams import read_log
 from .users import Request, Users, read_ids, table_fingerprint
 
@@ -105,7 +106,10 @@ def _report(out: Path, rows: int, errors: Sequence[dict[str, Any]], users: int) 
 
 
 def _read(config: RecommendConfig, state: PartialState, show) -> _Job:
-    check_place(Path(config.output_dir))
+    inputs = {"bundle": config.bundle, "data.path": config.data.path, "users": config.users, "base": config.base,
+              "candidates": config.candidates, "retrieval": config.retrieval}  # fmt: skip
+    check_output(config.output_dir, inputs, writes=(RESULT, ERRORS, PARTS))
+    check_results(Path(config.output_dir))
     manifest = read_answering(config.bundle)
     domain = Domain.from_dict(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
     show(f"reading {config.data.path}", flush=True)
@@ -152,7 +156,7 @@ def _facts(
     config: RecommendConfig, users: Users, candidates: list[str] | None, manifest: dict[str, Any]
 ) -> dict[str, str]:
     """All that the answers depend on, by name."""
-    settings = flatten(yaml.safe_load(config_to_yaml(config)))
+    settings = flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
     facts = {key: repr(value) for key, value in settings.items() if not key.startswith(PLACES) and key not in FREE}
     evidence = Path(config.retrieval or Path(config.bundle) / EVIDENCE) / EVIDENCE_MANIFEST
     facts["the bundle"] = digest(manifest)

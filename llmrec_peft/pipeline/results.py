@@ -1,33 +1,54 @@
 """How recipes that measure show what they found, and where they leave it, apart from what training left."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..data.files import write_json, write_parquet
 from ..errors import ConfigError
-from .run import check_place, holds_run
+from .places import check_output, writing
+from .run import holds_run
 
 
-def check_output(directory: Path) -> None:
-    """Before the minutes that scoring takes: the directory can be written, and is not that of a training run."""
-    check_place(directory)
+def check_results(directory: Path, inputs: Mapping[str, str | None]) -> None:
+    """Before the minutes that scoring takes: the results can be written, and replace nothing but earlier results.
+
+    inputs: what the recipe reads, by key.
+    """
+    check_output(directory, inputs, writes=("metrics.json", "predictions.parquet", "ranking.parquet"))
     if holds_run(directory):
         raise ConfigError(f"output_dir {directory} is a training run's, whose metrics.json would go; choose another")
+    for path in (directory / "metrics.json", directory / "predictions.parquet", directory / "ranking.parquet"):
+        if path.exists() and not _is_result(path):
+            raise ConfigError(
+                f"output_dir {directory} holds {path.name}, which no recipe of this kind wrote, so it is not replaced; "
+                "choose another directory, or remove it"
+            )
+
+
+def _is_result(path: Path) -> bool:
+    """Whether `write_results` may have written a file."""
+    try:
+        if path.suffix == ".parquet":
+            return {"user_id", "item_id"} <= set(pq.read_schema(path).names)
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, pa.ArrowException):
+        return False
+    return isinstance(found, dict) and any(isinstance(found.get(name), dict) for name in ("train", "valid", "test"))
 
 
 def write_results(directory: Path, metrics: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> None:
     """Write metrics.json, and each table under its name as parquet."""
-    try:
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
             write_parquet(table, directory / f"{name}.parquet")
         write_json(metrics, directory / "metrics.json")
-    except OSError as error:
-        raise ConfigError(f"output_dir {directory} cannot be written ({error.strerror}); choose another") from None
     print(f"written to {directory}: {', '.join(['metrics.json', *(f'{name}.parquet' for name in tables)])}")
 
 

@@ -1,21 +1,21 @@
 """A run's directory: what it holds, how it starts, and how it goes on."""
 
-import json
 import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainRecipeConfig, config_to_yaml
-from ..data.files import write_json, write_text
-from ..errors import ConfigError
+from ..data.files import sweep, write_json, write_text
+from ..documents import parse_yaml, read_mapping, read_yaml
+from ..errors import ConfigError, DataError
+from ..training.checkpoints import check_checkpoint, last_checkpoint, unfinished_checkpoints
 from ..training.processes import processes, together
-from ..training.trainer import last_checkpoint, unfinished_checkpoints
 from .launch import check_shared, flatten
+from .places import check_output, writing
 
 # What a training recipe leaves in its output directory, and nothing else of it is ever deleted.
 RESULTS = ("metrics.json", "predictions.parquet", "report.md", "reliability.png", "learning_curve.png")
@@ -65,7 +65,7 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
     except ValueError as error:
         raise ConfigError(f"train.report_to {config.train.report_to}: {' '.join(str(error).split())}") from None
     directory = Path(config.output_dir)
-    check_place(directory)
+    check_output(directory, _inputs(config), writes=(*RESULTS, *DIRECTORIES, SETTINGS))
     checkpoint = None
     if config.train.resume:
         checkpoint = _checkpoint_of(directory, config)
@@ -78,23 +78,21 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
     return Run(config, directory, checkpoint)
 
 
-def check_place(directory: Path) -> None:
-    """Raise ConfigError unless `directory` can be made and written."""
-    place = directory.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        reason = "is no directory" if not place.is_dir() else "may not be written"
-        raise ConfigError(f"output_dir {directory} cannot be written ({place} {reason}); choose another")
+def _inputs(config: TrainRecipeConfig) -> dict[str, str | None]:
+    """What a run reads, by key."""
+    found = {"data.path": config.data.path, "model.base": config.model.base}
+    for key in ("teacher", "base"):
+        found[key] = getattr(config, key, None)
+    return found
 
 
 def holds_run(directory: Path) -> bool:
     """Whether a training recipe has written here: its configuration, or the note beside its checkpoints."""
     try:
-        found = yaml.safe_load((directory / SETTINGS).read_text("utf-8"))
+        found = read_yaml(directory / SETTINGS, error=ConfigError)
         if isinstance(found, dict) and {"data", "train", "evaluation", "output_dir"} <= found.keys():
             return bool({"domain", "teacher"} & found.keys())
-    except (OSError, ValueError, yaml.YAMLError):
+    except ConfigError:
         pass
     return "streams" in _record(directory)
 
@@ -102,10 +100,9 @@ def holds_run(directory: Path) -> bool:
 def _record(directory: Path) -> dict[str, Any]:
     """What the run in `directory` trains on (`streams`) and how it was split (`launch`); empty where unknown."""
     try:
-        found = json.loads((directory / "checkpoints" / "streams.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_mapping(directory / "checkpoints" / "streams.json")
+    except DataError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -132,14 +129,10 @@ def begin_run(run: Run, fingerprint: str, launch: str) -> None:
             _check_resumed(run, checkpoints, fingerprint, launch)
     with together():
         if state.is_main_process:
-            try:
+            with writing(run.directory):
                 _make_ready(run, checkpoints)
                 write_text(config_to_yaml(_settings(run.config)), run.path(SETTINGS))
                 write_json({"streams": fingerprint, "launch": launch}, checkpoints / "streams.json")
-            except OSError as error:
-                raise ConfigError(
-                    f"output_dir {run.directory} cannot be written ({error.strerror}); choose another"
-                ) from None
     with together():
         check_shared(run.path(SETTINGS), state)
 
@@ -162,6 +155,7 @@ def _check_resumed(run: Run, checkpoints: Path, fingerprint: str, launch: str) -
 
 def _make_ready(run: Run, checkpoints: Path) -> None:
     run.directory.mkdir(parents=True, exist_ok=True)
+    sweep(run.directory)
     # Its presence says that all the rest is there.
     run.path("metrics.json").unlink(missing_ok=True)
     if run.config.train.resume:
@@ -181,15 +175,20 @@ def _checkpoint_of(directory: Path, config: TrainRecipeConfig) -> str | None:
     """The checkpoint to go on from, None if none is whole; refuses other settings than the run's."""
     if not holds_run(directory) or not (directory / SETTINGS).is_file():
         raise ConfigError(f"train.resume: {directory} holds no run (no {SETTINGS}); start one without train.resume")
-    text = (directory / SETTINGS).read_text("utf-8")
-    old, new = (flatten(yaml.safe_load(text)) for text in (text, config_to_yaml(config)))
+    found = read_yaml(directory / SETTINGS, error=ConfigError, what=f"train.resume: {directory / SETTINGS}")
+    if not isinstance(found, dict):
+        raise ConfigError(f"train.resume: {directory / SETTINGS} is no mapping of keys; start a new run")
+    old, new = flatten(found), flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
     for key in sorted(old.keys() | new.keys()):
         if _decides(key, config) and old.get(key) != new.get(key):
             raise ConfigError(
                 f"train.resume: {directory} was started with {key} {old.get(key)!r}, and now it is {new.get(key)!r}; "
                 f"use the same settings, or start a new run"
             )
-    return last_checkpoint(directory / "checkpoints")
+    checkpoint = last_checkpoint(directory / "checkpoints")
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def _decides(key: str, config: TrainRecipeConfig) -> bool:

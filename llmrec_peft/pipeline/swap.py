@@ -3,17 +3,20 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
 from ..config import SwapConfig
 from ..data.files import replacing
 from ..data.sources.records import is_json
-from ..errors import ConfigError
+from ..data.tables import listed, shorten
+from ..errors import BundleError, ConfigError, DataError
 from ..inference.bank import DomainBank
+from ..inference.versions import check_name
+from ..models.bundle import check_bundle
+from .places import check_output_file, writing
 from .requests import answer_line, in_batches, read_requests
-from .run import check_place
 
 
 def swap(config: SwapConfig) -> None:
@@ -22,13 +25,20 @@ def swap(config: SwapConfig) -> None:
     Raises:
         LLMRecError: with one line on what cannot be used.
     """
-    if config.output is not None:
-        check_place(Path(config.output).parent)
     if not is_json(Path(config.requests)):
         raise ConfigError(f"requests must be an existing file of JSON lines (.jsonl), not {config.requests!r}")
+    bundles = {f"bundles.{name}": path for name, path in config.bundles.items()}
+    bundles |= {f"swap.{name}": path for name, path in config.swap.items()}
+    if config.output is not None:
+        items = {f"items.{name}": path for name, path in config.items.items()}
+        check_output_file(config.output, {"requests": config.requests, "base": config.base, **bundles, **items})
+    for name in config.bundles:
+        check_name(name)
+    _check_requests(config)
+    base = _base(config, bundles)
     start = time.perf_counter()
     bank = DomainBank.load(
-        config.base,
+        base,
         config.bundles,
         config.items,
         fallback=config.fallback,
@@ -36,11 +46,40 @@ def swap(config: SwapConfig) -> None:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    print(f"base {config.base} with {len(bank)} domains, loaded in {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"base {base} with {len(bank)} domains, loaded in {time.perf_counter() - start:.1f} s", flush=True)
     for name, size in bank.sizes().items():
         print(f"  {name:<20} {size / 1e6:8.1f} MB  labels {', '.join(bank.labels(name))}")
     _answer(bank, config)
     _swap(bank, config)
+
+
+def _check_requests(config: SwapConfig) -> None:
+    """Read all requests once, before the seconds that a base takes."""
+    for number, request in enumerate(read_requests(config.requests)):
+        if config.fallback is None and request[0] not in config.bundles:
+            raise DataError(
+                f"request {number} of {config.requests} is of domain {shorten(request[0])}, which is not in the bank; "
+                f"use one of {listed(sorted(config.bundles))}, or set fallback"
+            )
+
+
+def _base(config: SwapConfig, bundles: Mapping[str, str]) -> str:
+    """The base given, or the one that all bundles name."""
+    found: dict[str, tuple[str, str]] = {}
+    for key, directory in bundles.items():
+        manifest = check_bundle(directory)[0]
+        options = manifest["model_options"]
+        source = str(options["base"])
+        if options.get("gguf_file"):
+            source = str(Path(source) / options["gguf_file"])
+        found.setdefault(str(manifest["base"].get("fingerprint")), (key, source))
+    if len(found) > 1:
+        (one, its), (other, others) = list(found.values())[:2]
+        raise BundleError(
+            f"{one} was trained on base {its} and {other} on base {others}, whose weights differ; a bank has one base: "
+            "run swap for each base apart"
+        )
+    return next(iter(found.values()))[1] if config.base is None else config.base
 
 
 def _answer(bank: DomainBank, config: SwapConfig) -> None:
@@ -69,20 +108,20 @@ def _output(path: str | None) -> Iterator[TextIO | None]:
     if path is None:
         yield None
         return
-    try:
+    with writing(path, "output"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
             yield file
-    except OSError as error:
-        raise ConfigError(f"output {path} cannot be written ({error.strerror}); choose another") from None
 
 
 def _swap(bank: DomainBank, config: SwapConfig) -> None:
-    """Put each new bundle in and, back, the old one, which is in memory then."""
+    """Put each new bundle in and, back, the old one, which is read into memory first."""
     fresh, loaded = [], []
     for name, old in config.bundles.items():
         new = config.swap.get(name, old)
         for directory, times in ((new, fresh if new != old else loaded), (old, loaded)):
+            if times is loaded:
+                bank.preload(directory)
             start = time.perf_counter()
             bank.swap(name, directory)
             times.append(1e3 * (time.perf_counter() - start))

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError
+from ..probabilities import read_calibration
 
 FORMAT_VERSION = 1
 KIND = "onnx"
@@ -99,14 +99,6 @@ def sha256(path: Path) -> str:
 
 
 def calibration_of(manifest: Mapping[str, Any]) -> tuple[float, list[float] | float]:
-    """Temperature, and the bias of each label. Raises BundleError where they are not finite, or not one a label."""
-    calibration = manifest["calibration"] or {}
-    temperature, bias = calibration.get("temperature", 1.0), calibration.get("bias")
-    numbers = [temperature, *(bias or ())]
-    sound = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers) and temperature > 0
-    if not sound or (bias is not None and len(bias) != len(manifest["labels"])):
-        raise BundleError(
-            f"calibration must have a finite temperature above 0 and a finite bias for each of the labels "
-            f"{manifest['labels']}, or null, not {dict(calibration)!r}; fit it again"
-        )
-    return float(temperature), 0.0 if bias is None else [float(value) for value in bias]
+    """Temperature, and the bias of each label. Raises BundleError where they are out of bounds, or not one a label."""
+    temperature, bias = read_calibration(manifest["calibration"], len(manifest["labels"]), MANIFEST)
+    return temperature, 0.0 if bias is None else list(bias)

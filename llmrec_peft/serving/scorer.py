@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.layout import Stream, StreamBuilder
 from ..errors import BundleError, DataError, LLMRecError
+from ..probabilities import calibrated
 from .graph import Graph
 from .items import Items
 from .manifest import MODELS, TOKENIZER, calibration_of, check_file, read_serving
@@ -206,9 +207,7 @@ class OnnxScorer:
 
     def _calibrated(self, logits: np.ndarray) -> np.ndarray:
         """softmax(logits / temperature + bias), float64 [n, labels]."""
-        values = logits.astype(np.float64) / self._temperature + self._bias
-        values = np.exp(values - values.max(1, keepdims=True))
-        return values / values.sum(1, keepdims=True)
+        return calibrated(logits, self._temperature, self._bias)
 
 
 def _stream(trunk: np.ndarray, probes: Sequence[np.ndarray]) -> Stream:

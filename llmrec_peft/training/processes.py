@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, str_to_bool
 
-from ..errors import ConfigError, LLMRecError
+from ..errors import ConfigError, LLMRecError, machine_fault
 
 
 def _flag(name: str) -> bool:
@@ -120,12 +120,12 @@ def together() -> Iterator[None]:
         if own is not None:
             raise own
         return
-    found = gather_object([None if own is None else (type(own), str(own))])
+    found = gather_object([None if own is None else (type(own), machine_fault(own) or str(own))])
     failed = [rank for rank, error in enumerate(found) if error is not None]
     if not failed:
         return
     kind, text = found[failed[0]]
-    if own is not None and not isinstance(own, LLMRecError):
+    if own is not None and not isinstance(own, LLMRecError) and machine_fault(own) is None:
         raise own
     if len(failed) < state.num_processes:
         text = f"{text} (on process {failed[0]} of {state.num_processes})"

@@ -1,6 +1,7 @@
 """Transformers' Trainer on streams: one global batch gives one gradient, however it is split."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,14 +19,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..data.collator import StreamCollator
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, output_errors
 from ..models.classifier import BehaviorClassifier
 from ..models.predict import Predictions, predict
 from ..models.selftest import check_streams
+from .checkpoints import COMPLETE, reading
 from .losses import BehaviorLoss
 from .sampler import EpochDataLoader, GlobalBatchSampler
-
-COMPLETE = "complete"  # file that is written last into a checkpoint; without it the checkpoint does not count
 
 
 class BehaviorTrainer(Trainer):
@@ -260,14 +260,21 @@ class BehaviorTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Save, mark the checkpoint as whole, and only then delete older ones."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        run = self._get_output_dir(trial)
+        directory = Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
-            super()._save_checkpoint(model, trial)
+            with output_errors(ConfigError, f"checkpoint {directory}", "make room, then go on with train.resume"):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._mark_whole(directory)
+        except ConfigError:
+            (directory / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(directory, ignore_errors=True)  # half of one takes room and is of no use
+            raise
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run = self._get_output_dir(trial)
-            self._mark_whole(Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
             rotate_checkpoints(
                 output_dir=run, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,
@@ -297,8 +304,9 @@ class BehaviorTrainer(Trainer):
                 deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
             else:
                 self._load_trained(resume_from_checkpoint)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
+            with reading(resume_from_checkpoint):
+                self._load_optimizer_and_scheduler(resume_from_checkpoint)
+                self._load_scaler(resume_from_checkpoint)
         return found
 
     def _init_training_state(self, *args, **kwargs):
@@ -306,7 +314,8 @@ class BehaviorTrainer(Trainer):
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns of the path, which is mended here
         try:
-            found = super()._init_training_state(*args, **kwargs)
+            with reading(self.args.output_dir):
+                found = super()._init_training_state(*args, **kwargs)
         finally:
             logging.set_verbosity(verbosity)
         step = self.state.best_global_step
@@ -324,19 +333,8 @@ class BehaviorTrainer(Trainer):
         self._load_trained(self.state.best_model_checkpoint)
 
     def _load_trained(self, directory: str) -> None:
-        self.model.load_trainable_state_dict(safetensors.torch.load_file(Path(directory, SAFE_WEIGHTS_NAME)))
-
-
-def last_checkpoint(directory: str | Path) -> str | None:
-    """The newest checkpoint in a run's directory that is whole; unfinished ones are passed over."""
-    found = [path.parent for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
-
-
-def unfinished_checkpoints(directory: str | Path) -> list[Path]:
-    """Checkpoints that were never finished."""
-    found = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return [path for path in found if path.is_dir() and not (path / COMPLETE).is_file()]
+        with reading(directory):
+            self.model.load_trainable_state_dict(safetensors.torch.load_file(Path(directory, SAFE_WEIGHTS_NAME)))
 
 
 class StopEarly(EarlyStoppingCallback):

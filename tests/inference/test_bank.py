@@ -91,20 +91,23 @@ def test_a_swap_brings_its_labels_calibration_and_domain(bundle_of, tiny_base, i
 
 
 def test_a_swap_of_a_loaded_bundle_reads_nothing(bundle_of, tiny_base, items, monkeypatch):
+    """In memory is what a domain uses, and what was preloaded; a version that was swapped out is read again."""
     one, two = bundle_of(seed=1), bundle_of(seed=2)
-    bank = DomainBank.load(tiny_base("llama"), {"m": one}, {"m": items})
+    bank = DomainBank.load(tiny_base("llama"), {"m": one, "n": one}, dict.fromkeys("mn", items))
     bank.preload(two)
     from llmrec_peft.inference import bank as module
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("read again")
 
     monkeypatch.setattr(module, "load_member", refuse)
     answers = []
-    for directory in (two, one, two):
+    for directory in (two, one, one):
         bank.swap("m", directory)
         answers.append(bank.score([("m", HISTORY, MOVIES)])[0])
-    assert np.array_equal(answers[0], answers[2]) and not np.allclose(answers[0], answers[1], atol=1e-3)
+    assert np.array_equal(answers[1], answers[2]) and not np.allclose(answers[0], answers[1], atol=1e-3)
+    with pytest.raises(AssertionError, match="read again"):
+        bank.swap("m", two)
 
 
 def test_the_base_is_left_alone(bundle_of, tiny_base, items):

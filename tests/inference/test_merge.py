@@ -645,7 +645,7 @@ def test_killed_and_run_again(point, bundle, tmp_path):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert not out.exists()
-    left = [path for path in tmp_path.iterdir() if path.name.startswith(".merged-merging-")]
+    left = [path for path in tmp_path.iterdir() if path.name.startswith(".merged.")]
     assert left, "the process was killed before it had written anything"
     merge_bundle(bundle, out)
     assert torch.allclose(answers(out), answers(bundle), atol=2e-5)

@@ -1,0 +1,237 @@
+"""Where recipes may write, full disks, and what killed processes leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmrec_peft.data import files
+from llmrec_peft.data.files import move_into_place, replacing, scratch_directory, sweep, write_text
+from llmrec_peft.errors import ConfigError
+from llmrec_peft.inference.bank import DomainBank
+from llmrec_peft.inference.evidence import Evidence
+from llmrec_peft.pipeline.places import check_output, check_output_file
+from tests.conftest import ROOT
+from tests.recipes.test_directories import contents, refused
+
+
+@contextmanager
+def file_size_limit(size: int):
+    """Writes beyond `size` bytes of one file fail with a real error of the system, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# -- places: what fails the same way is any output that is, holds, or lies in what is read or whole --
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> Path:
+    """A log, a bundle, an export and a base by their files, and a link to the log."""
+    for name in ("log/interactions.csv", "bundle/behavior.json", "export/serving.json", "base/config.json",
+                 "base/model.safetensors", "free/other.txt"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "log")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "out",
+    ["log", "log/out", "link", "link/x/y", "free/../log", ".", "..", "bundle", "bundle/x", "export/x", "base/x"],
+)  # fmt: skip
+def test_outputs_over_what_is_read_are_refused(out, places):
+    with pytest.raises(ConfigError, match="choose") as caught:
+        check_output(out, {"data.path": "log"})
+    assert "\n" not in str(caught.value)
+    for inner in ("free", "free/new", "new/../new2", "logs"):
+        check_output(inner, {"data.path": "log", "base": "smollm2-135m", "bundle": None})
+
+
+def test_an_input_that_the_output_would_replace_is_refused(places):
+    check_output("run", {"teacher": "bundle"}, writes=("bundle",))
+    with pytest.raises(ConfigError, match=r"teacher bundle would be replaced by bundle of output_dir \."):
+        check_output(".", {"teacher": "bundle"}, writes=("bundle",))
+    for path in ("log", "log/interactions.csv", "link/interactions.csv", "log/answers.jsonl", "bundle/answers.jsonl"):
+        with pytest.raises(ConfigError, match="choose|name a file"):
+            check_output_file(path, {"requests": "log/interactions.csv", "items.a": "log"})
+    check_output_file("free/answers.jsonl", {"requests": "log/interactions.csv", "items.a": "log"})
+
+
+@pytest.mark.parametrize("place", ["bundle", "bundle/eval", "data", "data/out"])
+@pytest.mark.parametrize("name", ["evaluate", "merge", "fuse", "recommend"])
+def test_recipes_refuse_such_outputs_first(name, place, trained, data, recipe, capfd):
+    bundle = trained("head") / "bundle"
+    out = {"bundle": bundle, "bundle/eval": bundle / "eval", "data": data, "data/out": data / "out"}[place]
+    before = contents(trained("head")), contents(data)
+    flags = ["--bundle", str(bundle), "--data.path", str(data), "--output_dir", str(out)]
+    line = refused(recipe(name), flags, capfd)
+    assert str(out) in line and "choose another" in line.replace("a directory of its own", "another")
+    assert (contents(trained("head")), contents(data)) == before
+
+
+def test_a_run_does_not_write_into_its_own_data(recipe, arguments, data, trained, tmp_path, capfd):
+    (tmp_path / "link").symlink_to(data)
+    before = contents(data)
+    for out in (data, data / "out", data.parent, tmp_path / "link" / "x", trained("head") / "bundle"):
+        assert "output_dir" in refused(recipe("head"), arguments("head", out), capfd)
+    assert contents(data) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("recommend", "recommendations.parquet"), ("recommend", "errors.jsonl"),
+                       ("evaluate", "metrics.json"), ("evaluate", "predictions.parquet")]
+)  # fmt: skip
+@pytest.mark.parametrize("content", [b"mine", b"", b'{"mine": 1}', None])
+def test_a_foreign_result_is_not_replaced(name, file, content, trained, data, recipe, tmp_path, capfd):
+    if content is None:
+        pq.write_table(pa.table({"mine": [1]}), tmp_path / file)
+    else:
+        (tmp_path / file).write_bytes(content)
+    before = contents(tmp_path)
+    flags = ["--bundle", str(trained("head") / "bundle"), "--data.path", str(data), "--output_dir", str(tmp_path)]
+    assert f"holds {file}" in refused(recipe(name), flags, capfd)
+    assert contents(tmp_path) == before
+
+
+# -- swap --
+
+
+def test_swap_reads_requests_first_and_finds_its_base(trained, data, recipe, tmp_path, capfd, monkeypatch):
+    bundle, path = trained("head") / "bundle", tmp_path / "requests.jsonl"
+    flags = ["--bundles", json.dumps({"a": str(bundle)}), "--items", json.dumps({"a": str(data)})]
+    flags += ["--requests", str(path)]
+    path.write_text('{"domain": "a", "history": [], "candidates": []}\n')
+    recipe("swap")(flags)
+    assert "1 requests" in capfd.readouterr().out
+    for output in (path, bundle / "behavior.json", bundle / "answers.jsonl", data / "answers.jsonl"):
+        assert "output" in refused(recipe("swap"), [*flags, "--output", str(output)], capfd)
+    monkeypatch.setattr(DomainBank, "load", None)  # no base is loaded for a bad request
+    for line in ('{"domain": "b", "history": [], "candidates": []}', '{"domain": "a"}', "{"):
+        path.write_text('{"domain": "a", "history": [], "candidates": []}\n' + line + "\n")
+        refused(recipe("swap"), flags, capfd)
+
+
+# -- full disks: what fails the same way is any write that ends early --
+
+
+@pytest.mark.parametrize("size", [300, 20_000, pytest.param(60_000, marks=pytest.mark.slow)])
+def test_a_full_disk_during_a_run_is_one_line(size, recipe, arguments, tmp_path, capfd):
+    out = tmp_path / "out"
+    with file_size_limit(size):
+        line = refused(recipe("head"), arguments("head", out), capfd)
+    assert "cannot be" in line and "File too large" in line or "written" in line
+    assert not list(out.rglob(".*")) and not (out / "metrics.json").exists()
+    for checkpoint in out.glob("checkpoints/checkpoint-*"):
+        assert (checkpoint / "complete").is_file()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "fuse"])
+def test_a_full_disk_at_the_end_of_a_measurement_is_one_line(name, trained, data, recipe, tmp_path, capfd, monkeypatch):
+    out, place = tmp_path / "out", tmp_path / "retrieval"
+    flags = ["--bundle", str(trained("head") / "bundle"), "--data.path", str(data), "--output_dir", str(out)]
+    flags += ["--retrieval", str(place), "--bootstrap", "0"] if name == "fuse" else []
+    write, save = files.write_parquet, Evidence.save
+
+    def full(*args, **options):
+        with file_size_limit(200):
+            return (write if isinstance(args[0], pa.Table) else save)(*args, **options)
+
+    monkeypatch.setattr(sys.modules["llmrec_peft.pipeline.results"], "write_parquet", full)
+    monkeypatch.setattr(Evidence, "save", full)
+    assert "cannot be written" in refused(recipe(name), flags, capfd)
+    assert not place.exists() and not (out / "metrics.json").exists()
+    assert not list(tmp_path.rglob(".*")) and not list(out.rglob("*.parquet"))
+
+
+# -- what killed processes leave: any temporary file or directory, and what had stepped aside --
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from llmrec_peft.data import files
+place = Path({place!r})
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if {kind!r} == "file":
+    with files.replacing(place) as partial:
+        partial.write_text("half")
+        die()
+with files.scratch_directory(place) as scratch:
+    (scratch / "half").write_text("half")
+    if {kind!r} == "directory":
+        die()
+    replace, calls = os.replace, []
+    os.replace = lambda *names: die() if calls else (calls.append(1), replace(*names))
+    files.move_into_place(scratch, place)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "moving"])
+def test_what_a_killed_process_left_is_swept(kind, tmp_path):
+    place = tmp_path / "a*[b] -old-"
+    if kind == "moving":
+        place.mkdir()
+        write_text("old", place / "old")
+    code = KILLED.format(place=str(place), kind=kind)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL
+    left = list(tmp_path.iterdir())
+    assert left and place not in left
+    sweep(tmp_path, "other")
+    assert list(tmp_path.iterdir()) == left
+    sweep(tmp_path, place.name)
+    assert [path.name for path in tmp_path.iterdir()] == ([place.name] if kind == "moving" else [])
+    assert kind != "moving" or contents(place) == {"old": b"old"}
+
+
+def test_what_lives_or_is_foreign_is_not_swept(tmp_path):
+    foreign = (".mine.partial", ".mine.previous.partial", ".x-older", "x.12345678.partial", ".x.part")
+    for name in foreign:
+        (tmp_path / name).write_text("mine")
+    with scratch_directory(tmp_path / "x") as scratch, replacing(tmp_path / "y") as partial:
+        sweep(tmp_path)
+        with scratch_directory(tmp_path / "x") as second:
+            assert scratch.is_dir() and partial.is_file() and second != scratch
+        move_into_place(scratch, tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*foreign, "x", "y"])
+
+
+def test_a_killed_conversion_is_swept_by_the_next(tmp_path, monkeypatch):
+    from llmrec_peft.models import base
+
+    monkeypatch.setenv("LLMREC_PEFT_CACHE", str(tmp_path / "cache"))
+    gguf = tmp_path / "tiny.gguf"
+    gguf.write_bytes(b"GGUF")
+    monkeypatch.setattr(base, "_convert", lambda source, name, scratch: write_text("whole", scratch / "config.json"))
+    bases = tmp_path / "cache" / "bases"
+    target = base._converted(gguf, "tiny")
+    left = bases / f".{target.name}.0123abcd.partial"
+    left.mkdir()
+    assert base._converted(gguf, "tiny") == target and list(bases.iterdir()) == [target]
+    files.shutil.rmtree(target)
+    left.mkdir()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(base, "_convert", full)
+    with pytest.raises(ValueError, match="converted base .*No space left.*; make room"):
+        base._converted(gguf, "tiny")
+    assert list(bases.iterdir()) == []
