@@ -142,8 +142,6 @@ def test_family(family, base_of, streams_of, tmp_path):
 @pytest.mark.parametrize("family", marked([f for f in FAMILIES if not f.refused]))
 def test_merged(family, base_of, streams_of, tmp_path):
     """Merged = adapted, by stock classes."""
-    if family.attn == "eager":
-        pytest.xfail("merged models are loaded with sdpa")
     classifier = load_classifier(str(base_of(family)), CANDIDATES, "lora", attn=family.attn, head_scale=3.0)
     train(classifier, streams_of(CANDIDATES))
     bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, CANDIDATES.to_dict())
