@@ -378,6 +378,11 @@ class StreamDataset(torch.utils.data.Dataset):
         """Targets of all windows, sampled negatives included."""
         return int(self.target_offsets[-1])
 
+    @property
+    def has_probes(self) -> bool:
+        """Whether any target is answered off the trunk, as a candidate that the others must not see."""
+        return bool((self._negatives >= 0).any() or not self._on_trunk[self._target_positions].all())
+
     def limited(self, targets: int | None, seed: int = 0) -> "torch.utils.data.Subset | StreamDataset":
         """Whole windows drawn at random until they hold at least so many targets; all for None."""
         if targets is None or targets >= self.num_targets:

@@ -37,6 +37,7 @@ from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import fits
 from llmrec_peft.models.manifest import installed
 from llmrec_peft.models.predict import Predictions, predict
+from llmrec_peft.models.selftest import check_candidates
 
 OPSET = 18
 """Of the graph by default: the least that torch's exporter writes."""
@@ -94,6 +95,7 @@ def export_onnx(
             f"student {student} ({classifier.config.model_type}) reads both ways and cannot share a history among "
             "candidates; export a decoder"
         )
+    check_candidates(classifier, "an exported scorer answers many candidates to one history")
     domain = Domain.of_manifest(loaded.domain, source=f"the domain of {student}")
     check_positions(classifier.config, domain.stream.max_length)
     size = sum(value.numel() * value.element_size() for value in classifier.parameters())

@@ -20,8 +20,10 @@ from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.errors import ModelError
 from llmrec_peft.inference.kept import Kept, KeptTrunks
 from llmrec_peft.inference.member import Member
+from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.last_layer import LastLayer
+from llmrec_peft.models.selftest import check_candidates
 
 ROW_TOKENS = 800
 """Tokens of one row: its new trunk tokens and as many probes as fit, at least CHUNK_TOKENS of them; the rest follow in
@@ -107,6 +109,8 @@ class Engine:
                 f"base {classifier.config.model_type} reads both ways and cannot share a history among candidates; "
                 "score its bundle by recipes/evaluate.py, or use a decoder"
             )
+        check_candidates(classifier, "a scorer or bank answers many candidates to one history", cache=True)
+        attention.count_no_places(classifier.stock)
         self.classifier = classifier.eval().requires_grad_(False)
         self.pad_token_id, self.kept = pad_token_id, kept
         self._modules = dict(classifier.stock.named_modules())
@@ -141,6 +145,8 @@ class Engine:
     def _rows(self, tensor: torch.Tensor, span: _Span) -> torch.Tensor:
         """A bundle's tokens of an activation, [n, width], without a copy."""
         rows, length = self._active.shape
+        if tensor.dim() == 4 and tensor.shape[1] == 1:  # DeepSeek's keys and values, shared by all heads
+            tensor = tensor.squeeze(1)
         if tensor.shape[:2] == (rows, length):
             return tensor[span.first : span.last].view(-1, tensor.shape[-1])
         if tensor.shape[0] == rows * length:

@@ -42,6 +42,7 @@ from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.card import CARD, merged_card
 from llmrec_peft.models.manifest import MANIFEST, WEIGHTS, installed, read_manifest
 from llmrec_peft.models.predict import Predictions, predict
+from llmrec_peft.models.selftest import hides_candidates
 
 Dtype = Literal["float32", "bfloat16"]
 TOLERANCE = {"float32": 1e-3, "low": 0.25}
@@ -224,7 +225,8 @@ def _streams(adapted: Bundle, settings: MergeSettings) -> tuple[Any, bool]:
                 f"a bundle on a model of item ids (domain {domain.name!r}) cannot answer made-up items, so its merge "
                 "is not measured without a log; give streams, or data.path to recipes/merge.py"
             )
-        return SampleStreams(domain, adapted.tokenizer, independent=encoder), False
+        alone = not hides_candidates(adapted.classifier)
+        return SampleStreams(domain, adapted.tokenizer, independent=alone), False
     return IndependentPrompts(streams) if encoder and not isinstance(streams, IndependentPrompts) else streams, True
 
 

@@ -213,10 +213,14 @@ def install(model: nn.Module) -> bool:
     if torch.accelerator.is_available():
         return False
 
-    def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any):
-        layouts = _layouts(query, key, value, mask, rest)
+    # The mask's name is that of Transformers' own functions, as some layers pass it by name.
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None,
+        **rest: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        layouts = _layouts(query, key, value, attention_mask, rest)
         if layouts is None:
-            return sdpa_attention_forward(module, query, key, value, mask, **rest)
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
         scale = rest.get("scaling")
         return block_attention(query, key, value, layouts, query.shape[-1] ** -0.5 if scale is None else scale), None
 
@@ -224,6 +228,29 @@ def install(model: nn.Module) -> bool:
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(NAME)
     return model.config._attn_implementation == NAME
+
+
+def count_no_places(stock: nn.Module) -> None:
+    """Leave what each token sees to the mask alone, where layers also count places in the row (GPT-Neo's windows).
+
+    A row may hold many candidates, and be longer than the window and the positions that each of its prompts fits into
+    (`check_positions`); there the layers' own causal buffer would hide what a prompt alone sees.
+    """
+    found = [module for module in stock.modules() if _is_causal_buffer(getattr(module, "bias", None))]
+    if found:
+        size = max(module.bias.shape[-1] for module in found) + _BEYOND
+        causal = torch.ones(1, 1, size, size, dtype=torch.bool, device=found[0].bias.device).tril_()
+        for module in found:
+            module.bias = causal
+
+
+def _is_causal_buffer(value: Any) -> bool:
+    is_mask = isinstance(value, torch.Tensor) and value.dim() == 4 and not value.is_floating_point()
+    return is_mask and value.shape[:2] == (1, 1) and value.shape[2] == value.shape[3]
+
+
+_BEYOND = 2048
+"""Tokens of candidates in a row beyond the positions of a base; the engine's rows hold fewer."""
 
 
 def _layouts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, rest: dict) -> list | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,11 @@ from llmrec_peft.errors import ModelError, output_errors
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.fingerprints import fingerprint_of
 from llmrec_peft.models.prompt_tokens import has_end_token, leave_end_token_out
+from llmrec_peft.models.requirements import check_layout
+from llmrec_peft.models.requirements import check_positions as check_positions
 from llmrec_peft.models.sharding import gathered, make_whole, splitting_in
+from llmrec_peft.models.stock import HEAD_NAMES, head_name, head_of, is_encoder, modules_named
+from llmrec_peft.models.stock import backbone_of as backbone_of
 from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, read_headers, read_rows, read_tensor
 
 _CONVERSION = 1  # raised when converted copies in users' caches must be made again
@@ -48,16 +51,9 @@ BASES: dict[str, EmbeddedBase] = {
 }
 """Embedded names; the one place that lists them."""
 
-HEAD_NAMES = ("score", "classifier")
-"""What Transformers calls a sequence classifier's head."""
 UNTRAINED = ("pooler", "pre_classifier")
 """Modules of encoders between backbone and head that a language model's checkpoint lacks."""
 _NOT_BACKBONE = ("score.", "classifier.", "lm_head.", "cls.", "embed_out.")
-_PADDED_POSITIONS = (
-    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod",
-    "longformer", "luke", "mpnet", "ibert", "esm", "lilt", "layoutlmv3", "markuplm",
-)  # fmt: skip
-"""Encoders that count positions from pad_token_id + 1, as RoBERTa does: so many of their positions take no token."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "embeddings.position_ids")
 
 
@@ -193,35 +189,6 @@ def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def is_encoder(config: Any) -> bool:
-    """True for bidirectional models (BERT-like): those with a masked-language-model class, unless set as a decoder."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
-    return config.model_type in MASKED and not getattr(config, "is_decoder", False)
-
-
-def check_positions(config: Any, max_length: int) -> None:
-    """Raise ModelError unless the base can read `max_length` tokens, each seeing all before it."""
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and text.model_type in _PADDED_POSITIONS:
-        positions -= (text.pad_token_id or 0) + 1
-    if positions is not None and max_length > positions:
-        raise ModelError(
-            f"base has {positions} positions but max_length is {max_length}; "
-            f"lower domain.stream.max_length to {positions} or use another base"
-        )
-    window = getattr(text, "sliding_window", None)
-    slides = getattr(text, "use_sliding_window", True) and "sliding_attention" in (
-        getattr(text, "layer_types", None) or ["sliding_attention"]
-    )
-    if window is not None and slides and max_length > window:
-        raise ModelError(
-            f"base attends over a sliding window of {window} tokens but max_length is {max_length}; "
-            f"lower domain.stream.max_length to {window} or use another base"
-        )
-
-
 def load_model(
     base: str,
     num_labels: int,
@@ -299,31 +266,9 @@ def _read_head(model: nn.Module, base: str) -> None:
                 value.copy_(read_tensor(entries[f"{head}.{name}"]))
 
 
-def modules_named(model: nn.Module, name: str) -> list[nn.Module]:
-    """Modules whose path ends in `name`."""
-    return [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
-
-
 def _as_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Before a float32 module of a bfloat16 or float16 encoder."""
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-
-def check_layout(base: str, model: nn.Module) -> None:
-    """Raise ModelError unless a stock classifier has a backbone and a head that streams can use."""
-    kind, backbone = type(model).__name__, backbone_of(model, missing_ok=True)
-    if backbone is None:
-        raise ModelError(f"base {base}: {kind} has no backbone under its prefix; use another architecture")
-    head = head_of(model)
-    if is_encoder(model.config):
-        return
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ModelError(f"base {base}: the head of {kind} is not a linear layer without bias; use another base")
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
-        raise ModelError(
-            f"base {base}: {type(backbone).__name__} takes no position_ids, which streams with probes need; "
-            "use a decoder with rotary or learned positions"
-        )
 
 
 def _fresh_modules(base: str, missing: list[str]) -> list[str]:
@@ -338,27 +283,6 @@ def _fresh_modules(base: str, missing: list[str]) -> list[str]:
             )
         modules.add(parts[place])
     return sorted(modules)
-
-
-def backbone_of(model: nn.Module, missing_ok: bool = False) -> nn.Module | None:
-    """The transformer under a stock classifier's head."""
-    backbone = getattr(model, model.base_model_prefix or "", None)
-    if backbone is None and not missing_ok:
-        raise ModelError(f"{type(model).__name__} has no backbone named {model.base_model_prefix!r}; use another base")
-    return backbone
-
-
-def head_name(model: nn.Module) -> str:
-    """Attribute of a stock classifier that holds its head. Raises ModelError if there is none."""
-    for name in HEAD_NAMES:
-        if isinstance(getattr(model, name, None), nn.Module):
-            return name
-    raise ModelError(f"{type(model).__name__} has no head named {' or '.join(HEAD_NAMES)}; use another base")
-
-
-def head_of(model: nn.Module) -> nn.Module:
-    """The head of a stock classifier."""
-    return getattr(model, head_name(model))
 
 
 def word_rows(base: str, model: nn.Module, token_ids: list[int]) -> torch.Tensor:

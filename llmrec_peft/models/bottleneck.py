@@ -120,11 +120,10 @@ def add_adapters(model: nn.Module, options: AdapterOptions) -> None:
     Raises ModelError for a layout that is not known, naming the modules found, and for layers that do not exist.
     """
     layers = transformer_layers(model)
-    _check_layers(layers, options)
-    layout = find_layout(layers[0])
+    layouts = _layouts(layers, options)
     width = model.config.get_text_config().hidden_size
     device = next(layers[0].parameters()).device
-    for number in range(len(layers)) if options.layers is None else options.layers:
+    for number, layout in layouts.items():
         for path in _wrapped_paths(layout, options):
             parent_path, _, name = path.rpartition(".")
             parent = layers[number].get_submodule(parent_path)
@@ -140,17 +139,19 @@ def add_adapters(model: nn.Module, options: AdapterOptions) -> None:
 def adapter_paths(model: nn.Module, options: AdapterOptions) -> list[str]:
     """Paths of the modules that `add_adapters` would wrap; nothing is built. Raises ModelError as it does."""
     layers = transformer_layers(model)
-    _check_layers(layers, options)
     root = next(path for path, module in model.named_modules() if module is layers)
-    numbers = range(len(layers)) if options.layers is None else options.layers
-    return [f"{root}.{number}.{path}" for number in numbers for path in _wrapped_paths(find_layout(layers[0]), options)]
+    found = _layouts(layers, options).items()
+    return [f"{root}.{number}.{path}" for number, layout in found for path in _wrapped_paths(layout, options)]
 
 
-def _check_layers(layers: nn.ModuleList, options: AdapterOptions) -> None:
+def _layouts(layers: nn.ModuleList, options: AdapterOptions) -> dict[int, Layout]:
+    """From the number of each layer that gets adapters to its layout: a base may have layers of several kinds."""
     if options.layers is not None and max(options.layers) >= len(layers):
         raise ModelError(
             f"layers names layer {max(options.layers)}, but the base has {len(layers)}; use 0 to {len(layers) - 1}"
         )
+    numbers = range(len(layers)) if options.layers is None else options.layers
+    return {number: find_layout(layers[number]) for number in numbers}
 
 
 def _wrapped_paths(layout: Layout, options: AdapterOptions) -> list[str]:

@@ -40,6 +40,7 @@ from llmrec_peft.models.options import (
     from_mapping,
     method_options,
 )
+from llmrec_peft.models.selftest import check_domain
 from llmrec_peft.models.sharding import assign, whole, whole_shape
 
 
@@ -65,6 +66,7 @@ class BehaviorClassifier(nn.Module):
         self.method_options: Any = None
         # Low-rank factors that an initialisation took out of the base weights (PiSSA, OLoRA); see `lora.py`.
         self.initial_factors: dict[str, torch.Tensor] = {}
+        self.selftests: dict[str, str | None] = {}  # what `selftest` found wrong, by measurement
 
     @property
     def stock(self) -> nn.Module:
@@ -119,11 +121,21 @@ class BehaviorClassifier(nn.Module):
             )
         if self.encoder:
             return self._encoder_logits(input_ids, markers, attention_mask, branch)
+        return self._head_logits(self.head_inputs(input_ids, position_ids, markers, attention_mask, branch))
+
+    def head_inputs(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        markers: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `forward` gives to the head of a decoder: [T, H]; arguments as `forward`'s."""
         # Packed tokens outnumber the answers, and only these are read behind the last layer.
         alone = markers if self._last_layer.runs_once else None
         with self._last_layer.answers(alone):
-            answers = self.hidden_states(input_ids, position_ids, markers, attention_mask, branch)
-        return self._head_logits(answers)
+            return self.hidden_states(input_ids, position_ids, markers, attention_mask, branch)
 
     def hidden_states(
         self,
@@ -304,7 +316,9 @@ def load_classifier(
         raise ModelError(
             "a classifier on a base model needs a domain for its labels; pass domain=Domain.from_yaml(...)"
         )
-    return build_classifier(base_options, tuning, outcomes_of(domain))
+    classifier = build_classifier(base_options, tuning, outcomes_of(domain))
+    check_domain(classifier, domain)
+    return classifier
 
 
 def _restored(directory: Path, domain: Any, method: Any, options: Mapping[str, Any]) -> BehaviorClassifier:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False
 
     targets = options.target_modules
     if targets == "all-linear":
-        targets = linear_names(model)
+        targets = _as_named(model, linear_names(model))
     elif isinstance(targets, str) and options.layers is not None:
         raise ModelError("layers cannot be set when target_modules is a pattern; list the names, or use all-linear")
     elif isinstance(targets, str):
@@ -67,6 +68,8 @@ def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False
         if not targets:
             raise ModelError(f"LoRA cannot be added: no module's path is as target_modules {options.target_modules!r} "
                              "says; list the modules' names, or use all-linear")  # fmt: skip
+    if options.target_modules != "all-linear":
+        _refuse_rewritten(model, targets)
     depth = model.config.get_text_config().num_hidden_layers
     if options.layers is not None and max(options.layers) >= depth:
         raise ModelError(f"layers names layer {max(options.layers)}, but the base has {depth}; use 0 to {depth - 1}")
@@ -104,7 +107,7 @@ def linear_names(model: nn.Module) -> list[str]:
     backbone, names = backbone_of(model), set()
     for path, module in backbone.named_modules():
         inside = re.search(r"\.\d+\.(.+)$", "." + path)
-        if inside and isinstance(module, nn.Linear | Conv1D):
+        if inside and isinstance(module, nn.Linear | Conv1D) and not _is_router(module):
             names.add(inside.group(1))
     fused = sorted({re.sub(r"\.\d+\.", ".N.", name) for name, value in backbone.named_parameters() if value.dim() == 3
                     and "expert" in name})  # fmt: skip
@@ -113,6 +116,65 @@ def linear_names(model: nn.Module) -> list[str]:
     if not names:
         raise ModelError(f"{type(backbone).__name__} has no linear layers to adapt; name target_modules")
     return sorted(names)
+
+
+def _is_router(module: nn.Module) -> bool:
+    """A subclass of a linear layer that returns its choice of experts, such as Phi-MoE's."""
+    return "Router" in type(module).__name__ and type(module).forward is not nn.Linear.forward
+
+
+def _as_named(model: nn.Module, names: list[str]) -> list[str]:
+    """The names without those that PEFT takes for parts of fused experts (`rewritten`); a warning names these."""
+    moved = set(rewritten(model, names))
+    if moved:
+        _log.warning(
+            "all-linear leaves out %s, which PEFT would take for experts of this mixture and adapt elsewhere; they "
+            "stay as they are",
+            sorted(moved),
+        )
+    left = [name for name in names if name not in moved]
+    if not left:
+        raise ModelError(f"PEFT would adapt none of the layers {names} as named; use method adapter, head or full")
+    return left
+
+
+def _refuse_rewritten(model: nn.Module, targets: str | Iterable[str]) -> None:
+    moved = rewritten(model, [targets] if isinstance(targets, str) else targets)
+    if moved:
+        raise ModelError(
+            f"target_modules has {moved[0]!r}, which PEFT takes for a part of this mixture's fused experts, and the "
+            "adapter would neither merge nor load; name other modules, or use all-linear, which leaves it out"
+        )
+
+
+def rewritten(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Targets (names, or one pattern) that PEFT replaces by other modules or parameters on this model.
+
+    PEFT reads adapters of mixtures that older versions of Transformers held expert by expert: there `gate_proj` becomes
+    the experts' `gate_up_proj`, also where a shared expert or a dense layer is meant (peft#3711).
+    """
+    from peft import LoraConfig, TaskType
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # a version without such conversions
+        return []
+    conversions = get_model_conversion_mapping(model)
+    found = []
+    for target in targets:
+        pattern = not re.fullmatch(r"[\w.]+", target)
+        wanted = target if pattern else [target]
+        config = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=wanted)
+        before = config.target_modules
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=conversions)
+        except ValueError:  # a part of a fused parameter without the others
+            found.append(target)
+            continue
+        if config.target_parameters or (not pattern and config.target_modules != before):
+            found.append(target)
+    return found
 
 
 def _check_bias(wrapped: nn.Module, options: LoraOptions) -> None:

@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 
 from ..data.collator import StreamCollator, plan_micro_batches
 from ..errors import ModelError
+from .classifier import BehaviorClassifier
+from .selftest import check_streams
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ def predict(
         description: shows a progress bar under this name.
 
     Raises:
-        ModelError: an answer is not a finite number.
+        ModelError: an answer is not a finite number, or the base cannot answer such streams (`check_streams`).
     """
+    if isinstance(model, BehaviorClassifier):
+        check_streams(model, streams)
     batches = plan_micro_batches(streams.lengths, batch_tokens)
     rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
     device = next(model.parameters()).device

@@ -22,6 +22,7 @@ from ..data.collator import StreamCollator
 from ..errors import ConfigError, ModelError, output_errors
 from ..models.classifier import BehaviorClassifier
 from ..models.predict import Predictions, predict
+from ..models.selftest import check_streams
 from .checkpoints import COMPLETE, reading
 from .losses import BehaviorLoss
 from .sampler import EpochDataLoader, GlobalBatchSampler
@@ -74,6 +75,8 @@ class BehaviorTrainer(Trainer):
     ):
         if valid_streams is not None and compute_metrics is None:
             raise ConfigError("BehaviorTrainer got valid_streams but no compute_metrics; give both or neither")
+        for streams in (train_streams, valid_streams):
+            check_streams(model, streams)
         self.loss = loss or BehaviorLoss()
         self.eval_tokens = eval_tokens
         self.targets_seen = 0

@@ -1,0 +1,239 @@
+"""A base measured against itself before streams meet it: what a stream answers must be what its prompts alone do.
+
+A few short rows of made-up tokens go through the loaded model, once as streams and once each as the prompt that stands
+for it. That shows what no list of architectures could: layers that see past a mask, positions that are not followed,
+modules between backbone and head, and backbones that take other arguments. It costs about 60 tokens a base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrec_peft.errors import ModelError
+from llmrec_peft.models.requirements import candidates_of, check_positions, odd_layers
+from llmrec_peft.models.sharding import is_split
+from llmrec_peft.models.stock import head_of
+
+if TYPE_CHECKING:
+    from llmrec_peft.models.classifier import BehaviorClassifier
+
+TRUNK, PROBES, REST = 7, (3, 4), 3
+"""Tokens of the rows: of the trunk, of each candidate that hangs off it, and of the trunk beyond them."""
+TOLERANCE = {torch.float32: 1e-3}
+LOW = 2.0
+"""Largest difference that passes, as a share of the spread of different prompts: in float32 and in less precise types.
+In float32 right answers differ by 1e-7 to 2e-5, and linear attention is off by 3e-3 (weights that nobody trained) to 5.
+In bfloat16 a mixture that routes one token to another expert is off by 1, so only gross faults show there."""
+_FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
+
+
+class _HeadReached(Exception):
+    """The stock model has come to its head."""
+
+
+def check_streams(classifier: BehaviorClassifier, streams: Any) -> None:
+    """Raise ModelError unless the classifier's base answers these streams as it would answer their prompts.
+
+    streams: a data set from `build_streams`, a part of one, or its prompts by `IndependentPrompts`; anything else is
+    left to who made it.
+    """
+    parent = getattr(streams, "parent", streams)
+    domain = getattr(parent, "domain", None)
+    if domain is None:
+        return
+    check_positions(classifier.config, domain.stream.max_length)
+    check_prefixes(classifier)
+    if parent is streams or not hasattr(streams, "streams"):  # not prompts, each alone in its row
+        reason = candidates_of(domain)
+        if reason is None and getattr(parent, "has_probes", False):
+            reason = "targets without a label are answered too"
+        if reason is not None:
+            check_candidates(classifier, reason)
+
+
+def check_domain(classifier: BehaviorClassifier, domain: Any) -> None:
+    """Raise ModelError unless the base can answer streams of a domain (or its mapping), whatever their length."""
+    check_prefixes(classifier)
+    reason = candidates_of(domain)
+    if reason is not None:
+        check_candidates(classifier, reason)
+
+
+def check_prefixes(classifier: BehaviorClassifier) -> None:
+    """Raise ModelError unless rows without candidates give what the stock classifier's head reads of their prompts."""
+    fault = _fault(classifier, "prefixes", _prefixes)
+    if fault:
+        raise ModelError(
+            f"base {_name(classifier)}: a stream's answers are not those of the stock model ({fault}); use another base"
+        )
+
+
+def check_candidates(classifier: BehaviorClassifier, reason: str, *, cache: bool = False) -> None:
+    """Raise ModelError unless the base hides candidates from each other, by its layers' kinds and by measurement.
+
+    reason: what asks for candidates. cache: they also go on from keys and values of a trunk that ran before.
+    """
+    if classifier.encoder:
+        return  # refused where it matters: it answers each prompt alone
+    odd = odd_layers(classifier.config, classifier.stock)
+    fault = f"layers of the kind {', '.join(odd)} do not follow a mask" if odd else None
+    if not fault and classifier.config._attn_implementation.startswith("flash"):
+        return  # refused by the first rows with candidates, with the remedy
+    fault = fault or _fault(classifier, "candidates", _candidates)
+    if cache and not fault:
+        fault = _fault(classifier, "cache", _continued)
+    if fault:
+        raise ModelError(
+            f"base {_name(classifier)} cannot hide candidates from each other: {fault}, and {reason}; use a base of "
+            "softmax attention alone, or a domain of prefixes alone"
+        )
+
+
+def hides_candidates(classifier: BehaviorClassifier) -> bool:
+    """Whether `check_candidates` passes."""
+    try:
+        check_candidates(classifier, "")
+    except ModelError:
+        return False
+    return not classifier.encoder
+
+
+def _name(classifier: BehaviorClassifier) -> str:
+    return f"{classifier.base or 'model'} ({classifier.config.model_type})"
+
+
+def _fault(classifier: BehaviorClassifier, key: str, measure: Callable[..., tuple[Any, Any]]) -> str | None:
+    """What is wrong with a base by one measurement, which is made once; None if nothing, or if it cannot be made.
+
+    Weights that are split over ranks or not there at all are not measured: there the configuration alone tells.
+    """
+    found = classifier.selftests
+    if key not in found and not classifier.encoder:
+        if any(value.is_meta or is_split(value) for value in classifier.parameters()):
+            return None
+        found[key] = _measured(classifier, measure)
+    return found.get(key)
+
+
+def _measured(classifier: BehaviorClassifier, measure: Callable[..., tuple[Any, Any]]) -> str | None:
+    try:
+        with _quietly(classifier), torch.no_grad():
+            found, expected = measure(classifier, _pieces(classifier))
+    except ModelError as error:
+        return str(error).split(";")[0]
+    except _FAILURES as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(". ")
+    found, expected = found.float(), expected.float()
+    spread = float((expected - expected.mean(0)).std())
+    if not spread > 0:
+        return None  # all prompts are answered alike (or by no number), and no answer tells of another prompt
+    gap = float((found - expected).abs().max()) / spread
+    limit = TOLERANCE.get(_precision(classifier), LOW)
+    return None if gap <= limit else f"self-test off by {gap:.2g} of what prompts differ by, where {limit:g} is allowed"
+
+
+def _precision(classifier: BehaviorClassifier) -> torch.dtype:
+    """The least precise type that the base computes in: float16 for packed weights."""
+    parameters = list(classifier.stock.parameters())
+    if any(hasattr(value, "quant_state") or not value.is_floating_point() for value in parameters):
+        return torch.float16
+    return min((value.dtype for value in parameters), key=lambda dtype: torch.finfo(dtype).bits)
+
+
+@contextmanager
+def _quietly(classifier: BehaviorClassifier) -> Iterator[None]:
+    """In eval mode and outside autocast, with each module's own mode restored."""
+    modes = {module: module.training for module in classifier.modules()}
+    classifier.eval()
+    try:
+        with torch.autocast(classifier.device.type, enabled=False):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _pieces(classifier: BehaviorClassifier) -> tuple[list[int], list[list[int]], list[int]]:
+    """Tokens of trunk, candidates and the rest of the trunk: always the same, none of them the pad token."""
+    config = classifier.config.get_text_config()
+    vocabulary = [token for token in range(min(config.vocab_size, 4096)) if token != config.pad_token_id]
+    draw = random.Random(0)
+    tokens = [draw.choice(vocabulary) for _ in range(TRUNK + sum(PROBES) + REST)]
+    first, second = TRUNK, TRUNK + PROBES[0]
+    return tokens[:first], [tokens[first:second], tokens[second:-REST]], tokens[-REST:]
+
+
+def _rows(classifier: BehaviorClassifier, *rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows, device=classifier.device)
+
+
+def _alone(classifier: BehaviorClassifier, prompts: list[list[int]]) -> torch.Tensor:
+    """What the stock classifier's head reads at the last token of each prompt, run alone: [prompts, H]."""
+    read: list[torch.Tensor] = []
+
+    def stop(_head: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        read.append(inputs[0])
+        raise _HeadReached  # a float32 head would not take what a bfloat16 base gives it
+
+    hook = head_of(classifier.stock).register_forward_pre_hook(stop)
+    try:
+        for prompt in prompts:
+            ids = _rows(classifier, prompt)
+            with contextlib.suppress(_HeadReached):
+                classifier.stock(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        hook.remove()
+    return torch.stack([value[0, -1] if value.dim() == 3 else value[0] for value in read])
+
+
+def _prefixes(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of different lengths, one padded on the right, each read at two places."""
+    trunk, _, rest = pieces
+    whole = trunk + rest
+    pad = classifier.config.get_text_config().pad_token_id or 0
+    ids = _rows(classifier, trunk + [pad] * len(rest), whole)
+    ends = torch.tensor([4, len(trunk) - 1, len(whole) + 2, 2 * len(whole) - 1], device=ids.device)
+    found = classifier.head_inputs(ids, None, ends)
+    return found, _alone(classifier, [trunk[:5], trunk, whole[:3], whole])
+
+
+def _candidates(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row: a trunk, two candidates off it, and more of the trunk."""
+    trunk, (one, two), rest = pieces
+    places = [0] * len(trunk) + [1] * len(one) + [2] * len(two) + [0] * len(rest)
+    point = len(trunk)
+    positions = [*range(point), *(point + n for part in (one, two, rest) for n in range(len(part)))]
+    first = point + len(one)
+    ends = torch.tensor([first - 1, first + len(two) - 1, len(places) - 1], device=classifier.device)
+    found = classifier.head_inputs(
+        _rows(classifier, trunk + one + two + rest), _rows(classifier, positions), ends,
+        branch=_rows(classifier, places),
+    )  # fmt: skip
+    return found, _alone(classifier, [trunk + one, trunk + two, trunk + rest])
+
+
+def _continued(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trunk first, and the candidates on its keys and values, as a scorer answers them."""
+    from transformers import DynamicCache
+
+    trunk, (one, two), _ = pieces
+    past, point = DynamicCache(), len(trunk)
+    last = torch.tensor([point - 1], device=classifier.device)
+    branch = torch.zeros_like(_rows(classifier, trunk))
+    begin = _rows(classifier, list(range(point)))
+    classifier.hidden_states(_rows(classifier, trunk), begin, last, branch=branch, past=past)
+    found = classifier.hidden_states(
+        _rows(classifier, one + two),
+        _rows(classifier, [point + n for part in (one, two) for n in range(len(part))]),
+        torch.tensor([len(one) - 1, len(one) + len(two) - 1], device=classifier.device),
+        branch=_rows(classifier, [1] * len(one) + [2] * len(two)),
+        past=past,
+        past_seen=torch.ones_like(branch, dtype=torch.bool),
+    )
+    return found, _alone(classifier, [trunk + one, trunk + two])
