@@ -270,18 +270,20 @@ def test_a_pattern_is_kept_as_the_names_that_it_matched(tiny_base):
     assert isinstance(named, list) and len(named) == 4 and all(name.endswith(("q_proj", "v_proj")) for name in named)
 
 
-# The readers and the bundles of others: emptied as they are moved to documents.py.
-PENDING = {
-    "data/sources/records.py", "models/bundle.py", "models/files.py", "models/manifest.py", "models/tensors.py",
-    "serving/items.py", "serving/manifest.py", "serving/words.py", "distillation/teacher.py",
+OWN_TEXTS = {
+    "models/bundle.py", "models/checks.py",  # what PEFT makes, as JSON has it
+    "models/prompt_tokens.py",  # a post-processor's own state, and a file that was just written
+    "models/tensors.py",  # a header that was just written
+    "data/sources/records.py",  # entries of an array, by JSONDecoder, one at a time
 }  # fmt: skip
+"""Files that parse JSON which this package itself made, or within limits of their own."""
 
 
 def test_one_module_parses_json_and_yaml():
     parses = re.compile(r"\bjson\.(loads?|JSONDecoder)\b|map\(json\.loads|yaml\.\w*load|yaml\.\w*Loader\b")
     package = ROOT / "llmrec_peft"
     found = {str(p.relative_to(package)) for p in package.rglob("*.py") if parses.search(p.read_text("utf-8"))}
-    assert "documents.py" in found and found <= {"documents.py", *PENDING}
+    assert found == {"documents.py", *OWN_TEXTS}
 
 
 MACHINE = {

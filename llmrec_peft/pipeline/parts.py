@@ -202,8 +202,8 @@ def _is_result(path: Path) -> bool:
 def _is_errors(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as file:
-            entry = json.loads(file.readline(100_000))
-    except (OSError, ValueError, RecursionError):
+            entry = parse_json(file.readline(100_000), str(path))
+    except (OSError, ValueError):  # DataError is a ValueError
         return False
     return isinstance(entry, dict) and entry.keys() == {"row", "user_id", "error"}
 

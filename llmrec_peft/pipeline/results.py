@@ -1,6 +1,5 @@
 """How recipes that measure show what they found, and where they leave it, apart from what training left."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.files import write_json, write_parquet
+from ..documents import read_json
 from ..errors import ConfigError
 from .places import check_output, writing
 from .run import holds_run
@@ -36,8 +36,8 @@ def _is_result(path: Path) -> bool:
     try:
         if path.suffix == ".parquet":
             return {"user_id", "item_id"} <= set(pq.read_schema(path).names)
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, pa.ArrowException):
+        found = read_json(path)
+    except (OSError, ValueError, pa.ArrowException):  # DataError is a ValueError
         return False
     return isinstance(found, dict) and any(isinstance(found.get(name), dict) for name in ("train", "valid", "test"))
 
