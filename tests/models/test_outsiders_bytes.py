@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from llmrec_peft.manifests import sha256
 from llmrec_peft.models.bundle import CONFIG, WEIGHTS, load_bundle
-from llmrec_peft.models.files import sha256
 from llmrec_peft.models.manifest import MANIFEST
 from llmrec_peft.models.tensors import order_metadata, read_header, save_tensors
 from tests.conftest import ROOT
