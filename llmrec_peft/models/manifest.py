@@ -216,7 +216,7 @@ def check_domain(domain: Mapping[str, Any], where: str) -> None:
     if not isinstance(stream, Mapping | None):
         raise BundleError(f"{where}: the domain's stream must be a mapping, not {stream!r}; restore the file")
     try:
-        Domain.from_dict(dict(domain), source=where)
+        Domain.of_manifest(dict(domain), source=where)
     except LLMRecError as error:
         raise BundleError(f"{error} (the domain of a bundle; {_RESTORE})") from None
 

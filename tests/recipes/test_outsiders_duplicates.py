@@ -30,8 +30,10 @@ DOMAIN = {
 def test_a_bundle_without_the_key_answers_every_row(recipe, tiny_base, small_tables, tmp_path, old):
     interactions, items = small_tables
     repeated = pa.concat_tables([interactions, interactions])
+    log = tmp_path / "log"
+    log.mkdir()
     for table, name in ((repeated, "interactions"), (items, "items")):
-        pq.write_table(table, tmp_path / f"{name}.parquet")
+        pq.write_table(table, log / f"{name}.parquet")
     domain = Domain.from_dict(DOMAIN)
     torch.manual_seed(0)
     classifier = load_classifier(str(tiny_base()), domain, "lora")
@@ -39,7 +41,7 @@ def test_a_bundle_without_the_key_answers_every_row(recipe, tiny_base, small_tab
     save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, content)
     assert Scorer.load(tmp_path / "bundle", items).domain.duplicates == ("keep" if old else "drop")
     out = tmp_path / "out"
-    recipe("evaluate")(["--bundle", str(tmp_path / "bundle"), "--data.path", str(tmp_path), "--output_dir", str(out)])
+    recipe("evaluate")(["--bundle", str(tmp_path / "bundle"), "--data.path", str(log), "--output_dir", str(out)])
     found = pq.read_table(out / "predictions.parquet").to_pandas()
     events = found[["user_id", "item_id", "timestamp"]]
     assert len(events) and len(events) == (2 if old else 1) * len(events.drop_duplicates())
