@@ -89,10 +89,11 @@ def bank(bundle_of, tiny_base, items) -> DomainBank:
 
 
 def close(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> None:
+    """Equal but for float32: rows of other lengths round this base's wide weights apart by up to 4e-6."""
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**24])
