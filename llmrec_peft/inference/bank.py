@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.tables import listed, shorten
-from llmrec_peft.errors import BundleError, DataError, LLMRecError, ModelError
+from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.inference.engine import Engine
 from llmrec_peft.inference.kept import KeptTrunks
 from llmrec_peft.inference.member import Base, Member, load_member, precision_of
-from llmrec_peft.inference.plan import answer, ask
+from llmrec_peft.inference.parts import Wanted, probabilities
 from llmrec_peft.inference.prompts import Prompts
 from llmrec_peft.inference.versions import Stamp, Versions, check_name, holds, stamp_of
 from llmrec_peft.models.base import (
@@ -307,7 +307,8 @@ class DomainBank:
             requests: each (domain, history, candidates) or (domain, history, candidates, user). `history` is a list of
                 (event, label) in time order, `candidates` a list of events; an event is an item id or a mapping of
                 the columns that the domain's template names.
-            batch_tokens: tokens of one forward pass, at most; requests that fit go through together.
+            batch_tokens: tokens of one forward pass, at most; requests that fit go through together. Memory is bounded
+                as in `Scorer.score`.
 
         Returns:
             For each request its calibrated probabilities, float64 [candidates, labels], labels in class order.
@@ -320,15 +321,11 @@ class DomainBank:
         """
         check_count("batch_tokens", batch_tokens, DataError, f"leave it out for {BATCH_TOKENS}")
         chosen = self._choose(listed_requests("requests", requests))
-        asks = []
-        for number, (request, entry, member) in enumerate(chosen):
-            try:
-                _, history, candidates, *user = request
-                asks.append(ask(member, entry.prompts, history, candidates, user[0] if user else None))
-            except LLMRecError as error:
-                raise type(error)(f"request {number} ({request[0]}): {error}") from None
-        found = answer(self._engine, asks, batch_tokens)
-        return [one.member.calibration.apply(logits) for one, logits in zip(asks, found, strict=True)]
+        wanted = [
+            Wanted(member, entry.prompts, *request[1:], name=f"request {number} ({request[0]}): ")
+            for number, (request, entry, member) in enumerate(chosen)
+        ]
+        return probabilities(self._engine, wanted, batch_tokens)
 
     def _choose(self, requests: Sequence[Request]) -> list[tuple[Request, _Entry, Member]]:
         """The version of a bundle that answers each request: one a domain for all of this call."""

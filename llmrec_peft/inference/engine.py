@@ -6,14 +6,13 @@ Shape letters: B rows, L new tokens of a row, P tokens before them, H hidden wid
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from llmrec_peft.data.collator import collate, plan_micro_batches
 from llmrec_peft.data.layout import Stream, StreamBuilder
@@ -30,8 +29,8 @@ ROW_TOKENS = 800
 rows of their own."""
 CHUNK_TOKENS = 512
 """Tokens of a row of probes alone, at most."""
-BAR_CANDIDATES = 10_000
-"""Candidates of one call from which on a progress bar is shown."""
+Progress = Callable[[int], object]
+"""Called with the number of candidates answered since the last call."""
 
 
 @dataclass
@@ -156,11 +155,12 @@ class Engine:
             "leave it out of target_modules, or serve the merged model"
         )
 
-    def answer(self, tasks: Sequence[Task], batch_tokens: int) -> None:
+    def answer(self, tasks: Sequence[Task], batch_tokens: int, progress: Progress | None = None) -> None:
         """Fill in the answers of all tasks.
 
         Tasks whose probes fit one row go through in batches of at most `batch_tokens` tokens. The others follow one by
         one: memory holds the keys and values of one history and of one row of probes, however many there are.
+        `progress` hears of the answers of each forward pass.
 
         Raises:
             ModelError: an answer is not a finite number.
@@ -171,20 +171,19 @@ class Engine:
                 row = self._first_row(task, batch_tokens)
                 (whole if row.last == len(task.probes) else long).append(row)
         lengths = np.array([sum(map(len, row.task.trunk)) - row.begin + self._size(row) for row in whole], np.int64)
-        total = sum(len(task.probes) for task in tasks)
-        with tqdm(total=total, desc="scoring", unit="candidate", delay=2, disable=total < BAR_CANDIDATES) as bar:
-            for batch in plan_micro_batches(lengths, batch_tokens):
-                rows = [whole[number] for number in batch]
-                self._run(sorted(rows, key=lambda row: id(row.task.member)))
-                bar.update(sum(row.last - row.first for row in rows))
-            for row in long:
-                (past,) = self._run([row])
-                bar.update(row.last - row.first)
-                limit = min(batch_tokens, CHUNK_TOKENS)
-                while row.last < len(row.task.probes):
-                    row = _Row(row.task, past, row.last, self._fitting(row.task, row.last, limit), False)
-                    self._run([row])
-                    bar.update(row.last - row.first)
+        progress = progress or (lambda _count: None)
+        for batch in plan_micro_batches(lengths, batch_tokens):
+            rows = [whole[number] for number in batch]
+            self._run(sorted(rows, key=lambda row: id(row.task.member)))
+            progress(sum(row.last - row.first for row in rows))
+        for row in long:
+            (past,) = self._run([row])
+            progress(row.last - row.first)
+            limit = min(batch_tokens, CHUNK_TOKENS)
+            while row.last < len(row.task.probes):
+                row = _Row(row.task, past, row.last, self._fitting(row.task, row.last, limit), False)
+                self._run([row])
+                progress(row.last - row.first)
 
     def _first_row(self, task: Task, batch_tokens: int) -> _Row:
         past = None if self.kept is None else self.kept.find(task.member, task.trunk)

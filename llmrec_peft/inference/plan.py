@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from llmrec_peft.inference.engine import Engine, Task
+from llmrec_peft.inference.engine import Engine, Progress, Task
 from llmrec_peft.inference.member import Member
-from llmrec_peft.inference.prompts import Prompts, Trunk
+from llmrec_peft.inference.prompts import Event, Prompts, Trunk
 
 
 @dataclass(frozen=True)
@@ -18,22 +17,20 @@ class Ask:
     """One history and its candidates, as tokens, and the bundle that answers."""
 
     member: Member
-    prompts: Prompts
     trunk: Trunk
     probes: list[np.ndarray]
     dropped: np.ndarray
 
 
-def ask(member: Member, prompts: Prompts, history: Any, candidates: Any, user: Mapping[str, Any] | None = None) -> Ask:
-    """One request as tokens.
+def ask(member: Member, prompts: Prompts, trunk: Trunk, candidates: Sequence[Event], first: int = 0) -> Ask:
+    """Candidates after a history, as tokens; messages count them from `first`.
 
     Raises:
-        DataError: an unknown item or label, a column that is missing, or what is no list.
+        DataError: an unknown item, a column that is missing, or what is no list.
         StreamError: a candidate that does not fit the window.
     """
-    trunk = prompts.trunk(history, user)
-    probes = prompts.events(candidates, "candidates")
-    return Ask(member, prompts, trunk, probes, prompts.dropped(trunk, probes))
+    probes = prompts.events(candidates, "candidates", first)
+    return Ask(member, trunk, probes, prompts.dropped(trunk, probes, first))
 
 
 @dataclass
@@ -53,32 +50,44 @@ class _Shared:
         return self.numbers[key]
 
 
-def answer(engine: Engine, asks: Iterable[Ask], batch_tokens: int) -> list[np.ndarray]:
-    """Raw logits of each ask's candidates, float32 [candidates, labels].
+class Plan:
+    """Asks gathered to be answered together.
 
     Asks with the same bundle and history are one task, and a candidate that stands twice is answered once.
 
-    Raises:
-        ModelError: an answer is not a finite number.
+    Attributes:
+        candidates: of all asks, int.
+        probes: different candidates after their histories, int.
     """
-    shared: dict[tuple[int, bytes], _Shared] = {}
-    places: list[tuple[Ask, list[tuple[_Shared, np.ndarray, np.ndarray]]]] = []
-    for one in asks:
+
+    def __init__(self) -> None:
+        self.candidates = self.probes = 0
+        self._shared: dict[tuple[int, bytes], _Shared] = {}
+        self._places: list[tuple[Member, np.ndarray, list[tuple[_Shared, np.ndarray, np.ndarray]]]] = []
+
+    def add(self, one: Ask, out: np.ndarray) -> None:
+        """Gather an ask; its calibrated probabilities go into `out`, float64 [candidates, labels]."""
         own = []
         for count in np.unique(one.dropped):
             trunk = one.trunk.tail(int(count))
             key = (id(one.member), np.concatenate(trunk).tobytes())
-            part = shared.setdefault(key, _Shared(trunk, one.member))
-            numbers = np.flatnonzero(one.dropped == count)
+            part = self._shared.setdefault(key, _Shared(trunk, one.member))
+            numbers, before = np.flatnonzero(one.dropped == count), len(part.probes)
             own.append((part, numbers, np.array([part.number(one.probes[n]) for n in numbers])))
-        places.append((one, own))
-    tasks = {key: Task(part.member, part.trunk, part.probes) for key, part in shared.items()}
-    engine.answer(list(tasks.values()), batch_tokens)
-    by_part = {id(part): tasks[key] for key, part in shared.items()}
-    results = []
-    for one, own in places:
-        logits = np.empty((len(one.probes), len(one.member.labels)), np.float32)
-        for part, numbers, taken in own:
-            logits[numbers] = by_part[id(part)].answers[taken]
-        results.append(logits)
-    return results
+            self.probes += len(part.probes) - before
+        self._places.append((one.member, out, own))
+        self.candidates += len(one.probes)
+
+    def run(self, engine: Engine, batch_tokens: int, progress: Progress | None = None) -> None:
+        """Answer all that was gathered; `progress` hears of each different candidate.
+
+        Raises:
+            ModelError: an answer is not a finite number.
+        """
+        tasks = {id(part): Task(part.member, part.trunk, part.probes) for part in self._shared.values()}
+        engine.answer(list(tasks.values()), batch_tokens, progress)
+        for member, out, own in self._places:
+            logits = np.empty(out.shape, np.float32)
+            for part, numbers, taken in own:
+                logits[numbers] = tasks[id(part)].answers[taken]
+            out[:] = member.calibration.apply(logits)

@@ -21,8 +21,8 @@ from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.serving.prompts import event_key, events_to_drop
 from llmrec_peft.serving.requests import Event, RequestRules
 
-KNOWN_EVENTS = 200_000
-"""Texts whose tokens are kept; beyond, those that were not asked for the longest go."""
+KNOWN_EVENTS = 20_000
+"""Texts whose tokens are kept, about 10 MB of them; beyond, those that were not asked for the longest go."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ class Prompts:
                 self._keep(key, self.vocabulary.tokens([text])[0])
             return self._tokens[key]
 
-    def events(self, events: Sequence[Event], what: str) -> list[np.ndarray]:
-        """Tokens of events with their markers; `what` says in messages where they stood.
+    def events(self, events: Sequence[Event], what: str, first: int = 0) -> list[np.ndarray]:
+        """Tokens of events with their markers; `what` says in messages where they stood, counted from `first`.
 
         Raises:
             DataError: an unknown item, a column that the template names and neither the event nor the table has, or
                 what `RequestRules` refuses.
             DomainError: a value that no template can show, or that does not fit its format.
         """
-        plain_events = self._rules.events(events, what)
+        plain_events = self._rules.events(events, what, first)
         keys = [event_key(event) for event in plain_events]
         with self._lock:
             return self._known(dict(zip(keys, plain_events, strict=True)), keys, what)
@@ -159,15 +159,16 @@ class Prompts:
             )
         return {name: self.catalogue.take(name, rows) for name in names}
 
-    def dropped(self, trunk: Trunk, probes: Sequence[np.ndarray]) -> np.ndarray:
+    def dropped(self, trunk: Trunk, probes: Sequence[np.ndarray], first: int = 0) -> np.ndarray:
         """How many of the oldest history events each probe leaves out to fit `stream.max_length`, int64 [probes].
 
         It depends on the probe itself and on no other, so that an answer is the same whatever it is asked with.
+        Messages count the probes from `first`.
 
         Raises:
             StreamError: a probe that does not fit even without history.
         """
         return events_to_drop(
             trunk.header, trunk.events, probes, len(self.vocabulary.suffix), self.domain.stream.max_length,
-            self.domain.name,
+            self.domain.name, first,
         )  # fmt: skip

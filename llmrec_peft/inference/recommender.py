@@ -16,6 +16,7 @@ from llmrec_peft.inference.catalogue import Catalogue
 from llmrec_peft.inference.evidence import Evidence
 from llmrec_peft.inference.fusion import Fusion
 from llmrec_peft.inference.histories import Histories
+from llmrec_peft.inference.parts import PART
 from llmrec_peft.inference.prompts import Event
 from llmrec_peft.inference.retrieval import SOURCES, Retriever
 from llmrec_peft.serving.requests import check_list, is_count, item_id, listed_requests
@@ -51,6 +52,20 @@ class _Choice:
     history: Histories
     codes: np.ndarray
     sources: list[str]
+
+
+class _Events(Sequence[Event]):
+    """The events of items, made as they are asked for: their ids, or mappings with the columns of the moment."""
+
+    def __init__(self, ids: Sequence[str], codes: np.ndarray, context: Mapping[str, Any] | None) -> None:
+        self._ids, self._codes, self._context = ids, codes, context
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, place: int) -> Event:
+        item = self._ids[self._codes[place]]
+        return {**self._context, "item_id": item} if self._context else item
 
 
 class Recommender:
@@ -170,23 +185,27 @@ class Recommender:
     def _pool(self, pool: int, k: int) -> int:
         return min(max(pool, k), len(self.ids))
 
-    def _events(self, codes: np.ndarray, context: Mapping[str, Any] | None) -> list[Event]:
+    def _events(self, codes: np.ndarray, context: Mapping[str, Any] | None) -> _Events:
         if not isinstance(context, Mapping | None):
             raise DataError(f"context must be a mapping of columns, not {shorten(context)}; correct it")
-        ids = [self.ids[code] for code in codes]
-        return [{**context, "item_id": item} for item in ids] if context else ids
+        return _Events(self.ids, codes, context)
 
     def _ranked(self, choice: _Choice, found: np.ndarray, k: int) -> list[Recommendation]:
         """The k best of a choice by its probabilities [candidates, labels], fused where a fusion was fitted."""
         if self.fusion is not None and self.evidence is not None and len(found):
-            features = self.evidence.features(choice.history, np.zeros(len(found), np.int64), choice.codes)
-            found = self.fusion.apply(np.log(np.maximum(found, 1e-300)), features)
+            parts = range(0, len(found), PART)
+            found = np.concatenate([self._fused(choice, found, slice(part, part + PART)) for part in parts])
         scores = 1 - found[:, self.scorer.domain.negative_class]
         order = np.argsort(-scores, kind="stable")[:k]
         return [
             Recommendation(self.ids[choice.codes[n]], float(scores[n]), tuple(map(float, found[n])), choice.sources[n])
             for n in order
         ]
+
+    def _fused(self, choice: _Choice, found: np.ndarray, part: slice) -> np.ndarray:
+        codes = choice.codes[part]
+        features = self.evidence.features(choice.history, np.zeros(len(codes), np.int64), codes)
+        return self.fusion.apply(np.log(np.maximum(found[part], 1e-300)), features)
 
     # -- candidates ----------------------------------------------------------------------------
 
@@ -210,7 +229,7 @@ class Recommender:
                 raise DataError(f"{what} must be a list of item ids, and has {shorten(wrong[0])}; correct it")
             named = [item_id(item, what) for item in ids]
         rows = self.catalogue.rows(named, what)
-        return np.array(list(dict.fromkeys(rows.tolist())), np.int64)
+        return rows[np.sort(np.unique(rows, return_index=True)[1])]
 
     def _choice(
         self,

@@ -11,7 +11,7 @@ import torch
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tokens import Vocabulary
-from llmrec_peft.errors import DataError, LLMRecError
+from llmrec_peft.errors import DataError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.inference.bank import BATCH_TOKENS, Items, load_base
 from llmrec_peft.inference.catalogue import Catalogue
@@ -23,7 +23,7 @@ from llmrec_peft.inference.fusion import Fusion
 from llmrec_peft.inference.kept import KeptTrunks
 from llmrec_peft.inference.member import Member, load_member, precision_of
 from llmrec_peft.inference.merged import load_answering, read_answering
-from llmrec_peft.inference.plan import answer, ask
+from llmrec_peft.inference.parts import Wanted, probabilities
 from llmrec_peft.inference.prompts import Event, Prompts
 from llmrec_peft.inference.recommender import Recommendation, Recommender
 from llmrec_peft.inference.texts import text_vectors
@@ -151,7 +151,9 @@ class Scorer:
             candidates: events; each is answered as if it stood alone. An event is an item id of the item table, or a
                 mapping of the columns that the domain's template names.
             user: columns that the domain's header names.
-            batch_tokens: tokens of one forward pass, at most; memory does not grow with the candidates beyond it.
+            batch_tokens: tokens of one forward pass, at most. Beside the answers, memory does not grow with the
+                candidates: where there are more than `parts.PART`, all are checked first, and then answered in parts,
+                with a progress bar.
 
         Raises:
             DataError: an unknown item or label, or a column that is missing.
@@ -159,7 +161,7 @@ class Scorer:
             ModelError: answers that are not finite.
         """
         member, prompts = self._current()
-        return self._answer(member, [ask(member, prompts, history, candidates, user)], batch_tokens)[0]
+        return self._answer([Wanted(member, prompts, history, candidates, user)], batch_tokens)[0]
 
     def score_many(self, requests: Iterable[Sequence[Any]], *, batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
         """Answers of many users together: a list of what `score` returns.
@@ -172,15 +174,12 @@ class Scorer:
         Raises as `score` does, naming the request.
         """
         member, prompts = self._current()
-        asks = []
+        wanted = []
         for number, request in enumerate(listed_requests("requests", requests)):
             if not isinstance(request, list | tuple) or len(request) not in (2, 3):
                 raise DataError(f"request {number} must be (history, candidates) or (history, candidates, user)")
-            try:
-                asks.append(ask(member, prompts, *request))
-            except LLMRecError as error:
-                raise type(error)(f"request {number}: {error}") from None
-        return self._answer(member, asks, batch_tokens)
+            wanted.append(Wanted(member, prompts, *request, name=f"request {number}: "))
+        return self._answer(wanted, batch_tokens)
 
     def recommend(self, history: Sequence[tuple[Event, str]], k: int = 10, **options: Any) -> list[Recommendation]:
         """The k best items of the table for a history, best first; options as `Recommender.recommend` has them.
@@ -201,10 +200,9 @@ class Scorer:
         weight = self._engine.classifier.stock.get_input_embeddings().weight
         return text_vectors(self.catalogue, self.prompts.vocabulary, weight)
 
-    def _answer(self, member: Member, asks: list[Any], batch_tokens: int) -> list[np.ndarray]:
+    def _answer(self, wanted: list[Wanted], batch_tokens: int) -> list[np.ndarray]:
         check_count("batch_tokens", batch_tokens, DataError, f"leave it out for {BATCH_TOKENS}")
-        found = answer(self._engine, asks, batch_tokens)
-        return [member.calibration.apply(logits) for logits in found]
+        return probabilities(self._engine, wanted, batch_tokens)
 
 
 def _folds(manifest: Mapping[str, Any], dtype: str | None) -> bool:

@@ -183,7 +183,13 @@ class Prompts:
 
 
 def events_to_drop(
-    header: np.ndarray, events: Sequence[np.ndarray], probes: Sequence[np.ndarray], suffix: int, limit: int, name: str
+    header: np.ndarray,
+    events: Sequence[np.ndarray],
+    probes: Sequence[np.ndarray],
+    suffix: int,
+    limit: int,
+    name: str,
+    first: int = 0,
 ) -> np.ndarray:
     """How many of the oldest history events each probe leaves out to fit `limit` tokens, int64 [probes].
 
@@ -196,6 +202,7 @@ def events_to_drop(
         suffix: how many tokens follow a probe.
         limit: stream.max_length of the domain.
         name: the domain's.
+        first: number of the first probe in messages.
 
     Raises:
         StreamError: a probe that does not fit even without history.
@@ -207,8 +214,8 @@ def events_to_drop(
     over = np.flatnonzero(lengths + rest[-1] > limit)
     if len(over):
         raise StreamError(
-            f"candidate {over[0]} takes {lengths[over[0]]} tokens and the header {rest[-1]}, but stream.max_length "
-            f"of domain {name!r} is {limit}; shorten the item's text"
+            f"candidate {first + over[0]} takes {lengths[over[0]]} tokens and the header {rest[-1]}, but "
+            f"stream.max_length of domain {name!r} is {limit}; shorten the item's text"
         )
     return np.searchsorted(-rest, lengths - limit, "left")
 

@@ -43,8 +43,10 @@ class RequestRules:
             check_list("history", history)
             return [self._pair(entry, place) for place, entry in enumerate(history)]
 
-    def events(self, events: Any, what: str) -> list[str | dict[str, Any]]:
+    def events(self, events: Any, what: str, first: int = 0) -> list[str | dict[str, Any]]:
         """Events: an item id as text, or the plain values of the template's columns (and of `item_id`) that it gives.
+
+        Messages count the entries from `first`.
 
         Raises:
             DataError: no list, an entry that is neither an id nor a mapping, a title that nobody can read, or a value
@@ -53,7 +55,7 @@ class RequestRules:
         """
         with input_errors(DataError, what, _ADVICE):
             check_list(what, events)
-            return [self._event(event, place, what) for place, event in enumerate(events)]
+            return [self._event(event, place, what) for place, event in enumerate(events, first)]
 
     def user(self, user: Any) -> dict[str, Any]:
         """The plain values of the header's columns. Raises DataError for no mapping, or a column that is missing."""
