@@ -367,12 +367,12 @@ def test_recbole_floats_that_are_none(tmp_path, caplog):
     ]
     assert titles(log) == {"b": "The Bar"} and "column yelping_since does not hold double alone" in caplog.text
     caplog.clear()
-    rows = f"u\tb\t4.5\t{NOW}\nu\tb\tgood\t{NOW}\nu\tb\tbad\t{NOW}"
+    rows = "\n".join(f"u\tb\t{value}\t{NOW}" for value in ("4e0", "NA", "good", "bad"))
     log = BehaviorLog.read(
         inter(tmp_path / "rating", "user_id:token\titem_id:token\trating:float\ttimestamp:float", rows)
     )
-    assert log.column("rating").to_pylist() == ["4.5", "good", "bad"]
-    assert "2 of its 3 values are none, the first in row 1 ('good'); read as text" in caplog.text
+    assert log.column("rating").to_pylist() == ["4e0", "NA", "good", "bad"]
+    assert "2 of its 4 values are none, the first in row 2 ('good'); read as text" in caplog.text
     message = refused(inter(tmp_path / "lastfm", "user_id:token\tartist_id:token\tweight:float", "2\t51\t13883"))
     assert "x.inter has no timestamp:float" in message and "needs an order" in message
 

@@ -19,6 +19,7 @@ from llmrec_peft.errors import DataError, one_line
 _log = logging.getLogger(__name__)
 
 _MISFIT = re.compile(r"In CSV column #(\d+)\b.*?conversion error")
+_FLOAT = r"^ *[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+|inf)(?:[eE][-+]?[0-9]+)? *$"
 _ERRORS = (pa.ArrowException, UnicodeDecodeError, csv.Error, *UNREADABLE)
 
 
@@ -73,7 +74,8 @@ def read_csv(
 
 def _tell_loose(column: pa.ChunkedArray, name: str, kind: pa.DataType, path: Path) -> None:
     """Log how many values of a column did not fit its declared type, and the first of them by row."""
-    wrong = bool_numpy(pc.invert(pc.fill_null(pc.match_substring_regex(column, f"^ *(?:{NUMBER})? *$"), True)))
+    known = pc.or_(pc.match_substring_regex(column, _FLOAT), pc.is_in(column, value_set=pa.array(sorted(NULLS))))
+    wrong = bool_numpy(pc.invert(pc.fill_null(known, True)))
     count, rows = offenders(wrong)
     first = int(rows[0]) if count else 0
     _log.warning(
