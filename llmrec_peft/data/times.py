@@ -41,11 +41,12 @@ class Unit:
 
 ORDER = Unit(0, ORDER_BELOW, f"numbers below {ORDER_BELOW:,}", "")
 SECONDS = Unit(EARLIEST, LATEST, "seconds", "")
+MILLISECONDS = Unit(EARLIEST * 1e3, LATEST * 1e3, "milliseconds", "divide by 1000")
 _UNITS = (
     ORDER,
     Unit(ORDER_BELOW, EARLIEST, "seconds before 1990, or since 2001", "add 978307200 if they count from 2001"),
     SECONDS,
-    Unit(EARLIEST * 1e3, LATEST * 1e3, "milliseconds", "divide by 1000"),
+    MILLISECONDS,
     Unit(19900101000000, 21000101000000, "dates written as YYYYMMDDhhmmss", "write them as datetimes"),
     Unit(EARLIEST * 1e6, LATEST * 1e6, "microseconds", "divide by 1000000"),
     Unit((EARLIEST + 11_644_473_600) * 1e7, (LATEST + 11_644_473_600) * 1e7, "Windows file times",
@@ -94,6 +95,45 @@ def to_seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
     else:
         _check_units(seconds, where)
     return np.ascontiguousarray(seconds)
+
+
+def from_milliseconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Times that their publisher writes in milliseconds as seconds; float64 [rows], NaN where null.
+
+    Raises:
+        DataError: numbers of another unit; the message names it and the numbers as they stand in the file.
+    """
+    known = column.drop_null() if column.null_count else column
+    numbers = known.to_numpy()
+    if len(numbers) and not (MILLISECONDS.low <= numbers.min() and numbers.max() < MILLISECONDS.high):
+        places = _unit_numbers(numbers)
+        wrong = np.flatnonzero(places != _UNITS.index(MILLISECONDS))
+        unit = _UNITS[int(places[wrong[0]])]
+        rows = np.flatnonzero(np.asarray(column.is_valid()))[wrong]
+        raise DataError(
+            f"timestamp of {len(wrong)} of {len(column)} {where} is not in milliseconds from 1990 to 2100 but looks "
+            f"like {unit.name} ({_rows(rows, SHOWN)}: {listed([str(numbers[row]) for row in wrong[:SHOWN]])}); "
+            f"{'multiply by 1000' if unit is SECONDS else 'write milliseconds since 1970'}"
+        )
+    return column.to_numpy() / np.float64(1000)
+
+
+def check_left_out(times: np.ndarray, rows: np.ndarray, where: str) -> None:
+    """Raise DataError where times outside 1990 to 2100 are no wrong dates, but times of a finer unit than seconds.
+
+    Args:
+        times: int64 [n], of the rows that a reader would leave out.
+        rows: int64 [n], the numbers of these rows.
+        where: names their source in messages.
+    """
+    numbers = _unit_numbers(times)
+    found = np.flatnonzero((numbers > _UNITS.index(SECONDS)) & (numbers < len(_UNITS) - 1))
+    if len(found):
+        unit = _UNITS[int(numbers[found[0]])]
+        raise DataError(
+            f"timestamp of {where} holds {unit.name} ({_rows(rows[found], SHOWN)}: "
+            f"{listed([str(time) for time in times[found[:SHOWN]]])}), and {_RULE}; {unit.mend}"
+        )
 
 
 def are_dated(seconds: np.ndarray) -> bool:

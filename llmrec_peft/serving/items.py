@@ -6,6 +6,7 @@ import csv
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..documents import parse_json
 from ..errors import DataError
 from .requests import item_id
 
+MAX_FIELD = 64 << 20
+"""Bytes of one field of csv, at most: what the package's own reader takes."""
 SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -114,7 +117,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             if name.endswith(".gz")
             else path.open(encoding="utf-8-sig", newline="") as file
         ):
-            return _csv(file) if ".csv" in name else _typed_json(_json_lines(file, path))
+            return _csv(file, path) if ".csv" in name else _typed_json(_json_lines(file, path))
     except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
         if isinstance(error, DataError):
             raise
@@ -129,22 +132,46 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def _csv(file: Any) -> list[dict[str, Any]]:
+def _csv(file: Any, path: Path) -> list[dict[str, Any]]:
     """Rows of a csv file, its columns typed by the rule that the package's own reader has."""
     header = file.readline()
     file.seek(0)
-    rows: list[dict[str, Any]] = list(csv.DictReader(file, delimiter=delimiter_of(header)))
-    for name in rows[0] if rows else {}:
-        if name is not None and name not in TEXTS:
-            for row, value in zip(rows, typed_values([row[name] for row in rows]), strict=True):
-                row[name] = value
-    return rows
+    with _long_fields():
+        records = [record for record in csv.reader(file, delimiter=delimiter_of(header)) if record]
+    names = records[0] if records else []
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path} has column {listed(repeated)} more than once; rename or drop the repeats")
+    for number, record in enumerate(records, start=1):
+        if len(record) != len(names):
+            raise DataError(
+                f"record {number} of {path} has {len(record)} fields, and its header {len(names)}; quote commas in a "
+                "text, or complete the row"
+            )
+    columns = [list(column) for column in zip(*records[1:], strict=True)]
+    typed = [
+        column if name in TEXTS else typed_values(column) for name, column in zip(names, columns, strict=bool(columns))
+    ]
+    return [dict(zip(names, row, strict=True)) for row in zip(*typed, strict=True)]
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let csv read fields as long as training reads them."""
+    before = csv.field_size_limit(MAX_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _json_lines(file: Any, path: Path) -> Iterator[Any]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            yield _without_halves(parse_json(line, f"line {number} of {path}", advice="write one JSON object a line"))
+            row = parse_json(line, f"line {number} of {path}", advice="write one JSON object a line")
+            if isinstance(row, dict) and isinstance(row.get("item_id"), str):
+                item_id(row["item_id"], f"line {number} of {path}")
+            yield _without_halves(row)
 
 
 def _without_halves(value: Any) -> Any:

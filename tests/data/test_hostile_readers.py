@@ -1,5 +1,6 @@
 """Input that used to end in a traceback or to end the process: each is read with a warning or refused in one line."""
 
+import csv
 import gzip
 import json
 import logging
@@ -39,20 +40,58 @@ def refused(path, **options) -> str:
 
 @pytest.mark.parametrize("chunk", [50, 4 << 20])
 def test_half_surrogate_pairs(tmp_path, monkeypatch, caplog, chunk):
-    """Half a pair in a title, an id, a list, a key; a pair that is whole and a backslash before `ud83d` stay."""
+    """Half a pair in a title, a text, a list, a key; a pair that is whole and a backslash before `ud83d` stay."""
     monkeypatch.setattr(json_lines, "CHUNK_BYTES", chunk)
     items = '{"item_id": "1", "title": "x\\ud83d y \\\\ud83d \\ud83d\\ude00", "k": ["\\udc00"], "\\ud800": 1}\n'
-    rows = '{"user_id": "\\udfff", "item_id": "1", "timestamp": 1600000000, "rating": 5}\n'
+    rows = '{"user_id": "1", "item_id": "1", "timestamp": 1600000000, "rating": 5, "k": "\\udfff"}\n'
     with caplog.at_level(logging.WARNING):
         log = BehaviorLog.read(write(tmp_path, rows, items))
     expected = {"item_id": "1", "title": "x\ufffd y \\ud83d 😀", "k": ["\ufffd"], "\ufffd": 1}
-    assert log.items.to_pylist() == [expected] and log.user_ids.to_pylist() == ["\ufffd"]
+    assert log.items.to_pylist() == [expected] and log.column("k").to_pylist() == ["\ufffd"]
     assert "items.jsonl: 3 halves of surrogate pairs" in caplog.text and "1 halves" in caplog.text
     assert Items.read(tmp_path)["1"] == expected
     for pair in (r"\\\ud83d", r"\\\\\ud83d\ud83d", r"\\ud83d\ude00", r"\ude00\ud83d"):
         BehaviorLog.read(write(tmp_path, items='{"item_id": "1", "title": "x' + pair + '"}\n'))
         expected = Items.read(tmp_path)["1"]["title"]
         assert BehaviorLog.read(tmp_path).items["title"].to_pylist() == [expected]
+
+
+@pytest.mark.parametrize("chunk", [50, 4 << 20])
+def test_half_surrogate_pairs_in_ids(tmp_path, monkeypatch, chunk):
+    """As U+FFFD two users would be one: ids of users and items, in reviews, in metadata, and in serving."""
+    monkeypatch.setattr(json_lines, "CHUNK_BYTES", chunk)
+    for name in ("user_id", "item_id"):
+        rows = lines(ROW | {"title": "cut \ud83d 😀"}, ROW | {name: "😀\ud83d"}, ROW | {name: "😀\ud83e"})
+        message = refused(write(tmp_path / name, rows))
+        assert f"line 2 of {tmp_path}" in message and f"{name} '😀\\ud83d' with half of a surrogate pair" in message
+    items = write(tmp_path / "items", items=lines(ITEM, ITEM | {"item_id": "\udc00"}))
+    assert "line 2 of" in refused(items) and "item_id '\\udc00'" in refused(items)
+    with pytest.raises(DataError, match="line 2 of .*half a surrogate pair"):
+        Items.read(items)
+    review = {"rating": 5.0, "parent_asin": "B1", "user_id": "A", "timestamp": 1_588_687_728_923}
+    for reviews, meta in (
+        (lines(review | {"user_id": "\ud83d"}), "{}\n"),
+        (lines(review | {"parent_asin": "\ud83d"}), "{}\n"),
+        (lines(review), lines({"parent_asin": "\ud83d", "title": "A"})),
+    ):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / "B.jsonl").write_text(reviews)
+        (tmp_path / "a" / "meta_B.jsonl").write_text(meta)
+        assert "1 of" in refused(tmp_path / "a") and "half of a surrogate pair" in refused(tmp_path / "a")
+
+
+def test_whole_surrogate_pairs_cost_no_callback(tmp_path, monkeypatch):
+    """Escaped emoji, letters such as \\u00e9 and lines beside a mended one are passed on as they are."""
+    calls = []
+    pair = json_lines.CheckedLines._pair
+    monkeypatch.setattr(json_lines.CheckedLines, "_pair", lambda self, found: calls.append(1) or pair(self, found))
+    rows = lines(*[ROW | {"text": "é😀" * 50}] * 100, ROW | {"text": "\ud83d"}, *[ROW | {"text": "😀"}] * 100)
+    log = BehaviorLog.read(write(tmp_path, rows))
+    assert (
+        len(calls) == 1
+        and log.column("text").to_pylist().count("😀") == 100
+        and "\ufffd" in log.column("text").to_pylist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,3 +245,34 @@ def test_the_door_names_what_no_reader_foresaw(tmp_path, monkeypatch):
         monkeypatch.setitem(READERS, "directory", type(reader)("directory", "", reader.detect, broken))
         assert str(tmp_path) in refused(write(tmp_path))
         monkeypatch.setitem(READERS, "directory", reader)
+
+
+def test_items_of_serving_are_those_of_training(tmp_path):
+    """Rows of different lengths, columns twice, half an id are refused by both; very long titles are read by both."""
+    rows = "user_id,item_id,timestamp,rating\n1,1,1600000000,5\n"
+    for number, content in enumerate(
+        ("item_id,title\n1,A,x\n", "item_id,title,z\n1,A\n", "item_id,title,title\n1,A,B\n")
+    ):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        (directory / "interactions.csv").write_text(rows)
+        (directory / "items.csv").write_text(content)
+        refused(directory)
+        with pytest.raises(DataError, match="has column title more than once|record 2 of .* fields, and its header"):
+            Items.read(directory)
+    title = "x" * 200_000
+    (directory / "items.csv").write_text(f'item_id,title\n1,"{title}"\n\n')
+    assert BehaviorLog.read(directory).items["title"].to_pylist() == [title] == [Items.read(directory)["1"]["title"]]
+    assert csv.field_size_limit() < 200_000
+    twice = pa.Table.from_arrays([pa.array(["1"]), pa.array(["A"]), pa.array(["B"])], ["item_id", "title", "title"])
+    pq.write_table(twice, tmp_path / "items.parquet")
+    with pytest.raises(DataError, match="title"):
+        Items.read(tmp_path / "items.parquet")
+    (tmp_path / "items.csv").write_text("item_id,title\n")
+    assert len(Items.read(tmp_path / "items.csv")) == 0
+
+
+@pytest.mark.parametrize("path", ["hf://", "hf:///", "hf://datasets/"])
+def test_a_hub_path_without_a_name(path):
+    """No owner, only slashes, only the kind."""
+    assert "names no data set; write hf://owner/name" in refused(path)

@@ -161,6 +161,16 @@ def test_texts_that_are_no_times_are_named(tmp_path):
     assert "has no zone where other rows have one in 1 rows (row 1: '2020-01-02 03:04:05')" in message
 
 
+@pytest.mark.parametrize("date", ["2020-01-02 03:04:05", "2020-01-02T03:04:05Z", "2020/01/02"])
+def test_numbers_beside_dates_are_named(tmp_path, date):
+    """Seconds, milliseconds and floats beside each form of date: bringing them together is left to the user."""
+    for number in (NOW, NOW * 1000, f"{NOW}.5"):
+        rows = ROWS.replace(str(NOW + 1), date).replace(str(NOW), str(number))
+        message = refused(files(tmp_path, interactions__csv=rows, items__csv=ITEMS))
+        assert f"is a number beside rows with dates in 1 rows (row 0: '{number}')" in message
+        assert "bring all rows to seconds since 1970, or to dates" in message
+
+
 def test_missing_times_have_a_switch(tmp_path, caplog):
     """JSON null, and in csv: empty, NULL, NaN, None, NaT and \\N."""
     places = []
@@ -180,9 +190,9 @@ def test_missing_times_have_a_switch(tmp_path, caplog):
         assert log.user_ids.to_pylist() == ["1"] and len(log) == 2
         assert "1 of 3 interactions have no timestamp; they are left out" in caplog.text
     rows = "user_id,item_id,timestamp,rating\n1,1,,5\n"
-    assert "timestamp is null in 1" in refused(
-        files(tmp_path / "all", interactions__csv=rows, items__csv=ITEMS), null_times="drop"
-    )
+    for option in ("drop", "refuse"):
+        message = refused(files(tmp_path / "all", interactions__csv=rows, items__csv=ITEMS), null_times=option)
+        assert "timestamp is null in 1" in message and "no interaction has a time" in message and "drop" not in message
     assert "null_times 'skip' is not one of refuse, drop" in refused(places[0], null_times="skip")
 
 
@@ -210,6 +220,43 @@ def test_ids_with_a_float_s_spelling(tmp_path, caplog):
     assert titles(BehaviorLog.read(both)) == {"1.0": "A", "2.0": "B"}
     gap = files(tmp_path / "f", interactions__csv=floats.replace(",2.0,", ",,"), items__csv=ITEMS)
     assert "item_id in interactions of log 'f' is an empty string in 1 rows (row 1)" in refused(gap)
+
+
+def test_one_id_in_two_spellings(tmp_path, caplog):
+    """1 and 1.0 in one column are one id: of users, items, in parts of a table, in the item table."""
+    twice = ROWS.replace("\n1,2,", "\n1.0,2,")
+    assert "user_id of interactions of log 'a' has 1 ids with and without .0 (first: '1.0' and '1')" in refused(
+        files(tmp_path / "a", interactions__csv=twice, items__csv=ITEMS)
+    )
+    other = ROWS.partition("\n")[0] + f"\n1.0,2,{NOW},5\n"
+    files(tmp_path / "b", **{"interactions-0__csv": ROWS, "interactions-1__csv": other}, items__csv=ITEMS)
+    assert "user_id of interactions of log 'b' has 1 ids" in refused(tmp_path / "b")
+    titled = ROWS.replace("rating", "rating,title").replace("5\n", "5,A\n").replace(",3\n", ",3,B\n")
+    files(tmp_path / "c", interactions__csv=titled + f"1,2.0,{NOW},1,C\n")
+    assert "item_id of interactions of log 'c' has 1 ids with and without .0" in refused(tmp_path / "c")
+    files(tmp_path / "d", interactions__csv=ROWS, items__csv=ITEMS + "1.0,C\n")
+    assert "item_id of items of log 'd' has 1 ids with and without .0" in refused(tmp_path / "d")
+    log = BehaviorLog.read(files(tmp_path / "e", interactions__csv=titled.replace("1,1,", "1,1.0,")))
+    assert log.items["item_id"].to_pylist() == ["1.0", "2"]
+    assert "item_id has 1 ids that end with .0, such as '1.0', beside 1 whole numbers" in caplog.text
+    files(tmp_path / "f", interactions__csv=titled.replace("1,1,", "1,v1.0,").replace("1,2,", "1,v1,"))
+    assert BehaviorLog.read(tmp_path / "f").items["item_id"].to_pylist() == ["v1.0", "v1"]
+
+
+@pytest.mark.parametrize(("users", "others"), [("1", "1.0"), ("1.0", "1")])
+def test_user_tables_with_a_float_s_spelling(tmp_path, caplog, users, others):
+    """A .user whose ids have .0 gave every user an empty profile; users without a row are counted; ids may not mix."""
+    rows = f"{users}\t1\t{NOW}\n{users.replace('1', '7')}\t1\t{NOW}"
+    place = inter(tmp_path, row=rows, x__user=f"user_id:token\tage:float\n{others}\t20\n")
+    log = BehaviorLog.read(place)
+    assert log.user_ids.to_pylist() == ["1", "7"] and log.column("age").to_pylist() == [20.0, None]
+    assert "read without its .0" in caplog.text and "x.user: 1 of 2 users have no row" in caplog.text
+    inter(tmp_path, row=f"1\t1\t{NOW}\n2\t1\t{NOW}", x__user="user_id:token\tage:float\n1\t20\n2.0\t30\n")
+    assert "user_id of interactions" in refused(tmp_path) and "has '2' where" in refused(tmp_path)
+    items = f"item_id:token\tname:token\n{users}\tA\n{users.replace('1', '2')}\tB\n"
+    rows = f"u\t{others}\t{NOW}\nu\t{others.replace('1', '2')}\t{NOW}"
+    log = BehaviorLog.read(inter(tmp_path / "items", row=rows, x__item=items))
+    assert titles(log) == {"1": "A", "2": "B"} and log.column("item_id").to_pylist() == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -246,10 +293,16 @@ def inter(directory, header="user_id:token\titem_id:token\ttimestamp:float", row
         ("app_name:token\tdeveloper:token\tid:token", "Red runner\tAcme\t1", "Red runner"),
         ("item_id:token\tbrand_name:token", "1\tAcme", "1"),
         ("item_id:token\tcategories:token_seq\tprice:float", "1\tA B\t5", "1"),
+        ("item_id:token\tbrand:token\ttitle_length:float", "1\tG\t5", "1"),
+        ("item_id:token\tbrand:token\tmean_title:float", "1\tG\t5", "1"),
+        ("item_id:token\thostname:token", "1\twww", "1"),
+        ("item_id:token\tsubtitle:token", "1\tS", "1"),
+        ("item_id:token\tusername:token\timage_filename:token", "1\tBob\tb.jpg", "1"),
+        ("item_id:token\ttitle_language:token\tnamed_by:token", "1\ten\tBob", "1"),
     ],
 )  # fmt: skip
 def test_the_title_in_recbole_items(tmp_path, caplog, header, row, title):
-    """Names of a category, brand or shop are no titles; without any, ids are, with a warning."""
+    """Names of a category, brand or shop are no titles, nor are numbers and parts of words; without any, ids are."""
     log = BehaviorLog.read(inter(tmp_path, x__item=f"{header}\n{row}\n"))
     assert titles(log) == {"1": title}
     assert ("no column holds titles" in caplog.text) == (title == "1")
@@ -264,6 +317,16 @@ def test_titles_in_recbole_interactions_and_titles_that_compete(tmp_path):
     }
     message = refused(inter(tmp_path, x__item="item_id:token\tlong_name:token\tshort_name:token\n1\ta\tb\n"))
     assert "x.item has no title but long_name, short_name; rename the one that is the item's to title" in message
+
+
+def test_a_guessed_title_is_told(tmp_path, caplog):
+    """A name that does not say whose title it is; productName is product_name; a title that is a number is refused."""
+    for name, guessed in (("display_name", True), ("original_title", True), ("productName", True), ("name", False)):
+        caplog.clear()
+        assert titles(BehaviorLog.read(inter(tmp_path, x__item=f"item_id:token\t{name}:token\n1\tA\n"))) == {"1": "A"}
+        assert (f"no column is called title; {name} is taken for it" in caplog.text) == guessed
+    message = refused(inter(tmp_path, x__item="item_id:token\ttitle:float\n1\t300\n"))
+    assert "x.item has title:float" in message and "write title:token" in message
 
 
 @pytest.mark.parametrize("separator", [",", ";", "|"])
@@ -303,6 +366,13 @@ def test_recbole_floats_that_are_none(tmp_path, caplog):
         3.0
     ]
     assert titles(log) == {"b": "The Bar"} and "column yelping_since does not hold double alone" in caplog.text
+    caplog.clear()
+    rows = "\n".join(f"u\tb\t{value}\t{NOW}" for value in ("4e0", "NA", "good", "bad"))
+    log = BehaviorLog.read(
+        inter(tmp_path / "rating", "user_id:token\titem_id:token\trating:float\ttimestamp:float", rows)
+    )
+    assert log.column("rating").to_pylist() == ["4e0", "NA", "good", "bad"]
+    assert "2 of its 4 values are none, the first in row 2 ('good'); read as text" in caplog.text
     message = refused(inter(tmp_path / "lastfm", "user_id:token\tartist_id:token\tweight:float", "2\t51\t13883"))
     assert "x.inter has no timestamp:float" in message and "needs an order" in message
 
@@ -317,7 +387,7 @@ def test_mind_with_gaps_and_repeats(tmp_path, caplog):
     """Unknown articles of a history, articles twice, blank titles; an article with two texts is refused by its id."""
     log = BehaviorLog.read(files(tmp_path, behaviors__tsv=SHOWN.replace("\tN1\t", "\tN9 N1\t"), news__tsv=NEWS))
     assert titles(log) == {"N1": "Title 1", "N2": "Title 2", "N3": "Title 3", "N9": "N9"}
-    assert "1 of 2 items have no metadata" in caplog.text
+    assert "1 of 2 items have no metadata (those of histories are counted)" in caplog.text
     caplog.clear()
     log = BehaviorLog.read(files(tmp_path, behaviors__tsv=SHOWN, news__tsv=NEWS + NEWS[:-1]))
     assert len(titles(log)) == 3 and "3 exact repeats of articles dropped" in caplog.text
@@ -349,7 +419,21 @@ def test_mind_with_gaps_and_repeats(tmp_path, caplog):
         ("from 9.5", 9.5),
         ("0,999", 0.999),
         ("£5", 5.0),
+        ("$.99", 0.99),
+        ("€ ,99", 0.99),
+        ("Rs.1,29,999.00", 129999.0),
+        ("1.234.567", 1234567.0),
+        ("US$12.50 - US$13", 12.5),
         ("—", None),
+        ("١٢٫٩٩", None),
+        ("2 for $5.00", None),
+        ("Was $20.00 Now $10.00", None),
+        ("1.299 €", None),
+        ("1.299.00", None),
+        ("1,299,00", None),
+        ("1,299.00,5", None),
+        ("-5.00", None),
+        (10**400, None),
         (".a-section{margin:6px} .a-spacing-mini{margin:12px}", None),
         (float("nan"), None),
         (True, None),
@@ -357,14 +441,28 @@ def test_mind_with_gaps_and_repeats(tmp_path, caplog):
     ],
 )
 def test_prices_with_either_decimal_sign(price, number):
-    """Commas, points, spaces and apostrophes, as decimal signs or between thousands."""
+    """Commas, points, spaces and apostrophes, as decimal signs or between thousands; null where either may be meant.
+
+    The same way fail: digits of other scripts, several numbers, groups that are not of three digits.
+    """
     assert price_of(price) == number
+
+
+def test_prices_that_are_left_empty_are_counted(tmp_path, caplog):
+    """Texts with digits that are not one price; a dash and a missing price need no word."""
+    prices = ("1.299 €", "2 for $5.00", "١٢", "—", None, "$5")
+    meta = records(*({"parent_asin": f"B{n}", "title": "T", "price": price} for n, price in enumerate(prices)))
+    log = BehaviorLog.read(files(tmp_path, All__jsonl=records(REVIEW_2023), meta_All__jsonl=meta))
+    assert log.items["price"].to_pylist() == [None] * 5 + [5.0]
+    assert "meta_All.jsonl: 3 prices are not one number" in caplog.text and "(first: '1.299 €')" in caplog.text
 
 
 def test_texts_as_the_shop_shows_them():
     """Entities with their semicolon only, decimal, hexadecimal and by name."""
     assert shown_text("Black &amp; Decker 12&quot; &#39;Pro&#39; &#x2122;") == ("Black & Decker 12\" 'Pro' ™", 0)
     assert shown_text("AT&T Black&copper &unknown;") == ("AT&T Black&copper &unknown;", 0)
+    for text in ("&notit;", "&copyright; 2020", "&amper;", "&ampamp;"):  # a known name and more letters
+        assert shown_text(text) == (text, 0)
     assert shown_text(["a &lt; b", 5, "c"]) == ("a < b; c", 0)
     assert shown_text("cut \ud83d here, \ud83d\ude00 whole") == ("cut \ufffd here, 😀 whole", 1)
 
@@ -408,6 +506,26 @@ def test_amazon_2023(tmp_path, caplog):
     assert "1 halves of surrogate pairs" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("time", "named", "advice"),
+    [
+        (1588687728, "looks like seconds (row 1: 1588687728)", "multiply by 1000"),
+        (1588687728923000, "looks like microseconds (row 1: 1588687728923000)", "write milliseconds"),
+        (0, "looks like numbers below 100,000,000 (row 1: 0)", "write milliseconds"),
+        (1588687728923000000, "looks like nanoseconds (row 1: 1588687728923000000)", "write milliseconds"),
+    ],
+)
+def test_amazon_2023_in_another_unit(tmp_path, time, named, advice):
+    """Seconds divided by 1000 would be an undated log; the message names the numbers as they stand in the file."""
+    rows = [REVIEW_2023 | {"timestamp": None}, REVIEW_2023 | {"timestamp": time}]
+    jsonl = files(tmp_path / "jsonl", All__jsonl=records(*rows))
+    head = "user_id,parent_asin,rating,timestamp\n"
+    csv = files(tmp_path / "csv", All__csv=f"{head}AE,B1,5.0,1588687728923\nAE,B1,5.0,{time}\n")
+    for place in (jsonl, csv):
+        message = refused(place, null_times="drop")
+        assert named in message and advice in message and "All." in message and "1 of 2 reviews" in message
+
+
 def test_amazon_before_2023(tmp_path):
     """Reviews of 2018, and ratings without a header: the user first in 2014, the item first in 2018."""
     meta = records({"asin": "B1", "title": "T &amp; U", "price": "$1,299.00", "main_cat": "M", "category": ["a", "b"]})
@@ -436,7 +554,7 @@ def test_amazon_before_2023(tmp_path):
     ],
 )
 @pytest.mark.parametrize("names", [("ratings", "movies"), ("rating", "movie")])
-def test_movielens_csv_of_kaggle(tmp_path, time, seconds, names):
+def test_movielens_csv_of_kaggle(tmp_path, caplog, time, seconds, names):
     """rating.csv with movie.csv, ISO times, floats as times, byte-order marks, tags and links beside them."""
     mark = "\ufeff"
     contents = {
@@ -445,6 +563,7 @@ def test_movielens_csv_of_kaggle(tmp_path, time, seconds, names):
     }
     log = BehaviorLog.read(files(tmp_path, **contents, tag__csv="userId,movieId,tag,timestamp\n"))
     assert log.timestamps.tolist() == [seconds] and titles(log)["31"] == "Beta, The (2000)"
+    assert caplog.text == ""  # times as dates or floats lose nothing
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
@@ -478,6 +597,40 @@ def test_taobao(tmp_path, caplog):
             assert log.items.to_pylist()[1] == {"item_id": "2333346", "title": "2333346", "category": "2520771"}
             assert "1 interactions with times outside 1990 to 2100 left out" in caplog.text
             assert "no titles are published; the ids of its 2 items are their titles" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([1511544070, 1511561733000], "holds milliseconds (row 1: 1511561733000)"),
+        ([1511544070000, 1511561733000], "holds milliseconds (rows 0, 1: 1511544070000, 1511561733000)"),
+        ([1511544070, -5, 1511561733000000], "holds microseconds (row 2: 1511561733000000)"),
+        ([1511544070, 20171125003000], "YYYYMMDDhhmmss (row 1: 20171125003000)"),
+        ([-5], "outside 1990 to 2100 in 1 of 1 rows"),
+        ([1511544070] * 900 + [44] * 100, "outside 1990 to 2100 in 100 of 1000 rows"),
+    ],
+)
+def test_taobao_in_another_unit(tmp_path, rows, named):
+    """Rows of another unit, and more rows than the few of other centuries, are not left out but named."""
+    assert named in refused(files(tmp_path, UserBehavior__csv="".join(f"1,2,3,pv,{time}\n" for time in rows)))
+
+
+def test_text_that_is_not_utf8_is_named_by_line(tmp_path):
+    """Latin-1 close to the header: in each reader of csv and tsv."""
+    bad = "Amélie".encode("latin-1")
+    ratings = b"userId,movieId,rating,timestamp\n1,1,4,1112486027\n"
+    head = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    forms = {
+        "movies__csv": {"ratings__csv": ratings, "movies__csv": b"movieId,title,genres\n1," + bad + b",Drama\n"},
+        "ratings__csv": {"ratings__csv": ratings + bad + b",1,4,1\n", "movies__csv": "movieId,title,genres\n1,A,B\n"},
+        "B__csv": {"B__csv": b"user_id,parent_asin,rating,timestamp\n" + bad + b",B1,5.0,1588687728593\n"},
+        "x__inter": {"x__inter": head + bad + b"\t1\tgood\t1333476009\n"},
+        "items__csv": {"interactions__csv": ROWS, "items__csv": b"item_id,title\n1," + bad + b"\n"},
+    }
+    for number, (name, contents) in enumerate(forms.items()):
+        message = refused(files(tmp_path / str(number), **contents))
+        line = 3 if name == "ratings__csv" else 2
+        assert f"{name.replace('__', '.')} is not UTF-8: line {line} holds the byte 0xe9" in message
 
 
 def test_jsonl_keeps_what_it_holds(tmp_path):

@@ -7,7 +7,6 @@ amazon-reviews-2023.github.io.
 import re
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from llmrec_peft.data.sources.amazon_items import find_meta, read_items
@@ -18,6 +17,7 @@ from llmrec_peft.data.sources.registry import RawLog, log_name, register
 from llmrec_peft.data.sources.tabular import complete_items
 from llmrec_peft.data.sources.text_bytes import first_line
 from llmrec_peft.data.spool import collect
+from llmrec_peft.data.times import from_milliseconds
 from llmrec_peft.errors import DataError
 
 REVIEW_KEYS = {"user_id", "parent_asin", "rating", "timestamp"}
@@ -62,7 +62,7 @@ def read_amazon(path: str) -> RawLog:
     rating and count, which were taken after all of them. Items without metadata or title keep their id as their title.
 
     Raises:
-        DataError: no reviews, more than one file of them, or a damaged file.
+        DataError: no reviews, more than one file of them, times that are not in milliseconds, or a damaged file.
     """
     files = _review_files(path)
     if len(files) != 1:
@@ -77,7 +77,7 @@ def read_amazon(path: str) -> RawLog:
     if not reviews.num_rows:
         raise DataError(f"{file} holds no reviews; download it again")
     interactions = reviews.rename_columns(["item_id" if n == "parent_asin" else n for n in reviews.column_names])
-    seconds = reviews.column("timestamp").to_numpy() / np.float64(1000.0)  # published in milliseconds; null as NaN
+    seconds = from_milliseconds(reviews.column("timestamp"), f"reviews of {file}")
     interactions = interactions.set_column(2, "timestamp", pa.chunked_array([pa.array(seconds, from_pandas=True)]))
     stem = re.sub(r"\.(?:jsonl?|csv)(\.gz)?$", "", file.name, flags=re.IGNORECASE)
     meta = find_meta(file, [stem, re.sub(r"\.(?:train|valid|test)$", "", stem)])

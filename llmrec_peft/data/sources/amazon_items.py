@@ -1,9 +1,11 @@
 """Items of Amazon's metadata files: texts as the shop shows them, and prices as numbers."""
 
 import html
-import math
+import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from html.entities import html5
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pyarrow as pa
 from llmrec_peft.data.sources.json_lines import warn_halves
 from llmrec_peft.data.sources.records import is_json, read_records
 from llmrec_peft.data.spool import collect
-from llmrec_peft.data.text import replace_surrogates
+from llmrec_peft.data.values import has_surrogates, replace_surrogates, shorten
 from llmrec_peft.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 BATCH_ITEMS = 10_000
 PRICE_CHARACTERS = 40
@@ -21,8 +25,9 @@ PRICE_CHARACTERS = 40
 
 # Only with its semicolon is it an entity: `Black&Copper` holds none.
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_GROUPED_BY_SPACES = re.compile(r"^\D*?(\d{1,3}(?: \d{3})+(?:[.,]\d{1,2})?)(?!\d)\D*$")
-_PRICE = re.compile(r"\d(?:[\d.,'’]*\d)?")
+_GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:[ '’][0-9]{3})+(?![0-9])")
+_PRICE = re.compile(r"(?:(?<![^\W\d_])[.,])?[0-9](?:[0-9.,]*[0-9])?")
+_RANGE = re.compile(r"\W*(?:[A-Za-z]{1,4}\W*)?(?:[-–—~]|\bto\b)\W*(?:[A-Za-z]{1,4}\W*)?")
 
 
 def find_meta(reviews: Path, stems: list[str]) -> Path | None:
@@ -50,11 +55,19 @@ def read_items(path: Path | None, key: str, texts: Mapping[str, str]) -> pa.Tabl
 def _batches(path: Path, key: str, texts: Mapping[str, str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     rows: list[dict[str, Any]] = []
     halves = 0
+    prices: list[str] = []
     for number, record in enumerate(read_records(path), start=1):
         item = record.get(key)
         if item is not None and not isinstance(item, str):
             raise DataError(f"record {number} of {path} has {key} {item!r:.60}; it must be a text")
-        row = {"item_id": item, "price": price_of(record.get("price"))}
+        if item is not None and has_surrogates(item):
+            raise DataError(
+                f"record {number} of {path} has {key} {item!r:.60} with half of a surrogate pair; correct it"
+            )
+        price = record.get("price")
+        row = {"item_id": item, "price": price_of(price)}
+        if row["price"] is None and isinstance(price, str) and any(map(str.isdigit, price)):
+            prices.append(price)
         for name, source in texts.items():
             row[name], mended = shown_text(record.get(source))
             halves += mended
@@ -65,6 +78,9 @@ def _batches(path: Path, key: str, texts: Mapping[str, str], schema: pa.Schema) 
     if rows:
         yield pa.RecordBatch.from_pylist(rows, schema=schema)
     warn_halves(halves, str(path))
+    if prices:
+        _log.warning("%s: %d prices are not one number or may be read in two ways (first: %s); they are empty", path,
+                     len(prices), shorten(prices[0]))  # fmt: skip
 
 
 def shown_text(value: Any) -> tuple[str | None, int]:
@@ -79,29 +95,46 @@ def shown_text(value: Any) -> tuple[str | None, int]:
         return None, 0
     text = replace_surrogates(value)
     mended = text.count("\ufffd") - value.count("\ufffd")
-    return (_ENTITY.sub(lambda found: html.unescape(found.group()), text) if "&" in text else text), mended
+    return (_ENTITY.sub(_entity, text) if "&" in text else text), mended
+
+
+def _entity(found: re.Match[str]) -> str:
+    """What an entity stands for; a name that is none stays, though its start may be one, as in `&notit;`."""
+    text = found.group()
+    return html.unescape(text) if text[1] == "#" or text[1:] in html5 else text
 
 
 def price_of(value: Any) -> float | None:
-    """A price as a number: the first of a range, with either decimal sign; "—" gives none.
+    """A price as a number, the first of a range, or None where it is no price or may be read in two ways.
 
-    The last point or comma is decimal if one or two digits follow it, or if both signs stand there; otherwise it groups
-    thousands, but for a single point, which is decimal: `12,99 €` is 12.99 and `$1,299.00 - $1,499.00` is 1299.
+    With one sign before one or two digits it is decimal: `12,99 €` and `$.99`. Before groups of three digits, signs of
+    one kind group thousands: `$1,299` is 1299, and so is the start of `$1,299.00 - $1,499.00`, whose last sign is
+    another. A point before three digits may be either (`1.299 €`), and texts with other numbers have no single price.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if math.isfinite(value) else None
-    if not isinstance(value, str) or len(value) > PRICE_CHARACTERS:
+        return float(value) if abs(value) <= sys.float_info.max else None
+    if not isinstance(value, str) or len(value) > PRICE_CHARACTERS or re.match(r"\s*-", value):
         return None
     text = re.sub(r"[\u00a0\u202f\u2009]", " ", value)
-    grouped = _GROUPED_BY_SPACES.match(text)
-    found = _PRICE.search(grouped.group(1).replace(" ", "") if grouped else text)
-    if found is None:
-        return None
-    number = re.sub("['’]", "", found.group())
-    signs = re.findall("[.,]", number)
+    text = _GROUPED.sub(lambda found: re.sub("[ '’]", "", found.group()), text)
+    found = list(_PRICE.finditer(text))
+    if len(found) == 2 and _RANGE.fullmatch(text, found[0].end(), found[1].start()):
+        found = found[:1]
+    digits_of_others = any(sign.isdigit() and not sign.isascii() for sign in text)
+    return None if len(found) != 1 or digits_of_others else _number(found[0].group())
+
+
+def _number(text: str) -> float | None:
+    """A number in ASCII digits with points and commas, or None where their meaning is open."""
+    signs = re.findall("[.,]", text)
     if not signs:
-        return float(number)
-    whole, rest = re.split(r"[.,](?=\d*$)", number)
-    decimal = len(set(signs)) == 2 or (len(signs) == 1 and (len(rest) != 3 or signs[0] == "." or whole == "0"))
-    whole = re.sub("[.,]", "", whole)
-    return float(f"{whole}.{rest}" if decimal else whole + rest)
+        return float(text)
+    whole, last, rest = re.fullmatch(r"(.*)([.,])([0-9]*)", text).groups()  # type: ignore[union-attr]
+    if len(signs) == 1:
+        if len(rest) == 3 and whole not in ("", "0") and len(whole) <= 3:
+            return float(whole + rest) if last == "," else None
+        return float(f"{whole or 0}.{rest}") if last == "." or len(rest) < 3 or whole in ("", "0") else None
+    grouping, grouped = signs[0], whole if last != signs[0] else text
+    if not re.fullmatch(rf"[0-9]{{1,3}}(?:{re.escape(grouping)}[0-9]{{2,3}})*{re.escape(grouping)}[0-9]{{3}}", grouped):
+        return None
+    return float(grouped.replace(grouping, "") + (f".{rest}" if grouped is whole else ""))

@@ -13,11 +13,13 @@ import pyarrow.csv as pacsv
 
 from llmrec_peft.data.csv_rules import NULLS, NUMBER, TEXTS, TRUTH, WHOLE, delimiter_of
 from llmrec_peft.data.sources.text_bytes import BLOCK_BYTES, UNREADABLE, check_utf8, first_line, open_text
+from llmrec_peft.data.tables import bool_numpy, offenders, shorten
 from llmrec_peft.errors import DataError, one_line
 
 _log = logging.getLogger(__name__)
 
 _MISFIT = re.compile(r"In CSV column #(\d+)\b.*?conversion error")
+_FLOAT = r"^ *[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+|inf)(?:[eE][-+]?[0-9]+)? *$"
 _ERRORS = (pa.ArrowException, UnicodeDecodeError, csv.Error, *UNREADABLE)
 
 
@@ -42,15 +44,16 @@ def read_csv(
         names: column names of a file without a header.
         columns: the columns to keep, in order; all if None.
         skip_rows: lines before the data, or before the header.
-        loose: columns that are read as text, with a warning, where a value does not fit its type.
+        loose: columns that are read as text where a value does not fit its type, with a warning but for `timestamp`,
+            whose texts `mending` reads.
 
     Raises:
         DataError: the file is empty, not UTF-8, or not such a table.
     """
-    types = dict(types)
+    types, declared = dict(types), {}
     while True:
         try:
-            return pacsv.read_csv(
+            table = pacsv.read_csv(
                 path,
                 read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, column_names=names, skip_rows=skip_rows),
                 parse_options=pacsv.ParseOptions(
@@ -59,12 +62,26 @@ def read_csv(
                 convert_options=pacsv.ConvertOptions(column_types=types, include_columns=columns or []),
             )
         except _ERRORS as error:
-            name = _misfit(error, names if names is not None else header_of(path, delimiter))
+            name = _misfit(error, names, path, delimiter)
             if name not in loose or types.get(name) == pa.string():
                 raise _unreadable(path, error) from error
-            _log.warning("%s: column %s does not hold %s alone (%s); read as text", path, name, types[name],
-                         one_line(error))  # fmt: skip
-            types[name] = pa.string()
+            declared[name], types[name] = types[name], pa.string()
+            continue
+        for name in declared.keys() & set(table.column_names) - {"timestamp"}:
+            _tell_loose(table.column(name), name, declared[name], path)
+        return table
+
+
+def _tell_loose(column: pa.ChunkedArray, name: str, kind: pa.DataType, path: Path) -> None:
+    """Log how many values of a column did not fit its declared type, and the first of them by row."""
+    known = pc.or_(pc.match_substring_regex(column, _FLOAT), pc.is_in(column, value_set=pa.array(sorted(NULLS))))
+    wrong = bool_numpy(pc.invert(pc.fill_null(known, True)))
+    count, rows = offenders(wrong)
+    first = int(rows[0]) if count else 0
+    _log.warning(
+        "%s: column %s does not hold %s alone: %d of its %d values are none, the first in row %d (%s); read as text",
+        path, name, kind, count, len(column), first, shorten(column[first].as_py()),
+    )  # fmt: skip
 
 
 def open_csv(path: Path, schema: pa.Schema, *, delimiter: str = ",", quoted: bool = True) -> Iterator[pa.RecordBatch]:
@@ -145,10 +162,17 @@ def _truths(texts: pa.Array) -> pa.Array:
     return pc.equal(pc.utf8_lower(texts), "true")
 
 
-def _misfit(error: BaseException, names: Sequence[str]) -> str | None:
+def _misfit(error: BaseException, names: Sequence[str] | None, path: Path, delimiter: str) -> str | None:
     """The column that did not convert, by Arrow's message."""
     found = _MISFIT.search(str(error))
-    place = int(found.group(1)) if found else -1
+    if not found:
+        return None
+    if names is None:
+        try:
+            names = header_of(path, delimiter)
+        except _ERRORS as fault:  # bytes close to the header that are not UTF-8
+            raise _unreadable(path, fault) from fault
+    place = int(found.group(1))
     return names[place] if 0 <= place < len(names) else None
 
 

@@ -32,6 +32,8 @@ def read_hub(path: str) -> RawLog:
     import datasets
 
     name = path.removeprefix(HUB_PREFIX).removeprefix("datasets/")
+    if not name.strip("/. "):
+        raise DataError(f"data path {path!r} names no data set; write {HUB_PREFIX}owner/name")
     label = Path(name).name or name
     try:
         configurations = datasets.get_dataset_config_names(name)

@@ -14,23 +14,35 @@ import pyarrow.json as pajson
 
 from llmrec_peft.data.sources.text_bytes import BLOCK_BYTES, UNREADABLE, check_utf8, open_bytes
 from llmrec_peft.data.tables import bool_numpy
+from llmrec_peft.data.values import has_surrogates, shorten
 from llmrec_peft.documents import MAX_DEPTH, parse_json
 from llmrec_peft.errors import DataError, one_line
 
 _log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 4 << 20
+NEWLINE = b"\n"
 _SURROGATES = re.compile(
     rb"(\\u[dD][89abAB][0-9a-fA-F]{2})(\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
 )
+_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+# Where one of these is not found, all surrogates stand in pairs: a high one without a low one after it, a low one
+# without a high one before it, or a backslash ahead that may change what the escape means.
+_SUSPECT = re.compile(
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!" + _LOW + rb")|[c-fC-F][0-9a-fA-F]{2}(?<!" + _HIGH + _LOW + rb")"
+    rb"|(?<=\\\\u[dD])[89a-fA-F])"
+)
 _HALF = rb"\ufffd"
+ID_KEYS = ("user_id", "item_id", "parent_asin", "reviewerID", "asin")
+"""Keys of the ids in a record: two that differ only in halves of surrogate pairs would become one."""
 
 
 class CheckedLines(io.RawIOBase):
     """The bytes of a file of JSON lines as Arrow may parse them: whole lines, UTF-8, not too deep, surrogates in pairs.
 
     Arrow's parser recurses without a limit, so that one deep line ends the process; it takes bytes that are no UTF-8;
-    and half a surrogate pair, as a cut emoji leaves it, stops it. Such a half becomes U+FFFD here.
+    and half a surrogate pair, as a cut emoji leaves it, stops it. Such a half becomes U+FFFD here, but in an id it is
+    refused: two users would become one.
 
     Attributes:
         mended: halves replaced so far.
@@ -86,10 +98,34 @@ class CheckedLines(io.RawIOBase):
         for number, line in _bracketed(chunk):
             where = f"line {self._lines + number + 1} of {self._path}"
             parse_json(line.strip(), where, advice="write one flat JSON object a line")
+        surrogates = b"\\ud" in chunk or b"\\uD" in chunk
+        mended = self._in_pairs(chunk) if surrogates else chunk
         self._lines += chunk.count(b"\n")
-        if b"\\u" in chunk and _SURROGATES.search(chunk):
-            return _SURROGATES.sub(self._pair, chunk)
-        return chunk
+        return mended
+
+    def _in_pairs(self, chunk: bytes) -> bytes:
+        """The chunk with its lines mended that hold halves; the others, with all their emoji, stay untouched."""
+        parts, done = [], 0
+        while found := _SUSPECT.search(chunk, done):
+            start = max(chunk.rfind(b"\n", done, found.start()) + 1, done)
+            end = chunk.find(b"\n", start)
+            end = len(chunk) if end < 0 else end
+            line, before = chunk[start:end], self.mended
+            mended = _SURROGATES.sub(self._pair, line)
+            if self.mended > before:
+                self._check_ids(line, f"line {self._lines + chunk.count(NEWLINE, 0, start) + 1} of {self._path}")
+            parts += [chunk[done:start], mended]
+            done = end
+        return b"".join([*parts, chunk[done:]]) if parts else chunk
+
+    def _check_ids(self, line: bytes, where: str) -> None:
+        record = parse_json(line.strip(), where, advice="write one JSON object a line")
+        for key in ID_KEYS if isinstance(record, dict) else ():
+            if isinstance(record.get(key), str) and has_surrogates(record[key]):
+                raise DataError(
+                    f"{where} has the {key} {shorten(record[key])} with half of a surrogate pair, which is no "
+                    "character; correct its escape"
+                )
 
     def _pair(self, match: re.Match[bytes]) -> bytes:
         text, start = match.string, match.start()

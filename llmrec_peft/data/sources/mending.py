@@ -19,7 +19,8 @@ _TIME = (
     r"(?:[T ](?P<clock>[0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:[.,][0-9]{1,9})?)?)"
     r" ?(?P<zone>Z|z|UTC|GMT|[-+][0-9]{2}(?::?[0-9]{2})?)?)?$"
 )
-_FLOAT_ID = r"^(?:0|[1-9][0-9]*)\.0$"
+_FLOAT_ID, _WHOLE_ID = r"^(?:0|[1-9][0-9]*)\.0$", r"^(?:0|[1-9][0-9]*)$"
+_NUMBER = r"^[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?$"
 
 
 def check_names(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
@@ -60,10 +61,12 @@ def plain_times(interactions: pa.Table, name: str, null_times: str) -> pa.Table:
     if null_times == "drop" and count < len(times):
         _log.warning("log %r: %d of %d interactions have no timestamp; they are left out", name, count, len(times))
         return interactions.filter(pc.invert(missing))
-    raise DataError(
-        f"timestamp is null in {count} {where} ({numbered(rows, count)}); fill these rows, or leave them out by "
-        "data.null_times=drop, in Python BehaviorLog.read(..., null_times='drop')"
+    advice = (
+        "fill these rows, or leave them out by data.null_times=drop, in Python BehaviorLog.read(..., null_times='drop')"
+        if count < len(times)
+        else "no interaction has a time: fill the column, by row numbers if only the order of events is known"
     )
+    raise DataError(f"timestamp is null in {count} {where} ({numbered(rows, count)}); {advice}")
 
 
 def _parsed(texts: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
@@ -75,7 +78,14 @@ def _parsed(texts: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         except pa.ArrowInvalid:
             continue
     fields = pc.extract_regex(texts, _TIME)
-    _check_times(texts, pc.and_(fields.is_null(), texts.is_valid()), where, "is no time")
+    numbers = pc.fill_null(pc.match_substring_regex(texts, _NUMBER), False)
+    no_date = pc.and_(fields.is_null(), texts.is_valid())
+    if fields.null_count == len(texts):
+        _check_times(texts, no_date, where, "is no time")
+    _check_times(texts, pc.and_(no_date, pc.invert(numbers)), where, "is no time")
+    _check_times(
+        texts, numbers, where, "is a number beside rows with dates", "bring all rows to seconds since 1970, or to dates"
+    )
     day, clock, zone = (pc.struct_field(fields, name) for name in ("day", "clock", "zone"))
     zoned = pc.not_equal(zone, "")
     if pc.any(zoned).as_py():
@@ -92,13 +102,18 @@ def _parsed(texts: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     raise DataError(f"timestamp of {where} holds texts that are no times: {last!s:.160}; correct these rows")
 
 
-def _check_times(texts: pa.ChunkedArray, wrong: pa.ChunkedArray, where: str, reason: str) -> None:
+def _check_times(
+    texts: pa.ChunkedArray,
+    wrong: pa.ChunkedArray,
+    where: str,
+    reason: str,
+    advice: str = "write seconds since 1970, or 2020-01-02T03:04:05Z",
+) -> None:
     count, rows = offenders(bool_numpy(wrong))
     if count:
         raise DataError(
             f"timestamp of {where} {reason} in {count} rows ({numbered(rows, count)}: "
-            f"{listed([shorten(value) for value in texts.take(rows).to_pylist()])}); write seconds since 1970, or "
-            "2020-01-02T03:04:05Z"
+            f"{listed([shorten(value) for value in texts.take(rows).to_pylist()])}); {advice}"
         )
 
 
@@ -114,31 +129,68 @@ def plain_ids(interactions: pa.Table, items: pa.Table | None, name: str) -> tupl
     where = f"interactions of log {name!r}"
     for column in ("user_id", "item_id"):
         interactions = _without_nan(interactions, column, where)
+        _check_spellings(interactions, column, where)
     if _all_floats(interactions, "user_id"):
         interactions = _stripped(interactions, "user_id", where)
     if items is None:
         return (_stripped(interactions, "item_id", where), None) if _all_floats(interactions, "item_id") else (
             interactions, None)  # fmt: skip
     items = _without_nan(items, "item_id", f"items of log {name!r}")
-    if "item_id" not in interactions.column_names or "item_id" not in items.column_names:
-        return interactions, items
-    known, used = _id_texts(items, "item_id"), _id_texts(interactions, "item_id")
+    return meeting_ids(interactions, items, "item_id", where, f"items of log {name!r}")
+
+
+def meeting_ids(
+    interactions: pa.Table, others: pa.Table, column: str, where: str, other: str
+) -> tuple[pa.Table, pa.Table]:
+    """Interactions and a table of items or users, one of them without the ".0" of its ids where only it has them.
+
+    where, other: what messages call the two.
+
+    Raises:
+        DataError: ids with and without ".0" in one column, or such that would meet only by a guess.
+    """
+    _check_spellings(others, column, other)
+    if column not in interactions.column_names or column not in others.column_names:
+        return interactions, others
+    known, used = _id_texts(others, column), _id_texts(interactions, column)
     if known is None or used is None:
-        return interactions, items
+        return interactions, others
     used = pc.unique(used).drop_null()
     strangers = used.filter(pc.invert(pc.is_in(used, value_set=pc.unique(known))))
     if not len(strangers):
-        return interactions, items
-    if _all_floats(interactions, "item_id") and not _some_floats(known):
-        return _stripped(interactions, "item_id", where), items
-    if _all_floats(items, "item_id") and not _some_floats(used):
-        return interactions, _stripped(items, "item_id", f"items of log {name!r}")
-    _check_strangers(strangers, known, where)
-    return interactions, items
+        return interactions, others
+    if _all_floats(interactions, column) and not _some_floats(known):
+        return _stripped(interactions, column, where), others
+    if _all_floats(others, column) and not _some_floats(used):
+        return interactions, _stripped(others, column, other)
+    _check_strangers(strangers, known, column, where, "the item table" if column == "item_id" else other)
+    return interactions, others
 
 
-def _check_strangers(strangers: pa.Array, known: pa.ChunkedArray, where: str) -> None:
-    """Raise DataError for ids that the item table has without their ".0", or with one."""
+def _check_spellings(table: pa.Table, column: str, where: str) -> None:
+    """Raise DataError for one id with and without ".0" in a column; warn where some ids have it and others do not."""
+    if table.column_names.count(column) != 1 or not is_text(table.column(column).type):
+        return
+    ids = pc.unique(table.column(column)).drop_null().cast(ID_TYPE)
+    floats = ids.filter(pc.match_substring_regex(ids, _FLOAT_ID))
+    if not len(floats):
+        return
+    bare = pc.replace_substring_regex(floats, r"\.0$", "")
+    twice = floats.filter(pc.is_in(bare, value_set=ids))
+    if len(twice):
+        first = twice[0].as_py()
+        raise DataError(
+            f"{column} of {where} has {len(twice)} ids with and without .0 (first: {first!r} and {first[:-2]!r}), as "
+            "pandas writes whole numbers where a column had gaps; write all ids as text or astype('Int64')"
+        )
+    whole = pc.sum(pc.match_substring_regex(ids, _WHOLE_ID)).as_py()
+    if whole:
+        _log.warning("%s: %s has %d ids that end with .0, such as %s, beside %d whole numbers; they are read as they "
+                     "stand", where, column, len(floats), shorten(floats[0].as_py()), whole)  # fmt: skip
+
+
+def _check_strangers(strangers: pa.Array, known: pa.ChunkedArray, column: str, where: str, other: str) -> None:
+    """Raise DataError for ids that the other table has without their ".0", or with one."""
     bare = pc.replace_substring_regex(strangers, r"\.0$", "")
     longer = pc.binary_join_element_wise(strangers, *(pa.scalar(end, ID_TYPE) for end in (".0", "")))
     twins = pc.if_else(pc.equal(bare, strangers), longer, bare)
@@ -146,7 +198,7 @@ def _check_strangers(strangers: pa.Array, known: pa.ChunkedArray, where: str) ->
     if pc.any(meant).as_py():
         first = pc.index(meant, True).as_py()
         raise DataError(
-            f"item_id of {where} has {shorten(strangers[first].as_py())} where the item table has "
+            f"{column} of {where} has {shorten(strangers[first].as_py())} where {other} has "
             f"{shorten(twins[first].as_py())}, and not all ids are written so; pandas writes whole numbers with .0 "
             "where a column had gaps: write the ids again as text or astype('Int64')"
         )
@@ -189,7 +241,7 @@ def _all_floats(table: pa.Table, column: str) -> bool:
     """Whether a text column has ids, each with a ".0"; blank ones aside."""
     if table.column_names.count(column) != 1 or not is_text(table.column(column).type):
         return False
-    ids = table.column(column)
+    ids = pc.unique(table.column(column))  # far fewer than rows
     matches = pc.or_(
         pc.match_substring_regex(ids, _FLOAT_ID), pc.is_in(ids, value_set=pa.array(["", "nan", "NaN"], ids.type))
     )

@@ -82,7 +82,9 @@ def read_mind(path: str) -> RawLog:
         columns=kept,
     )
     name = log_name(path)
-    items = complete_items(_distinct(items, directory / "news.tsv", name), history, name)
+    items = complete_items(
+        _distinct(items, directory / "news.tsv", name), history, name, counted=" (those of histories are counted)"
+    )
     return RawLog(collect(rows(), ROW_SCHEMA), items, name)
 
 

@@ -121,7 +121,7 @@ def _read_dat_form(directory: Path) -> tuple[pa.Table, pa.Table]:
             OCCUPATIONS_1M[int(code)] if code.isdigit() and int(code) < len(OCCUPATIONS_1M) else code
             for code in users["occupation"]
         ]
-        interactions = attach_users(interactions, pa.table(users).drop_columns(["zip"]))
+        interactions = attach_users(interactions, pa.table(users).drop_columns(["zip"]), directory / "users.dat")
     return interactions, items
 
 
@@ -137,7 +137,7 @@ def _read_100k_form(directory: Path) -> tuple[pa.Table, pa.Table]:
     items = pa.table({"item_id": movies["item_id"], "title": movies["title"], "genres": genres})
     if (directory / "u.user").is_file():
         users = _split_lines(directory / "u.user", "|", ["user_id", "age", "gender", "occupation", "zip"])
-        interactions = attach_users(interactions, pa.table(users).drop_columns(["zip"]))
+        interactions = attach_users(interactions, pa.table(users).drop_columns(["zip"]), directory / "u.user")
     return interactions, items
 
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from llmrec_peft.data.csv_rules import DELIMITERS
 from llmrec_peft.data.sources.csv_files import read_csv
+from llmrec_peft.data.sources.mending import is_text, meeting_ids
 from llmrec_peft.data.sources.registry import RawLog, log_name, register
 from llmrec_peft.data.sources.tabular import attach_users, complete_items
 from llmrec_peft.data.sources.text_bytes import check_utf8
@@ -51,10 +52,11 @@ def _inter_files(path: str) -> list[Path]:
 def read_recbole(path: str) -> RawLog:
     """Read RecBole atomic files; the columns of `.user` join the interactions.
 
-    The item's title is the column `title` of `.item`, else the one whose name has "title" or "name" and is the item's
-    own, else that of `.inter`; without any, ids are titles. `venue_id`, `artist_id` and the like stand for `item_id`
-    where that is missing. A log that has neither label, rating nor behaviour holds positives: it gets the behaviour
-    "interaction". What is read otherwise than declared is logged as a warning.
+    The item's title is the column `title` of `.item`, else the text column that is called `name`, or whose name ends
+    with `_title` or `_name` and is the item's own, else that of `.inter`; without any, ids are titles. `venue_id`,
+    `artist_id` and the like stand for `item_id` where that is missing. A log that has neither label, rating nor
+    behaviour holds positives: it gets the behaviour "interaction". What is read otherwise than declared is logged as a
+    warning.
 
     Raises:
         DataError: no or several `.inter` files, a header without types, several columns that may be the title, or a
@@ -78,9 +80,12 @@ def read_recbole(path: str) -> RawLog:
         interactions = interactions.append_column("behaviour", constant)
     user_file, item_file = files[0].with_suffix(".user"), files[0].with_suffix(".item")
     if user_file.is_file():
-        interactions = attach_users(interactions, _keyed(user_file, "user_id", renamed))
+        interactions = attach_users(interactions, _keyed(user_file, "user_id", renamed), user_file)
     name = log_name(path)
-    items = _items(interactions, _keyed(item_file, "item_id", renamed) if item_file.is_file() else None, item_file)
+    items = _keyed(item_file, "item_id", renamed) if item_file.is_file() else None
+    if items is not None:
+        interactions, items = meeting_ids(interactions, items, "item_id", f"interactions of {path}", str(item_file))
+    items = _items(interactions, items, item_file)
     return RawLog(interactions, complete_items(items, interactions, name), name)
 
 
@@ -143,10 +148,12 @@ def _keyed(path: Path, key: str, renamed: dict[str, str]) -> pa.Table:
 
 def _items(interactions: pa.Table, items: pa.Table | None, path: Path) -> pa.Table:
     """The item table with titles from `.item`, else from `.inter`, else none."""
-    title = None if items is None else _title_column(items.column_names, path)
+    if items is not None and "title" in set(items.column_names) - set(_texts(items)):
+        raise DataError(f"{path} has title:float; titles are texts: write title:token in its header")
+    title = None if items is None else _title_column(_texts(items), path)
     if items is not None and title is not None:
         return items.rename_columns(["title" if name == title else name for name in items.column_names])
-    told = _title_column([name for name in interactions.column_names if _of_item(name)], path.with_suffix(".inter"))
+    told = _title_column([name for name in _texts(interactions) if _of_item(name)], path.with_suffix(".inter"))
     if told is not None:
         titles = _titles_told(interactions, told)
         if items is None:
@@ -176,16 +183,27 @@ def _title_column(names: list[str], path: Path) -> str | None:
     """
     if "title" in names:
         return "title"
-    own = [name for name in names if not _OF_OTHERS.search(name.lower()) and not name.lower().endswith("_id")]
+    own = [name for name in names if not _OF_OTHERS.search(_words(name))]
     for word in ("title", "name"):
-        found = [name for name in own if word in name.lower()]
+        found = [name for name in own if re.search(f"(?:^|_){word}$", _words(name))]
         found = [name for name in found if _of_item(name) or name == word] or found
         if len(found) > 1:
             raise DataError(f"{path} has no title but {listed(found)}; rename the one that is the item's to title")
         if found:
-            _log.info("%s: %s holds the titles of items", path, found[0])
+            if not _of_item(found[0]) and found[0] != word:
+                _log.warning("%s: no column is called title; %s is taken for it by its name", path, found[0])
             return found[0]
     return None
+
+
+def _texts(table: pa.Table) -> list[str]:
+    """Columns that may hold titles: those of texts."""
+    return [field.name for field in table.schema if is_text(field.type)]
+
+
+def _words(name: str) -> str:
+    """A column's name in lower case, its words joined by underscores: `productName` too."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def _of_item(name: str) -> bool:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from llmrec_peft.data.sources.csv_files import read_text_csv, typed_columns
 from llmrec_peft.data.sources.json_lines import read_jsonl
+from llmrec_peft.data.sources.mending import meeting_ids
 from llmrec_peft.data.spool import BATCH_ROWS, collect
 from llmrec_peft.data.tables import ID_TYPE, is_blank, listed
 from llmrec_peft.errors import DataError, one_line
@@ -109,12 +110,21 @@ def fill_blank_titles(items: pa.Table) -> tuple[pa.Table, int]:
     return items.set_column(items.column_names.index("title"), "title", filled), pc.sum(blank).as_py() or 0
 
 
-def attach_users(interactions: pa.Table, users: pa.Table) -> pa.Table:
-    """The interactions with the columns of a user table, null for users that it lacks.
+def attach_users(interactions: pa.Table, users: pa.Table, path: Path) -> pa.Table:
+    """The interactions with the columns of a user table, null for users that it lacks, with a warning that counts them.
 
     A column whose name the interactions have already is called `user_<name>`.
+
+    Raises:
+        DataError: ids with and without ".0" that would meet only by a guess.
     """
-    rows = pc.index_in(interactions.column("user_id"), value_set=users.column("user_id").combine_chunks())
+    interactions, users = meeting_ids(interactions, users, "user_id", f"interactions of {path.parent}", str(path))
+    met = pc.unique(interactions.column("user_id")).drop_null()
+    known = users.column("user_id").combine_chunks()
+    strangers = len(met) - (pc.sum(pc.is_in(met, value_set=known)).as_py() or 0)
+    if strangers:
+        _log.warning("%s: %d of %d users have no row; its columns are empty for them", path, strangers, len(met))
+    rows = pc.index_in(interactions.column("user_id"), value_set=known)
     for name in users.column_names:
         if name != "user_id":
             label = f"user_{name}" if name in interactions.column_names else name
@@ -122,10 +132,11 @@ def attach_users(interactions: pa.Table, users: pa.Table) -> pa.Table:
     return interactions
 
 
-def complete_items(items: pa.Table, interactions: pa.Table, name: str) -> pa.Table:
+def complete_items(items: pa.Table, interactions: pa.Table, name: str, counted: str = "") -> pa.Table:
     """A published item table made whole: the first row of each item, ids for missing titles, rows for missing items.
 
-    Public dumps break these rules often; what was mended is logged as a warning, with counts.
+    Public dumps break these rules often; what was mended is logged as a warning, with counts. `counted` says there
+    which items the interactions name, where they do not name all.
     """
     ids = items.column("item_id").cast(ID_TYPE)
     distinct = pc.unique(ids)
@@ -136,7 +147,11 @@ def complete_items(items: pa.Table, interactions: pa.Table, name: str) -> pa.Tab
     unknown = used.filter(pc.invert(pc.is_in(used, value_set=distinct)))
     if len(unknown):
         _log.warning(
-            "log %r: %d of %d items have no metadata; their ids are their titles", name, len(unknown), len(used)
+            "log %r: %d of %d items have no metadata%s; their ids are their titles",
+            name,
+            len(unknown),
+            len(used),
+            counted,
         )
         missing = pa.table({"item_id": unknown, "title": unknown})
         items = pa.concat_tables([items, missing], promote_options="permissive")

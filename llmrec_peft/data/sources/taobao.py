@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,6 +16,7 @@ from llmrec_peft.data.sources.csv_files import open_csv
 from llmrec_peft.data.sources.registry import RawLog, log_name, register
 from llmrec_peft.data.sources.text_bytes import first_line
 from llmrec_peft.data.spool import collect
+from llmrec_peft.data.times import EARLIEST, LATEST, check_left_out
 from llmrec_peft.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -28,8 +30,8 @@ SCHEMA = pa.schema(
         ("timestamp", pa.int64()),
     ]
 )
-FIRST, LAST = 631_152_000, 4_102_444_800
-"""1990 and 2100 in seconds: the published file has some times of other centuries."""
+FEW, MOST_LEFT_OUT = 10, 0.01
+"""The published file has some times of other centuries; more rows than both, a count and a share, are no such few."""
 _ROW = re.compile(r"^\d+,\d+,\d+,(?:pv|cart|fav|buy),-?\d+$")
 
 
@@ -45,27 +47,39 @@ def read_taobao(path: str) -> RawLog:
     """Read Taobao's UserBehavior.csv; `behaviour` is pv (a view), cart, fav or buy.
 
     No titles were published: an item's id is its title, and `category` is the id of its category. Rows whose time lies
-    outside 1990 to 2100 are left out. Both are logged as warnings, with counts.
+    outside 1990 to 2100 are left out, if they are few and no times of another unit. Both are logged as
+    warnings, with counts.
 
     Raises:
-        DataError: no such file, several, or a damaged one.
+        DataError: no such file, several, a damaged one, or times that are not seconds.
     """
     files = _files(path)
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise DataError(f"{path} holds {len(files)} files of Taobao's behaviours ({names}); name the one to read")
     name = log_name(path)
-    left_out = 0
+    read = left_out = 0
 
     def rows() -> Iterator[pa.RecordBatch]:
-        nonlocal left_out
+        nonlocal read, left_out
         for batch in open_csv(files[0], SCHEMA):
+            times = batch.column("timestamp").drop_null().to_numpy()
+            outside = np.flatnonzero((times < EARLIEST) | (times >= LATEST))
+            if len(outside):
+                check_left_out(times[outside], read + outside, str(files[0]))
             times = batch.column("timestamp")
-            inside = batch.filter(pc.and_(pc.greater_equal(times, FIRST), pc.less(times, LAST)))
-            left_out += batch.num_rows - inside.num_rows
-            yield inside
+            read += batch.num_rows
+            left_out += len(outside)
+            # Rows without a time stay: `null_times` says what becomes of them.
+            inside = pc.and_(pc.greater_equal(times, EARLIEST), pc.less(times, LATEST))
+            yield batch.filter(pc.fill_null(inside, True)) if len(outside) else batch
 
     table = collect(rows(), SCHEMA)
+    if left_out > max(FEW, MOST_LEFT_OUT * read) or left_out == read > 0:
+        raise DataError(
+            f"{files[0]} has times outside 1990 to 2100 in {left_out} of {read} rows, and the published file in a few "
+            f"dozen of 100 million; times are seconds since 1970: correct the column"
+        )
     if left_out:
         _log.warning("log %r: %d interactions with times outside 1990 to 2100 left out", name, left_out)
     ids = table.column("item_id").unique()
