@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.csv_rules import NULLS
-from llmrec_peft.data.tables import ID_TYPE, bool_numpy, listed, numbered, offenders, shorten
+from llmrec_peft.data.tables import ID_TYPE, bool_numpy, is_text, listed, numbered, offenders, shorten
 from llmrec_peft.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -29,11 +29,6 @@ def check_names(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
         found = [other for other in table.column_names if re.sub(r"[\W_]", "", other).lower() == plain]
         if found and name not in table.column_names:
             raise DataError(f"{where} has the column {found[0]!r} where {name} belongs; rename it to {name}")
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is one of Arrow's strings."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def plain_times(interactions: pa.Table, name: str, null_times: str) -> pa.Table:
@@ -137,8 +132,32 @@ def plain_ids(interactions: pa.Table, items: pa.Table | None, name: str) -> tupl
     return interactions, items
 
 
-def _check_strangers(strangers: pa.Array, known: pa.ChunkedArray, where: str) -> None:
-    """Raise DataError for ids that the item table has without their ".0", or with one."""
+def ids_as_known(table: pa.Table, column: str, known: pa.Array | pa.ChunkedArray, where: str, of: str) -> pa.Table:
+    """A table whose ids of one column are spelled as `known` ids are: without ".0", with a warning, as `plain_ids`.
+
+    of: what holds the known ids, for messages.
+
+    Raises:
+        DataError: ids with and without ".0" that would meet only by a guess.
+    """
+    ids = _id_texts(_without_nan(table, column, where), column)
+    if ids is None:
+        return table
+    ids = pc.unique(ids).drop_null()
+    strangers = ids.filter(pc.invert(pc.is_in(ids, value_set=pc.unique(known))))
+    if not len(strangers):
+        return table
+    if _all_floats(table, column) and not _some_floats(known):
+        return _stripped(table, column, where)
+    _check_strangers(strangers, known, where, column, of)
+    return table
+
+
+def _check_strangers(
+    strangers: pa.Array, known: pa.Array | pa.ChunkedArray, where: str, column: str = "item_id",
+    of: str = "the item table",
+) -> None:  # fmt: skip
+    """Raise DataError for ids that the known ones hold without their ".0", or with one."""
     bare = pc.replace_substring_regex(strangers, r"\.0$", "")
     longer = pc.binary_join_element_wise(strangers, *(pa.scalar(end, ID_TYPE) for end in (".0", "")))
     twins = pc.if_else(pc.equal(bare, strangers), longer, bare)
@@ -146,7 +165,7 @@ def _check_strangers(strangers: pa.Array, known: pa.ChunkedArray, where: str) ->
     if pc.any(meant).as_py():
         first = pc.index(meant, True).as_py()
         raise DataError(
-            f"item_id of {where} has {shorten(strangers[first].as_py())} where the item table has "
+            f"{column} of {where} has {shorten(strangers[first].as_py())} where {of} has "
             f"{shorten(twins[first].as_py())}, and not all ids are written so; pandas writes whole numbers with .0 "
             "where a column had gaps: write the ids again as text or astype('Int64')"
         )
