@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from llmrec_peft.documents import shortened
 from llmrec_peft.errors import ConfigError, one_line
-from llmrec_peft.fields import check_fields, number, require
+from llmrec_peft.fields import check_fields, key_of, number, require
 
 # What LoRA's `init` may be, and the advice for PEFT's schemes that need activations of real batches first.
 LORA_INITS = ("default", "gaussian", "olora", "pissa", "loftq", "orthogonal")
@@ -34,12 +34,12 @@ def _layers() -> Any:
 
 def _check_layers(layers: list[int] | None) -> None:
     different = layers is None or (len(layers) > 0 and len(set(layers)) == len(layers))
-    require(different, "method.layers", "null or a list of different layer numbers from 0", layers)
+    require(different, "layers", "null or a list of different layer numbers from 0", layers)
 
 
 def _check_targets(targets: str | list[str]) -> None:
     """A text other than all-linear is a regular expression, which must be one that a linear-time matcher knows."""
-    require(bool(targets), "method.target_modules", "all-linear or a list of names", targets)
+    require(bool(targets), "target_modules", "all-linear or a list of names", targets)
     if not isinstance(targets, str) or targets == "all-linear":
         return
     try:
@@ -47,7 +47,7 @@ def _check_targets(targets: str | list[str]) -> None:
     except ValueError as error:
         requirement = f"all-linear, a list of names or a regular expression in RE2's syntax ({one_line(error)})"
         raise ConfigError(
-            f"method.target_modules must be {requirement}, not {shortened(repr(targets))}; list the modules' names"
+            f"{key_of('target_modules')} must be {requirement}, not {shortened(repr(targets))}; list the modules' names"
         ) from None
 
 
@@ -87,8 +87,8 @@ class ModelOptions:
     """Allow model code that comes with the base to run."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "model.")
-        require(bool(self.base.strip()), "model.base", "a model name or path", self.base)
+        check_fields(self)
+        require(bool(self.base.strip()), "base", "a model name or path", self.base)
 
 
 @dataclass
@@ -115,18 +115,20 @@ class LoraOptions:
     """Which biases train too."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "method.")
+        check_fields(self)
         _check_targets(self.target_modules)
         _check_layers(self.layers)
         if self.init in _DATA_INITS:
             raise ConfigError(
-                f"method.init must be one of {', '.join(LORA_INITS)} or pissa_niter_N, not {self.init!r}, which needs "
-                "activations of real batches before training; use pissa or olora, which start from the weights alone"
+                f"{key_of('init')} must be one of {', '.join(LORA_INITS)} or pissa_niter_N, not {self.init!r}, which "
+                "needs activations of real batches before training; use pissa or olora, which start from the weights "
+                "alone"
             )
         known = self.init in LORA_INITS or _PISSA_NITER.fullmatch(self.init) is not None
-        require(known, "method.init", f"one of {', '.join(LORA_INITS)} or pissa_niter_N", self.init)
-        even = self.init != "orthogonal" or self.r % 2 == 0
-        require(even, "method.r", "an even number with method.init orthogonal", self.r)
+        require(known, "init", f"one of {', '.join(LORA_INITS)} or pissa_niter_N", self.init)
+        require(
+            not (self.init == "orthogonal" and self.r % 2), "r", "an even number with init orthogonal", self.r
+        )  # fmt: skip
 
 
 @dataclass
@@ -144,7 +146,7 @@ class QloraOptions(LoraOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(not changes_base(self), "method.init", "default, gaussian or loftq on a 4-bit base", self.init)
+        require(not changes_base(self), "init", "default, gaussian or loftq on a 4-bit base", self.init)
 
 
 def changes_base(options: LoraOptions) -> bool:
@@ -170,8 +172,8 @@ class AdapterOptions:
     """Numbers of the layers to adapt, from 0; null for all."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "method.")
-        require(self.scale != 0, "method.scale", "a finite number other than 0", self.scale)
+        check_fields(self)
+        require(self.scale != 0, "scale", "a finite number other than 0", self.scale)
         _check_layers(self.layers)
 
 

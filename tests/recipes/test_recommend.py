@@ -452,27 +452,27 @@ def test_columns_of_the_header_and_of_the_moment(recipe, coupons, users, tmp_pat
 
 
 def test_columns_that_nothing_gives_are_named(recipe, coupons, users, tmp_path, capsys):
-    bundle, data = coupons
+    (bundle, data), out = coupons, tmp_path / "out"
     flags = [f"--bundle={bundle}", f"--data.path={data}"]
-    line = refused(recipe, capsys, flags, tmp_path)
+    line = refused(recipe, capsys, flags, out)
     assert "names hour, which the items of log 'log' lack; give --context '{hour: ...}'" in line
-    line = refused(recipe, capsys, flags, tmp_path, "--context={hour: 9, day: Mon}")
+    line = refused(recipe, capsys, flags, out, "--context={hour: 9, day: Mon}")
     assert "context has 'day', but the event of domain 'coupons' takes from it only hour" in line
-    line = refused(recipe, capsys, flags, tmp_path, "--context={hour: nine}")
+    line = refused(recipe, capsys, flags, out, "--context={hour: nine}")
     assert "user 'd0' (row 0 of log log)" in line and "hour" in line
     pq.write_table(pa.table({"user_id": ["d3", "new"]}), users)
     # No part was made, so other settings may begin there.
     flags += [f"--users={users}", "--context={hour: 9}"]
-    line = refused(recipe, capsys, flags, tmp_path)
+    line = refused(recipe, capsys, flags, out)
     assert "user 'new' (row 1 of users.parquet): the header names 'age', which the log cannot say" in line
-    assert answered(run(recipe, flags, tmp_path, "--on_error=skip")) == ["d3"]
-    assert lines(tmp_path)[0]["row"] == 1
+    assert answered(run(recipe, flags, out, "--on_error=skip")) == ["d3"]
+    assert lines(out)[0]["row"] == 1
     for column, message in (("age", "the header of domain 'coupons' names 'age', which neither users"),
                             ("hour", "names 'hour', which neither the items nor the interactions")):  # fmt: skip
         place = data / "interactions.parquet"
         whole = pq.read_table(place)
         pq.write_table(whole.drop([column]), place)
-        assert message in refused(recipe, capsys, flags, tmp_path)
+        assert message in refused(recipe, capsys, flags, out)
         pq.write_table(whole, place)
 
 
