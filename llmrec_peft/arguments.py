@@ -22,7 +22,7 @@ from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.documents import parse_yaml, read_yaml, shortened
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.fields import describe
+from llmrec_peft.fields import describe, section
 
 Config = TypeVar("Config")
 
@@ -261,8 +261,8 @@ def _has_domain(config_class: type) -> bool:
     return any(item.name == "domain" for item in dataclasses.fields(config_class))
 
 
-def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """Make the dataclasses from plain mappings; each checks its own values."""
+def _build(config_class: type[Config], values: Mapping[str, Any], name: str = "") -> Config:
+    """Make the dataclasses from plain mappings; each checks its own values. `name` is the section's."""
     if config_class is Domain:
         return Domain.from_dict({key: value for key, value in values.items() if not key.startswith("__")})
     hints = typing.get_type_hints(config_class)
@@ -270,7 +270,8 @@ def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     for item in dataclasses.fields(config_class):
         hint = hints[item.name]
         if dataclasses.is_dataclass(hint):
-            made[item.name] = _build(hint, values.get(item.name) or {})
+            made[item.name] = _build(hint, values.get(item.name) or {}, f"{name}.{item.name}".strip("."))
         else:
             made[item.name] = values[item.name]
-    return config_class(**made)
+    with section(name):
+        return config_class(**made)

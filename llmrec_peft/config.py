@@ -54,8 +54,8 @@ __all__ = [
 
 MAX_SAMPLES = 100_000
 """Resamples of a bootstrap, at most."""
-MAX_MOMENT = 1e12
-"""Seconds from 1970 to a moment, at most: 30,000 years."""
+MAX_MOMENT = 1e20
+"""Number that names a moment, at most; beyond nanoseconds and file times, whose unit `check_moment` names."""
 
 
 def _check_metrics(names: list[str] | None, key: str) -> None:

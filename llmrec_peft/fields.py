@@ -14,6 +14,8 @@ import numbers
 import types
 import typing
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, Literal
@@ -95,9 +97,29 @@ def text(default: Any = MISSING, *, most: int) -> Any:
 def require(rule: bool, field: str, requirement: str, value: object) -> None:
     """Raise ConfigError unless a setting keeps its rule."""
     if not rule:
+        key = key_of(field)
         raise ConfigError(
-            f"{field} must be {requirement}, not {shortened(repr(value))}; change {field} in the configuration"
+            f"{key} must be {requirement}, not {shortened(repr(value))}; change {key} in the configuration"
         )
+
+
+_section: ContextVar[str] = ContextVar("section", default="")
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Values that are checked in the block belong to this section of a configuration; messages name them by it."""
+    token = _section.set(name)
+    try:
+        yield
+    finally:
+        _section.reset(token)
+
+
+def key_of(field: str) -> str:
+    """The key of a field: behind its section's name, unless the field has it already."""
+    name = _section.get()
+    return field if not name or field == name or field.startswith(f"{name}.") else f"{name}.{field}"
 
 
 def check_fields(options: Any, prefix: str = "", *, brief: bool = False) -> None:

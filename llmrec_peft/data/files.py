@@ -8,6 +8,7 @@ what a killed process left, and removes that alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +32,22 @@ _SCRATCH = re.compile(r"\.(.+)-merging-[0-9a-z_]{8}", re.DOTALL)  # of earlier v
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the temporary name to write to; it takes the place of `path` at the end, and is gone after an error."""
+    """Give the temporary name to write to; it takes the place of `path` at the end, and is gone after an error.
+
+    Raises:
+        FileExistsError: `path` is a link, a device, a pipe or a directory, before anything is written.
+    """
+    _check_replaced(path)
     with scratch_file(path) as partial:
         yield partial
+        _check_replaced(path)
         os.replace(partial, path)
+
+
+def _check_replaced(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "It is no regular file, so it is not replaced", str(path))
 
 
 @contextmanager
@@ -132,8 +146,8 @@ def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def _named(path: Path) -> Path:
-    """A path that ends in a name, as `.` and `..` do not."""
-    return path.resolve() if path.name in ("", "..") else path
+    """A path that ends in a name, as `.` and `..` do not, and the place that a link stands for."""
+    return Path(os.path.realpath(path)) if path.name in ("", "..") or path.is_symlink() else path
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

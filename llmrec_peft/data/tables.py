@@ -140,7 +140,7 @@ def prepare_items(items: pa.Table, name: str) -> pa.Table:
     title = items.column("title")
     if pa.types.is_dictionary(title.type):
         title = title.cast(title.type.value_type)
-    if not pa.types.is_null(title.type) and not _is_text(title.type):
+    if not pa.types.is_null(title.type) and not is_text(title.type):
         raise DataError(f"title in {where} must be text, got {title.type}; write the titles as strings")
     title = title.cast(ID_TYPE)
     blank = is_blank(title)
@@ -155,7 +155,8 @@ def prepare_items(items: pa.Table, name: str) -> pa.Table:
     return items.set_column(items.column_names.index("title"), "title", title).combine_chunks()
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's strings."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 

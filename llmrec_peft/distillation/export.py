@@ -27,7 +27,7 @@ from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.inference.merged import load_merged, publish, read_merged, scratch_beside, writing
+from llmrec_peft.inference.merged import load_merged, publish, read_merged, scratch_beside, without_links, writing
 from llmrec_peft.inference.samples import SampleStreams
 from llmrec_peft.manifests import sha256
 from llmrec_peft.models.base import check_positions
@@ -175,7 +175,7 @@ def _runs(opset: int) -> bool:
 
 def _check_output(out: Path, student: Path, serving: Any) -> Path:
     """Where an export may be written: a new or empty directory, or one that holds an export."""
-    out = out.resolve() if out.is_symlink() else out
+    out = without_links(out)
     if out.exists() and (not out.is_dir() or out.samefile(student)):
         raise BundleError(f"{out} is {'the student itself' if out.is_dir() else 'a file'}; choose another directory")
     if out.exists() and any(out.iterdir()) and not (out / serving.MANIFEST).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ class DomainBank:
     def release(self, directory: str | Path) -> None:
         """Give up what was preloaded from a directory and has not been used; nothing happens where nothing was."""
         with self._lock:
-            for mark in self._versions.ahead(str(Path(directory).resolve())):
+            for mark in self._versions.ahead(os.path.realpath(directory)):
                 self._release(mark)
 
     def scorer(self, name: str) -> Scorer:

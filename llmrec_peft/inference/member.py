@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def precision_of(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Any]
 def stamp(directory: Path) -> tuple[Any, ...]:
     """What tells without reading them that a bundle's files are those that were read: place, size, time of change."""
     found = [(directory / name).stat() for name in FILES]
-    return (str(directory.resolve()), *((part.st_ino, part.st_size, part.st_mtime_ns) for part in found))
+    return (os.path.realpath(directory), *((part.st_ino, part.st_size, part.st_mtime_ns) for part in found))
 
 
 def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -> Member:

@@ -310,8 +310,7 @@ def check_output(directory: str | Path, *sources: str | Path) -> Path:
 
     Raises BundleError for anything else, and for a directory that the merge itself reads from.
     """
-    directory = Path(directory)
-    directory = directory.resolve() if directory.is_symlink() else directory
+    directory = without_links(directory)
     for source in sources:
         if directory.exists() and Path(source).exists() and directory.samefile(source):
             raise BundleError(f"{directory} is what is merged; choose another directory for the result")
@@ -322,6 +321,17 @@ def check_output(directory: str | Path, *sources: str | Path) -> Path:
             f"{directory} exists and holds no merged model, so it is not replaced; choose another directory"
         )
     return directory
+
+
+def without_links(directory: str | Path) -> Path:
+    """A directory to write, by the place that it stands for if it is a link; BundleError for a link to itself."""
+    directory = Path(directory)
+    if not directory.is_symlink():
+        return directory
+    place = Path(os.path.realpath(directory))
+    if place.is_symlink():
+        raise BundleError(f"{directory} is a link that leads round in a circle; choose another directory")
+    return place
 
 
 @contextmanager

@@ -27,10 +27,10 @@ def check_links(directory: Path, what: str) -> None:
 
     A Hub cache keeps a snapshot's files as links into the blobs of the same repository; those links are its layout.
     """
-    root = directory.resolve()
+    root = Path(os.path.realpath(directory))
     homes = [root] if root.parent.name != "snapshots" else [root, root.parent.parent / "blobs"]
     for path in sorted(directory.iterdir()):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes):
             raise BundleError(f"{path} is a link out of the {what}; copy the file itself into the directory")
 
 

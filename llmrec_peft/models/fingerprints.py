@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _cached_fingerprint(entries: dict[str, TensorEntry]) -> str:
     """`tensors.fingerprint`, paid once for a large checkpoint."""
     if sum(entry.end - entry.begin for entry in entries.values()) <= CACHED_ABOVE:
         return fingerprint(entries)
-    files = sorted({entry.file.resolve() for entry in entries.values()})
+    files = sorted({Path(os.path.realpath(entry.file)) for entry in entries.values()})
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([stats, sorted(entries)]).encode()).hexdigest()
     path = cache_dir() / "fingerprints.json"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from llmrec_peft.documents import shortened
 from llmrec_peft.errors import ConfigError, one_line
-from llmrec_peft.fields import check_fields, number, require
+from llmrec_peft.fields import check_fields, key_of, number, require
 
 # What LoRA's `init` may be, and the advice for PEFT's schemes that need activations of real batches first.
 LORA_INITS = ("default", "gaussian", "olora", "pissa", "loftq", "orthogonal")
@@ -47,7 +47,7 @@ def _check_targets(targets: str | list[str]) -> None:
     except ValueError as error:
         requirement = f"all-linear, a list of names or a regular expression in RE2's syntax ({one_line(error)})"
         raise ConfigError(
-            f"target_modules must be {requirement}, not {shortened(repr(targets))}; list the modules' names"
+            f"{key_of('target_modules')} must be {requirement}, not {shortened(repr(targets))}; list the modules' names"
         ) from None
 
 
@@ -120,8 +120,9 @@ class LoraOptions:
         _check_layers(self.layers)
         if self.init in _DATA_INITS:
             raise ConfigError(
-                f"init must be one of {', '.join(LORA_INITS)} or pissa_niter_N, not {self.init!r}, which needs "
-                "activations of real batches before training; use pissa or olora, which start from the weights alone"
+                f"{key_of('init')} must be one of {', '.join(LORA_INITS)} or pissa_niter_N, not {self.init!r}, which "
+                "needs activations of real batches before training; use pissa or olora, which start from the weights "
+                "alone"
             )
         known = self.init in LORA_INITS or _PISSA_NITER.fullmatch(self.init) is not None
         require(known, "init", f"one of {', '.join(LORA_INITS)} or pissa_niter_N", self.init)

@@ -124,6 +124,13 @@ def _check_places(config: FuseConfig, place: Path) -> None:
     )  # fmt: skip
     if os.path.realpath(place) == bundle:
         raise ConfigError(f"retrieval {place} is the bundle itself; choose another directory")
+    if config.output_dir is not None:
+        out = os.path.realpath(config.output_dir)
+        if os.path.realpath(place) in (out, *map(str, Path(out).parents)):
+            raise ConfigError(
+                f"output_dir {config.output_dir} is retrieval {place}, or lies in it, and would be replaced with it; "
+                "choose another directory"
+            )
     if place.exists() and not (place / EVIDENCE_MANIFEST).is_file() and any(place.iterdir()):
         raise ConfigError(
             f"retrieval {place} exists and holds nothing that this recipe fitted, so it is not replaced; "

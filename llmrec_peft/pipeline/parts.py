@@ -22,7 +22,7 @@ from ..data.tables import shorten
 from ..documents import parse_json, read_mapping
 from ..errors import ConfigError, LLMRecError
 from ..models.manifest import digest
-from .places import writing
+from .places import is_plain, writing
 
 RESULT, ERRORS, DIRECTORY = "recommendations.parquet", "errors.jsonl", "parts"
 NOTE = b"llmrec_peft"
@@ -183,7 +183,7 @@ class Parts:
 def check_results(out: Path) -> None:
     """Raise ConfigError where the results of a job would replace a file that no such job wrote."""
     for name, own in ((RESULT, _is_result), (ERRORS, _is_errors)):
-        if (out / name).exists() and not own(out / name):
+        if os.path.lexists(out / name) and not (is_plain(out / name) and own(out / name)):
             raise ConfigError(
                 f"output_dir {out} holds {name}, which no recommend job wrote, so it is not replaced; choose another "
                 "directory, or remove it"

@@ -72,8 +72,18 @@ def check_output(
             raise ConfigError(f"{what} {out} {'is' if place is out else 'lies in'} {kind} ({place}); choose another")
 
 
-def check_output_file(path: str, inputs: Mapping[str, str | None], *, what: str = "output") -> None:
-    """`check_output` for one file: it is no directory, is none of what is read, and lies in nothing that is whole."""
+def check_output_file(
+    path: str,
+    inputs: Mapping[str, str | None],
+    *,
+    what: str = "output",
+    own: Callable[[Path], bool] = lambda path: False,
+) -> None:
+    """`check_output` for one file: it is none of what is read, lies in nothing that is whole, and replaces its like
+    alone.
+
+    own: whether a regular file that is there is what this recipe itself may replace.
+    """
     if os.path.isdir(path):
         raise ConfigError(f"{what} {path} is a directory; name a file")
     place = Path(os.path.realpath(path))
@@ -82,6 +92,14 @@ def check_output_file(path: str, inputs: Mapping[str, str | None], *, what: str 
         if value is not None and _exists(value) and (_same(place, Path(value)) or _lies_in(place, Path(value))):
             raise ConfigError(f"{what} {path} is {key} {value}, or lies in it; choose another file")
     check_output(place.parent, {}, what=what)
+    if _stands(Path(path), what) and not (is_plain(Path(path)) and own(Path(path))):
+        kind = "a file that this recipe did not write" if is_plain(Path(path)) else "a link, a device or a pipe"
+        raise ConfigError(f"{what} {path} is {kind}, so it is not replaced; choose another file, or remove it")
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a path is a regular file, and no link to one."""
+    return path.is_file() and not path.is_symlink()
 
 
 def writing(directory: str | Path, what: str = "output_dir") -> AbstractContextManager[None]:

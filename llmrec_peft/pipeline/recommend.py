@@ -140,8 +140,9 @@ def _read(config: RecommendConfig, state: PartialState, show) -> _Job:
 def _read_candidates(path: str | None, log: BehaviorLog) -> list[str] | None:
     if path is None:
         return None
-    ids = read_ids(path, "candidates", "item_id").column("item_id").to_pylist()
-    known = set(log.items.column("item_id").to_pylist())
+    named = log.items.column("item_id")
+    ids = read_ids(path, "candidates", "item_id", named, f"log {log.name!r}").column("item_id").to_pylist()
+    known = set(named.to_pylist())
     unknown = [(row, item) for row, item in enumerate(ids) if item not in known]
     if unknown:
         row, item = unknown[0]

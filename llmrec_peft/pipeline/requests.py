@@ -9,6 +9,7 @@ import numpy as np
 
 from ..data.sources.records import read_records
 from ..data.tables import listed, shorten
+from ..documents import parse_json
 from ..errors import DataError
 
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -19,6 +20,8 @@ KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "id": ((str, int), "a text or a whole number"),
 }
 OPTIONAL = ("user", "id")
+MAX_LINE = 50_000_000
+"""Characters that are read of the first line of a file to tell what it is."""
 
 
 def read_requests(path: str) -> Iterator[tuple[Any, ...]]:
@@ -34,8 +37,10 @@ def read_requests(path: str) -> Iterator[tuple[Any, ...]]:
         if unknown:
             raise DataError(f"request {number} of {path} has an unknown key {unknown[0]!r}; use {listed(list(KINDS))}")
         for key, (kind, text) in KINDS.items():
-            if not isinstance(record.get(key), kind) and (key in record or key not in OPTIONAL):
-                raise DataError(f"request {number} of {path} has {key} {shorten(record.get(key))}; it must be {text}")
+            value = record.get(key)
+            fits = isinstance(value, kind) and not isinstance(value, bool)
+            if not fits and (key in record or key not in OPTIONAL):
+                raise DataError(f"request {number} of {path} has {key} {shorten(value)}; it must be {text}")
         yield (record["domain"], record["history"], record["candidates"], record.get("user"), record.get("id", number))
 
 
@@ -43,6 +48,16 @@ def answer_line(request: tuple[Any, ...], labels: list[str], probabilities: np.n
     """One answer as JSON: id, domain, labels, and the probabilities of each candidate in the labels' order."""
     values = [[round(float(value), 6) for value in row] for row in probabilities]
     return json.dumps({"id": request[4], "domain": request[0], "labels": labels, "probabilities": values})
+
+
+def are_answers(path: Path) -> bool:
+    """Whether the first line of a file is an answer by `answer_line`."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = parse_json(file.readline(MAX_LINE), str(path))
+    except (OSError, ValueError):  # DataError is a ValueError
+        return False
+    return isinstance(found, dict) and found.keys() == {"id", "domain", "labels", "probabilities"}
 
 
 def in_batches(requests: Iterable[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:

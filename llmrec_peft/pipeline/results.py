@@ -1,5 +1,6 @@
 """How recipes that measure show what they found, and where they leave it, apart from what training left."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import pyarrow.parquet as pq
 from ..data.files import write_json, write_parquet
 from ..documents import read_json
 from ..errors import ConfigError
-from .places import check_output, writing
+from ..evaluation.metrics import find_metric
+from .places import check_output, is_plain, writing
 from .run import holds_run
+
+FUSED = {"test", "fused_minus", "targets", "users", "fusion", "evidence", "kept"}
+"""Keys of metrics.json that fusing writes."""
 
 
 def check_results(directory: Path, inputs: Mapping[str, str | None]) -> None:
@@ -24,7 +29,7 @@ def check_results(directory: Path, inputs: Mapping[str, str | None]) -> None:
     if holds_run(directory):
         raise ConfigError(f"output_dir {directory} is a training run's, whose metrics.json would go; choose another")
     for path in (directory / "metrics.json", directory / "predictions.parquet", directory / "ranking.parquet"):
-        if path.exists() and not _is_result(path):
+        if os.path.lexists(path) and not _is_result(path):
             raise ConfigError(
                 f"output_dir {directory} holds {path.name}, which no recipe of this kind wrote, so it is not replaced; "
                 "choose another directory, or remove it"
@@ -32,14 +37,40 @@ def check_results(directory: Path, inputs: Mapping[str, str | None]) -> None:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether `write_results` may have written a file."""
+    """Whether `write_results` may have written a file, by the form of all that it writes."""
+    if not is_plain(path):
+        return False
     try:
         if path.suffix == ".parquet":
-            return {"user_id", "item_id"} <= set(pq.read_schema(path).names)
+            return _is_table(pq.read_schema(path).names, path.stem)
         found = read_json(path)
+        return isinstance(found, dict) and (found.keys() == FUSED or _are_metrics(found))
     except (OSError, ValueError, pa.ArrowException):  # DataError is a ValueError
         return False
-    return isinstance(found, dict) and any(isinstance(found.get(name), dict) for name in ("train", "valid", "test"))
+
+
+def _is_table(names: list[str], stem: str) -> bool:
+    """Whether columns are those of predictions.parquet, or of ranking.parquet."""
+    columns = ["split", "user_id", "item_id", "timestamp", "label"]
+    if stem == "predictions":
+        rest = names[len(columns) :]
+        return names[: len(columns)] == columns and bool(rest) and all(name.startswith("p_") for name in rest)
+    columns = ["user_id", "item_id", "timestamp", "items"]
+    rest = [name for name in names[len(columns) :] if name != "candidates"]
+    return names[: len(columns)] == columns and bool(rest) and all(name.endswith(("_above", "_tied")) for name in rest)
+
+
+def _are_metrics(found: dict[str, Any]) -> bool:
+    """Whether `found` is one split's metrics by name, and nothing else but a ranking."""
+    splits = [name for name in found if name != "ranking"]
+    metrics = found[splits[0]] if len(splits) == 1 and splits[0] in ("train", "valid", "test") else None
+    if not isinstance(metrics, dict) or "targets" not in metrics:
+        return False
+    for name, value in metrics.items():
+        find_metric(name)  # a ValueError for another name
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            return False
+    return True
 
 
 def write_results(directory: Path, metrics: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> None:

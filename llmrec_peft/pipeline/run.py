@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..config import TrainRecipeConfig, config_to_yaml
+from ..config import DistillConfig, TrainRecipeConfig, config_to_yaml
 from ..data.files import sweep, write_json, write_text
 from ..documents import parse_yaml, read_mapping, read_yaml
 from ..errors import ConfigError, DataError
@@ -78,12 +78,12 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
     return Run(config, directory, checkpoint)
 
 
-def _inputs(config: TrainRecipeConfig) -> dict[str, str | None]:
+def _inputs(config: TrainRecipeConfig | DistillConfig) -> dict[str, str | None]:
     """What a run reads, by key."""
-    found = {"data.path": config.data.path, "model.base": config.model.base}
-    for key in ("teacher", "base"):
-        found[key] = getattr(config, key, None)
-    return found
+    found = {"data.path": config.data.path}
+    if isinstance(config, TrainRecipeConfig):
+        return found | {"model.base": config.model.base}
+    return found | {"teacher": config.teacher, "base": config.base, "student.base": config.student.base}
 
 
 def holds_run(directory: Path) -> bool:

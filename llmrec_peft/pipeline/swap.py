@@ -16,7 +16,7 @@ from ..inference.bank import DomainBank
 from ..inference.versions import check_name
 from ..models.bundle import check_bundle
 from .places import check_output_file, writing
-from .requests import answer_line, in_batches, read_requests
+from .requests import answer_line, are_answers, in_batches, read_requests
 
 
 def swap(config: SwapConfig) -> None:
@@ -31,7 +31,8 @@ def swap(config: SwapConfig) -> None:
     bundles |= {f"swap.{name}": path for name, path in config.swap.items()}
     if config.output is not None:
         items = {f"items.{name}": path for name, path in config.items.items()}
-        check_output_file(config.output, {"requests": config.requests, "base": config.base, **bundles, **items})
+        read = {"requests": config.requests, "base": config.base, **bundles, **items}
+        check_output_file(config.output, read, own=are_answers)
     for name in config.bundles:
         check_name(name)
     _check_requests(config)

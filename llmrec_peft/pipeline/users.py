@@ -1,6 +1,7 @@
 """The users of a batch job: who they are, and what is asked for each."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ import pyarrow.compute as pc
 
 from ..data.domain import Domain
 from ..data.log import BehaviorLog
+from ..data.sources.mending import ids_as_known
 from ..data.sources.tabular import SUFFIXES, read_tables, suffix_of
-from ..data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, listed
+from ..data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, listed, shorten
 from ..data.times import check_moment
 from ..errors import ConfigError, DataError
 from ..inference.prompts import Event
 from .events import LoggedEvents, cells
+
+_log = logging.getLogger(__name__)
 
 HASHED_AT_ONCE = 65_536  # rows
 
@@ -71,7 +75,10 @@ class Users:
         self._log, self._domain, self._until = log, domain, until
         self._logged = LoggedEvents(log, domain)
         self.name = f"log {log.name}" if path is None else Path(path).name
-        table = pa.table({"user_id": log.user_ids}) if path is None else read_ids(path, "users", "user_id")
+        if path is None:
+            table = pa.table({"user_id": log.user_ids})
+        else:
+            table = read_ids(path, "users", "user_id", log.user_ids, f"log {log.name!r}")
         if "history" in table.column_names:
             raise DataError(
                 f"users {path} has a column 'history', but histories come from the log; add their rows to the log at "
@@ -84,6 +91,11 @@ class Users:
         self._check_columns()
         self._codes = pc.fill_null(pc.index_in(self.ids, value_set=log.user_ids), -1).to_numpy(zero_copy_only=False)
         self.refused = _refused(self.ids)
+        if path is not None and not self.known and len(log.user_ids):
+            _log.warning(
+                "none of the %d users of %s is in log %r (%s there, and %s in the log): all are answered without a "
+                "history", len(self.ids), self.name, log.name, *(_first(ids) for ids in (self.ids, log.user_ids)),
+            )  # fmt: skip
 
     def _check_columns(self) -> None:
         given, known = set(self._columns.column_names), self._log.interactions.column_names
@@ -167,11 +179,18 @@ class Users:
         return digest.hexdigest()
 
 
-def read_ids(path: str, what: str, column: str) -> pa.Table:
-    """A file whose `column` holds ids, as text; `what` is the setting that names the file.
+def read_ids(path: str, what: str, column: str, known: pa.Array | pa.ChunkedArray, of: str) -> pa.Table:
+    """A file whose `column` holds ids, as text, spelled as the `known` ids are.
+
+    Args:
+        path: of the file.
+        what: the setting that names the file.
+        column: of the ids.
+        known: ids to be met.
+        of: what holds the known ids, for messages.
 
     Raises:
-        DataError: no such file, no such column, or no row.
+        DataError: no such file, no such column, no row, or ids that pandas wrote with .0 in some rows only.
     """
     place = Path(path)
     if not place.is_file() or suffix_of(place) is None:
@@ -180,6 +199,7 @@ def read_ids(path: str, what: str, column: str) -> pa.Table:
     check_columns(table, (column,), f"{what} {path}")
     if not table.num_rows:
         raise DataError(f"{what} {path} has no rows; give at least one {column}")
+    table = ids_as_known(table, column, known, f"{what} {path}", of)
     values = table.column(column)
     ids = values.cast(ID_TYPE) if pa.types.is_null(values.type) else as_ids(values, f"{column} in {what} {path}")
     return table.set_column(table.column_names.index(column), column, ids)
@@ -193,6 +213,10 @@ def table_fingerprint(table: pa.Table) -> str:
             values = table.column(name).slice(start, HASHED_AT_ONCE).to_pylist()
             digest.update(repr(values).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def _first(ids: pa.Array | pa.ChunkedArray) -> str:
+    return listed([shorten(value) for value in ids.slice(0, 3).to_pylist()])
 
 
 def _refused(ids: pa.Array) -> dict[int, str]:

@@ -8,19 +8,24 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmrec_peft import BehaviorLog
 from llmrec_peft.data import files
 from llmrec_peft.data.files import move_into_place, replacing, scratch_directory, sweep, write_text
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.inference.bank import DomainBank
 from llmrec_peft.inference.evidence import Evidence
+from llmrec_peft.models.bundle import load_bundle, save_bundle
 from llmrec_peft.pipeline.places import check_output, check_output_file
+from llmrec_peft.pipeline.results import check_results, write_results
 from tests.conftest import ROOT
 from tests.recipes.test_directories import contents, refused
 
@@ -127,6 +132,111 @@ def test_swap_reads_requests_first_and_finds_its_base(trained, data, recipe, tmp
         refused(recipe("swap"), flags, capfd)
 
 
+FOREIGN = {
+    "text": b"mine", "empty": b"", "half a line": b'{"id": 0, "domain": ', "deep": b"[" * 3000, "no UTF-8": b"\xff\xfe",
+    "another's": b'{"id": 0, "domain": "a"}\n', "a list": b'["id", "domain", "labels", "probabilities"]\n',
+    "a table": None, "link": "file", "link to nothing": "nothing", "loop": "OUT", "pipe": "",
+}  # fmt: skip
+"""Also sockets, devices, and any other file."""
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_swap_replaces_only_answers_of_its_own(kind, trained, data, recipe, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(DomainBank, "load", None)  # nothing is loaded for it
+    path, out, content = tmp_path / "requests.jsonl", tmp_path / "OUT", FOREIGN[kind]
+    path.write_text('{"domain": "a", "history": [], "candidates": []}\n')
+    (tmp_path / "file").write_text(ANSWER)
+    if content == "":
+        os.mkfifo(out)
+    elif isinstance(content, str):
+        out.symlink_to(content)
+    elif content is None:
+        pq.write_table(pa.table({"id": [1]}), out)
+    else:
+        out.write_bytes(content)
+    before = _identity(out)
+    flags = ["--bundles", json.dumps({"a": str(trained("head") / "bundle")}), "--items", json.dumps({"a": str(data)})]
+    line = refused(recipe("swap"), [*flags, f"--requests={path}", f"--output={out}"], capfd)
+    assert "output" in line and "OUT" in line and "choose another" in line
+    assert _identity(out) == before and (tmp_path / "file").read_text() == ANSWER
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = os.lstat(path)
+    return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns
+
+
+ANSWER = '{"id": 0, "domain": "a", "labels": ["x", "y"], "probabilities": []}\n'
+
+
+def test_swap_replaces_its_own_answers(trained, data, recipe, tmp_path):
+    path, out = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    path.write_text('{"domain": "a", "history": [], "candidates": [], "id": "new"}\n')
+    out.write_text(ANSWER)
+    flags = ["--bundles", json.dumps({"a": str(trained("head") / "bundle")}), "--items", json.dumps({"a": str(data)})]
+    recipe("swap")([*flags, f"--requests={path}", f"--output={out}"])
+    assert json.loads(out.read_text())["id"] == "new"
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "loop", "pipe", "directory"])
+def test_a_writer_replaces_regular_files_alone(kind, tmp_path):
+    """The last guard of every file that is written: also devices and sockets, in any output directory."""
+    out = tmp_path / "out"
+    (tmp_path / "file").write_text("mine")
+    {"pipe": os.mkfifo, "directory": os.mkdir}.get(
+        kind, lambda path: os.symlink({"link": "file", "loop": "out"}.get(kind, "nothing"), path)
+    )(out)
+    before = _identity(out)
+    with pytest.raises(FileExistsError, match="not replaced"), replacing(out):
+        raise AssertionError("nothing may be written")
+    assert _identity(out) == before and sorted(os.listdir(tmp_path)) == ["file", "out"]
+
+
+def test_a_link_to_a_directory_is_filled_and_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for text in ("one", "two"):
+        with scratch_directory(tmp_path / "link") as scratch:
+            write_text(text, scratch / "file")
+            move_into_place(scratch, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == {"file": text.encode()}
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_earlier_results_are_told_from_foreign_files(tmp_path):
+    """Also any other table with users and items, and any other metrics of a split."""
+    columns = ["split", "user_id", "item_id", "timestamp", "label", "p_a", "p_b"]
+    ranked = ["user_id", "item_id", "timestamp", "items", "candidates", "llm_above", "llm_tied"]
+    metrics = {"auc": 0.5, "ndcg@10": None, "targets": 4}
+    own = [
+        ("metrics.json", {"test": metrics}), ("metrics.json", {"valid": metrics, "ranking": {}}),
+        ("metrics.json", dict.fromkeys(("test", "fused_minus", "targets", "users", "fusion", "evidence", "kept"), {})),
+        ("predictions.parquet", columns), ("ranking.parquet", ranked),
+        ("ranking.parquet", [name for name in ranked if name != "candidates"]),
+    ]  # fmt: skip
+    foreign = [
+        ("metrics.json", {"test": {"auc": 0.5}}), ("metrics.json", {"test": metrics, "model": "mine"}),
+        ("metrics.json", {"test": metrics | {"my score": 1}}), ("metrics.json", {"test": metrics | {"f1": "high"}}),
+        ("metrics.json", {"train": metrics, "test": metrics}), ("metrics.json", {"test": {}}),
+        ("predictions.parquet", ["user_id", "item_id"]), ("predictions.parquet", columns[:5]),
+        ("predictions.parquet", [*columns, "mine"]), ("ranking.parquet", ["user_id", "item_id", "timestamp", "items"]),
+        ("ranking.parquet", [*ranked, "mine"]), ("ranking.parquet", columns),
+    ]  # fmt: skip
+    for number, (name, content) in enumerate(own + foreign):
+        place = tmp_path / str(number) / name
+        place.parent.mkdir()
+        if isinstance(content, dict):
+            write_text(json.dumps(content), place)
+        else:
+            pq.write_table(pa.table({column: [1] for column in content}), place)
+        if number < len(own):
+            check_results(place.parent, {})
+            (place.parent / "link").symlink_to(name)
+            (place.parent / "link").rename(place)  # a link by the name, which leads to itself
+        with pytest.raises(ConfigError, match=f"holds {name}, which no recipe of this kind wrote"):
+            check_results(place.parent, {})
+
+
 # -- full disks: what fails the same way is any write that ends early --
 
 
@@ -199,6 +309,65 @@ def test_what_a_killed_process_left_is_swept(kind, tmp_path):
     sweep(tmp_path, place.name)
     assert [path.name for path in tmp_path.iterdir()] == ([place.name] if kind == "moving" else [])
     assert kind != "moving" or contents(place) == {"old": b"old"}
+
+
+def _killed_at(number: int, write) -> bool:
+    """Whether a process that calls `write` was killed where it would move its file or directory `number` into place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads: the child runs none of theirs
+        child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    replace, left = os.replace, number
+
+    def die(*names):
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*names)
+
+    try:
+        os.replace = die
+        write()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("before", ["nothing", "an earlier one"])
+@pytest.mark.parametrize("what", ["bundle", "evidence", "results"])
+@pytest.mark.usefixtures("one_thread")
+def test_killed_and_written_again_it_is_whole(what, before, trained, data, tmp_path):
+    """What evaluate, fuse and training end with, killed before any of its moves; also any other writer of files.py."""
+    write = _writer(what, trained, data)
+    write(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    for number in range(1, 9):
+        place = tmp_path / f"{number}" / "out"
+        place.parent.mkdir()
+        if before != "nothing":
+            write(place)
+        died = _killed_at(number, lambda place=place: write(place))
+        if not died:
+            break
+        named = {name: data for name, data in contents(place).items() if not name.startswith(".")}
+        assert named.items() <= whole.items()
+        write(place)
+        assert contents(place) == whole and os.listdir(place.parent) == ["out"]
+    assert number > 2 and not died
+
+
+def _writer(what: str, trained, data):
+    """A function that writes one kind of output into a directory."""
+    if what == "results":
+        table = pa.table({"user_id": ["a"] * 1000})
+        return lambda place: write_results(place, {"test": {"targets": 1}}, {"predictions": table, "ranking": table})
+    log = BehaviorLog.read(data)
+    if what == "evidence":
+        found = Evidence.fit(log, np.arange(len(log)), np.ones(len(log), np.int64))
+        return found.save
+    bundle = load_bundle(trained("head") / "bundle")
+    return lambda place: save_bundle(place, bundle.classifier, bundle.tokenizer, bundle.domain)
 
 
 def test_what_lives_or_is_foreign_is_not_swept(tmp_path):

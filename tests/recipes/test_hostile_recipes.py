@@ -15,9 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
+from llmrec_peft import BehaviorLog, Domain
 from llmrec_peft.config import CONFIGS
+from llmrec_peft.pipeline.requests import read_requests
+from llmrec_peft.pipeline.users import Users, read_ids
 from tests.conftest import ROOT
 
 PATHS = {
@@ -30,7 +36,9 @@ PATHS = {
     "swap": ("bundles", "items", "requests", "output"),
 }
 """Options of each recipe that name a file or directory."""
-BAD = ("x" * 300, "a\0b", "LOOP", "/dev/null", "FILE/below", "/".join(["d" * 200] * 30))
+OUTPUTS = ("output_dir", "output", "retrieval")
+BAD = ("x" * 300, "a\0b", "LOOP", "PIPE", "FILE/below", "/".join(["d" * 200] * 30))
+"""PIPE is for outputs alone; inputs get a device."""
 
 
 def refused(main, args: list[str], capfd) -> str:
@@ -44,27 +52,133 @@ def refused(main, args: list[str], capfd) -> str:
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_paths_that_no_file_system_takes(name, data, recipe, tiny_base, tmp_path, capfd, monkeypatch):
+def test_paths_that_no_file_system_takes(name, trained, data, recipe, arguments, tmp_path, capfd, monkeypatch):
+    """Each option by itself is bad, all others can be used: so the bad one alone is what is refused."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
     (tmp_path / "LOOP").symlink_to("LOOP")
-    shop = ROOT / "recipes" / "configs" / "shop"
-    good = {
-        "config": shop / "lora.yaml", "domain": shop / "domain.yaml", "data.path": data,
-        "model.base": tiny_base("llama"), "requests": "FILE", "items": "{a: none}", "bundles": "{a: none}",
-    }  # fmt: skip
-    given = {key: good.get(key, "none") for key in dict.fromkeys((*PATHS[name], *_needed(name)))}
-    if name == "evaluate":
-        given.pop("config")
+    os.mkfifo(tmp_path / "PIPE")
+    given = _usable(name, trained, data, arguments, tmp_path)
+    before = sorted(os.listdir(tmp_path))
     for key in PATHS[name]:
         for value in BAD:
-            bad = f"{{a: {json.dumps(value)}}}" if key in ("bundles", "items") else value
-            refused(recipe(name), [f"--{option}={part}" for option, part in {**given, key: bad}.items()], capfd)
-    assert sorted(os.listdir(tmp_path)) == ["FILE", "LOOP"]
+            value = "/dev/null" if value == "PIPE" and key not in OUTPUTS else value
+            bad = json.dumps({"a": value}) if key in ("bundles", "items") else value
+            line = refused(recipe(name), [f"--{option}={part}" for option, part in {**given, key: bad}.items()], capfd)
+            assert key in line or value[:40] in line, (key, value, line)
+            assert len(line) < 800
+    assert sorted(os.listdir(tmp_path)) == before
 
 
-def _needed(name: str) -> list[str]:
-    return {"swap": [], "lora": []}.get(name, ["data.path"])
+def _usable(name: str, trained, data, arguments, place: Path) -> dict[str, object]:
+    """Options that a recipe runs with."""
+    if name == "lora":
+        flags = arguments("lora", place / "out")
+        pairs = zip(flags[:4:2], flags[1:4:2], strict=True)
+        return {**{key[2:]: value for key, value in pairs}, **dict(flag[2:].split("=", 1) for flag in flags[4:])}
+    bundle = trained("lora") / "bundle"
+    ids = pq.read_table(data / "interactions.parquet")
+    files = {"users": "user_id", "candidates": "item_id"}
+    for file, column in files.items():
+        csv = place / f"{file}.csv"
+        csv.write_text(f"{column}\n{ids.column(column)[0].as_py()}\n")
+    (place / "requests.jsonl").write_text('{"domain": "a", "history": [], "candidates": []}\n')
+    every = {
+        "teacher": bundle, "bundle": bundle, "data.path": data, "output_dir": place / "out",
+        "retrieval": place / "evidence", "users": place / "users.csv", "candidates": place / "candidates.csv",
+        "bundles": json.dumps({"a": str(bundle)}), "items": json.dumps({"a": str(data)}),
+        "requests": place / "requests.jsonl", "output": place / "answers.jsonl",
+    }  # fmt: skip
+    wanted = {*PATHS[name]} | (set() if name == "swap" else {"data.path"})
+    return {key: every[key] for key in every if key in wanted}
+
+
+@pytest.mark.parametrize("place", ["out", "retrieval", "retrieval/below"])
+def test_results_inside_what_is_replaced_are_refused(place, trained, data, recipe, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to("retrieval")
+    flags = ["--bundle", str(trained("head") / "bundle"), "--data.path", str(data), "--retrieval", "retrieval"]
+    assert "retrieval" in refused(recipe("fuse"), [*flags, "--output_dir", place], capfd)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("value", ["true", "1.5", "[1]", "null"])
+def test_ids_of_requests_are_texts_or_whole_numbers(value, tmp_path):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(f'{{"domain": "a", "history": [], "candidates": [], "id": {value}}}\n')
+    with pytest.raises(ValueError, match="request 0 of .* has id .*; it must be a text or a whole number"):
+        list(read_requests(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("lora", "method.r=9999"), ("lora", "method.dropout=1.5"), ("lora", "method.alpha=0"), ("lora", "model.base="),
+     ("lora", "method.init=x"), ("lora", "method.layers=[]"), ("adapter", "method.scale=0"),
+     ("lora", "model.head_scale=-1")],
+)  # fmt: skip
+def test_a_bad_value_is_named_by_its_whole_key(name, flag, recipe, arguments, tmp_path, capfd):
+    line = refused(recipe(name), [*arguments(name, tmp_path / "out"), f"--{flag}"], capfd)
+    assert line.startswith(f"error: {flag.split('=')[0]} must be")
+
+
+def test_distill_names_its_own_keys(trained, data, recipe, capfd):
+    bundle = trained("head") / "bundle"
+    flags = [f"--teacher={bundle}", f"--data.path={data}", f"--output_dir={bundle / 'x'}"]
+    line = refused(recipe("distill"), flags, capfd)
+    assert "teacher" in line and "model.base" not in line
+
+
+# -- ids and moments as other programs write them --
+
+
+@pytest.fixture
+def numbered(data, tmp_path) -> BehaviorLog:
+    """The log with ids 1, 2, 3, ... in place of its own."""
+    for name in ("interactions", "items"):
+        table = pq.read_table(data / f"{name}.parquet")
+        for column in ("user_id", "item_id"):
+            if column in table.column_names:
+                codes = pc.index_in(table.column(column), value_set=pq.read_table(
+                    data / ("items.parquet" if column == "item_id" else "interactions.parquet")
+                ).column(column).unique())  # fmt: skip
+                numbers = pc.cast(pc.add(codes, 1), pa.string())
+                table = table.set_column(table.column_names.index(column), column, numbers)
+        (tmp_path / "log").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "log" / f"{name}.parquet")
+    return BehaviorLog.read(tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [("1.0\n2.0", ["1", "2"]), ('1.0\n""\n77.0', ["1", "", "77"]), ("1\n2", ["1", "2"]), ("2.50\nx", ["2.50", "x"])],
+)
+def test_ids_that_pandas_wrote_with_a_fraction_are_met(text, ids, numbered, tmp_path, caplog):
+    """Also float columns of parquet, and ids of items in `candidates`."""
+    path = tmp_path / "users.csv"
+    path.write_text(f"user_id\n{text}\n")
+    users = Users(numbered, Domain.from_yaml(ROOT / "recipes" / "configs" / "shop" / "domain.yaml"), str(path))
+    assert [value or "" for value in users.ids.to_pylist()] == ids
+    assert ("read without its .0" in caplog.text) == (".0" in text)
+    assert ("none of the 2 users" in caplog.text) == (users.known == 0) == ("x" in text)
+    found = read_ids(str(path), "candidates", "user_id", numbered.items.column("item_id"), "log 'x'")
+    assert [value or "" for value in found.column("user_id").to_pylist()] == ids
+
+
+def test_ids_with_and_without_a_fraction_are_named(numbered, tmp_path):
+    path = tmp_path / "candidates.csv"
+    path.write_text("item_id\n1\n2.0\n")
+    with pytest.raises(ValueError, match=r"item_id of candidates .* has '2.0' where log 'x' has '2'"):
+        read_ids(str(path), "candidates", "item_id", numbered.items.column("item_id"), "log 'x'")
+
+
+@pytest.mark.parametrize(
+    ("until", "words"),
+    [(1600000000000, "milliseconds"), (1600000000000000, "microseconds"), (1.6e18, "nanoseconds"), (1.7e13, "unit")],
+)
+def test_a_moment_in_another_unit_is_told_so(until, words, trained, data, recipe, tmp_path, capfd):
+    flags = [f"--bundle={trained('head') / 'bundle'}", f"--data.path={data}", f"--output_dir={tmp_path / 'out'}"]
+    line = refused(recipe("recommend"), [*flags, f"--until={until}"], capfd)
+    assert "until" in line and words in line and "looks like" in line
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -452,8 +452,7 @@ def test_columns_of_the_header_and_of_the_moment(recipe, coupons, users, tmp_pat
 
 
 def test_columns_that_nothing_gives_are_named(recipe, coupons, users, tmp_path, capsys):
-    bundle, data = coupons
-    out = tmp_path / "out"
+    (bundle, data), out = coupons, tmp_path / "out"
     flags = [f"--bundle={bundle}", f"--data.path={data}"]
     line = refused(recipe, capsys, flags, out)
     assert "names hour, which the items of log 'log' lack; give --context '{hour: ...}'" in line

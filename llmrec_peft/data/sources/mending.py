@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.csv_rules import NULLS
-from llmrec_peft.data.tables import ID_TYPE, bool_numpy, listed, numbered, offenders, shorten
+from llmrec_peft.data.tables import ID_TYPE, bool_numpy, is_text, listed, numbered, offenders, shorten
 from llmrec_peft.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -30,11 +30,6 @@ def check_names(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
         found = [other for other in table.column_names if re.sub(r"[\W_]", "", other).lower() == plain]
         if found and name not in table.column_names:
             raise DataError(f"{where} has the column {found[0]!r} where {name} belongs; rename it to {name}")
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is one of Arrow's strings."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def plain_times(interactions: pa.Table, name: str, null_times: str) -> pa.Table:
@@ -167,6 +162,28 @@ def meeting_ids(
     return interactions, others
 
 
+def ids_as_known(table: pa.Table, column: str, known: pa.Array | pa.ChunkedArray, where: str, of: str) -> pa.Table:
+    """A table whose ids of one column are spelled as `known` ids are: without ".0", with a warning, as `plain_ids`.
+
+    of: what holds the known ids, for messages.
+
+    Raises:
+        DataError: ids with and without ".0" that would meet only by a guess.
+    """
+    ids = _id_texts(_without_nan(table, column, where), column)
+    if ids is None:
+        return table
+    _check_spellings(table, column, where)
+    ids = pc.unique(ids).drop_null()
+    strangers = ids.filter(pc.invert(pc.is_in(ids, value_set=pc.unique(known))))
+    if not len(strangers):
+        return table
+    if _all_floats(table, column) and not _some_floats(known):
+        return _stripped(table, column, where)
+    _check_strangers(strangers, known, column, where, of)
+    return table
+
+
 def _check_spellings(table: pa.Table, column: str, where: str) -> None:
     """Raise DataError for one id with and without ".0" in a column; warn where some ids have it and others do not."""
     if table.column_names.count(column) != 1 or not is_text(table.column(column).type):
@@ -189,7 +206,9 @@ def _check_spellings(table: pa.Table, column: str, where: str) -> None:
                      "stand", where, column, len(floats), shorten(floats[0].as_py()), whole)  # fmt: skip
 
 
-def _check_strangers(strangers: pa.Array, known: pa.ChunkedArray, column: str, where: str, other: str) -> None:
+def _check_strangers(
+    strangers: pa.Array, known: pa.Array | pa.ChunkedArray, column: str, where: str, other: str
+) -> None:
     """Raise DataError for ids that the other table has without their ".0", or with one."""
     bare = pc.replace_substring_regex(strangers, r"\.0$", "")
     longer = pc.binary_join_element_wise(strangers, *(pa.scalar(end, ID_TYPE) for end in (".0", "")))

@@ -1,5 +1,6 @@
 """The registry of readers and the function that picks one."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def _exists(path: str | Path) -> bool:
 
 def log_name(path: str | Path) -> str:
     """What messages call a log: the last part of its path."""
-    return Path(path).resolve().name or str(path)
+    return os.path.basename(os.path.realpath(path)) or str(path)
 
 
 def _found(path: Path) -> str:
