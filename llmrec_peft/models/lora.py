@@ -114,8 +114,8 @@ def _present(model: nn.Module, targets: list[str]) -> list[str]:
     absent = set(targets) - ends
     if not found:
         raise BundleError(
-            f"the bundle's target_modules names {len(absent)} modules, such as {shortened(repr(min(absent)))}, and none of them is "
-            "in the base; restore the files that training wrote"
+            f"the bundle's target_modules names {len(absent)} modules, such as {shortened(repr(min(absent)))}, and none "
+            "of them is in the base; restore the files that training wrote"
         )
     if absent:
         _log.warning("%d of %d names in target_modules, such as %s, are of no module of the base and adapt nothing",
