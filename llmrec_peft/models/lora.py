@@ -114,7 +114,7 @@ def _present(model: nn.Module, targets: list[str]) -> list[str]:
     absent = set(targets) - ends
     if not found:
         raise BundleError(
-            f"the bundle's target_modules names {len(absent)} modules, such as {shortened(repr(min(absent)))}, and none "
+            f"the bundle's target_modules has {len(absent)} names, such as {shortened(repr(min(absent)))}, and none "
             "of them is in the base; restore the files that training wrote"
         )
     if absent:
