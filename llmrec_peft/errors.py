@@ -77,6 +77,10 @@ def input_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[No
         raise kind(f"{what} cannot be used ({reason}{file}); {advice}") from error
     except Exception as error:
         raise kind(f"{what} cannot be used ({type(error).__name__}: {one_line(error)}); {advice}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust; it is no Exception, and has no module
+            raise
+        raise kind(f"{what} cannot be used ({one_line(error)}); {advice}") from error
 
 
 @contextmanager

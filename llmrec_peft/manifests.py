@@ -70,7 +70,10 @@ def check_schema(value: Any, schema: Any, path: Path, advice: str, name: str = "
         name: of the value inside the manifest.
     """
     if isinstance(schema, tuple):
-        if not any(_fits(value, choice, path) for choice in schema):
+        alike = [choice for choice in schema if isinstance(choice, dict | list) and type(choice) is type(value)]
+        if len(alike) == 1:  # so that the message names the part
+            check_schema(value, alike[0], path, advice, name)
+        elif not any(_fits(value, choice, path) for choice in schema):
             _refuse(value, " or ".join(map(_told, schema)), path, advice, name)
     elif isinstance(schema, dict) and str not in schema:
         _check_kind(value, dict, path, advice, name)

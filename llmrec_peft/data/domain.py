@@ -18,13 +18,11 @@ from ..fields import text as of_text
 from .duplicates import RULES
 from .splits import context_only
 from .tables import ID_TYPE, OUTCOME_COLUMNS
-from .text import broken_up, check_template, part_text, template_columns, template_literals, value_text
+from .text import MAX_TEMPLATE, broken_up, check_template, part_text, template_columns, template_literals, value_text
 from .values import has_surrogates, plain, shorten
 
 Rule = TypeVar("Rule")
 
-MAX_TEMPLATE = 100_000
-"""Characters of a template, at most."""
 ITEM_EVENT = "item {item_id}"
 """Event of a domain for models that read item ids in place of texts."""
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from ..errors import DataError, StreamError, output_errors
+from ..errors import DataError, StreamError, input_errors, output_errors
 from .domain import Domain, render, template_literals
 from .tables import shorten
 
@@ -74,11 +74,16 @@ class TokenTable:
 
 
 def tokenise(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens without any special token, flat int32, and their offsets int64 [texts + 1]."""
+    """Tokens without any special token, flat int32, and their offsets int64 [texts + 1].
+
+    Raises StreamError where the tokenizer fails.
+    """
     if not texts:
         return np.empty(0, np.int32), np.zeros(1, np.int64)
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                    verbose=False)["input_ids"]  # fmt: skip
+    # A pattern of the tokenizer's that takes too long ends in a panic of its library.
+    with input_errors(StreamError, f"tokenizer {type(tokenizer).__name__}", "use tokenizer files that you trust"):
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+                        verbose=False)["input_ids"]  # fmt: skip
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
     return np.fromiter(itertools.chain.from_iterable(ids), np.int32, offsets[-1]), offsets
 

@@ -130,7 +130,7 @@ def teacher_answers(
 
     Raises:
         DataError: `directory` holds answers of another teacher or of other targets, or a part that was cut or edited.
-        ModelError: an answer is not finite.
+        ModelError: an answer, or a hidden state in float16, is not finite.
     """
     parent: StreamDataset = getattr(streams, "parent", streams)
     directory = Path(directory)
@@ -205,6 +205,11 @@ def _answer(teacher: Bundle, streams: StreamSubset, layers: tuple[int, ...], bat
     calibrated = Calibration.from_dict(teacher.calibration).shift(np.concatenate(logits)).astype(np.float32)
     if not (np.abs(calibrated) <= LARGEST).all():
         raise ModelError(f"the teacher gives answers that are not finite, or above {LARGEST:g}; check its weights")
+    if layers and not all(np.isfinite(part).all() for part in hidden):
+        raise ModelError(
+            f"the teacher gives hidden states in layers {list(layers)} that are not finite in float16; keep other "
+            "layers, or check its weights"
+        )
     numbers = np.concatenate(targets)
     window = np.searchsorted(streams.parent.target_offsets, numbers, "right") - 1
     columns = {
@@ -240,7 +245,7 @@ def _gather(directory: Path, streams: StreamDataset, labels: int, layers: tuple[
             logits[numbers] = values
             windows.append(own)
             if layers:
-                hidden.append(matrix(table, "hidden").reshape(len(numbers), len(layers), -1))
+                hidden.append(_hidden_of(path, table, len(layers)))
                 rows[numbers] = start + np.arange(len(numbers))
                 start += len(numbers)
     found = np.sort(np.concatenate(windows)) if windows else np.empty(0, np.int64)
@@ -248,6 +253,14 @@ def _gather(directory: Path, streams: StreamDataset, labels: int, layers: tuple[
         raise DataError(f"{directory} holds a window's answers in more than one part; remove the directory")
     answers = TeacherAnswers(logits, layers, np.concatenate(hidden) if hidden else None, rows if hidden else None)
     return _Gathered(answers, found)
+
+
+def _hidden_of(path: Path, table: pa.Table, layers: int) -> np.ndarray:
+    """Hidden states of a part, float16 [targets, layers, H]. Raises DataError for one that is not finite."""
+    hidden = matrix(table, "hidden")
+    if not np.isfinite(hidden).all():
+        raise DataError(f"{path} holds hidden states that are not finite; {ADVICE}")
+    return hidden.reshape(len(hidden), layers, -1)
 
 
 def _windows_of(table: pa.Table) -> np.ndarray:

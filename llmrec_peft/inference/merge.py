@@ -307,6 +307,14 @@ def _check_stock(out: Path, measured: Mapping[str, Any], tolerance: float) -> No
             f"{measured['stock_difference']:.3g} at most, over the tolerance {tolerance:.3g}, so it was not kept; "
             "stock classes must read the last token that is not the pad token, which a base's own code may change"
         )
+    through_text = measured["text_same_difference"]
+    if through_text is not None and not through_text <= tolerance:
+        raise BundleError(
+            f"merged model {out} answers otherwise in stock classes: where whole texts give our tokens, logits differ "
+            f"by {through_text:.3g} at most, over the tolerance {tolerance:.3g}, so it was not kept; nothing else "
+            "that the tokenizer gives, such as token types, may change the answers: correct model_input_names in its "
+            "tokenizer_config.json"
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from typing import Any
 from torch import nn
 
 from llmrec_peft.data.files import move_into_place, plain, scratch_directory, write_json
+from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ModelError, input_errors, output_errors
-from llmrec_peft.manifests import check_schema, check_seal, sealed, sha256
+from llmrec_peft.inference.merged_checks import check_config, check_formats, check_tokenizer, no_more_than
+from llmrec_peft.manifests import Real, check_schema, check_seal, sealed, sha256
 from llmrec_peft.models.base import load_model, load_tokenizer
 from llmrec_peft.models.bundle import Bundle, load_bundle
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.files import check_links, read_json, stray_weights
-from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
+from llmrec_peft.models.fingerprints import fits, short, tokenizer_fingerprint
 from llmrec_peft.models.manifest import (
     MANIFEST,
     MERGED,
@@ -40,8 +42,9 @@ from llmrec_peft.models.tensors import check_finite, fingerprint, read_headers
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FORMAT_VERSION = 1
+_RATIO = Real(-1e300, 1e300)
 _SCHEMA: dict[str, Any] = {
-    "merged_from": [dict],
+    "merged_from": [{"name?": (str, None), "method": str, "weights_sha256": str, "weight": _RATIO}],
     "combination": (dict, None),
     "base": {"name": (str, None)},
     "dtype": ("float32", "bfloat16", "float16"),
@@ -52,11 +55,12 @@ _SCHEMA: dict[str, Any] = {
     "words": [str],
     "stream": dict,
     "calibration": (dict, None),
-    "counts": {"split?": (dict, None)},
-    "metrics": dict,
-    "measured": dict,
+    "counts": {"split?": ({"boundaries?": ([_RATIO], None)}, None)},
+    "metrics": {"test?": (dict, None)},
+    "measured": {str: (str, _RATIO, None)},
     "versions": {str: str},
-    "files": {str: str},
+    "files": {CONFIG: str},
+    "attn?": ("sdpa", "eager"),
     "student?": {"options": dict, "loss": dict, "teacher": (dict, None)},
     "seal": str,
 }
@@ -117,59 +121,9 @@ def read_merged(directory: str | Path) -> dict[str, Any]:
     check_schema(manifest, _SCHEMA, path, _RESTORE)
     check_domain(manifest["domain"], str(path))
     check_calibration(manifest["calibration"], len(manifest["labels"]), str(path))
-    _check_parts(manifest, path)
     check_labels(path, manifest, _RESTORE)
     check_seal(manifest, path, _RESTORE)
     return manifest
-
-
-def _check_parts(manifest: Mapping[str, Any], path: Path) -> None:
-    """Raise BundleError, naming the part, for a value that is not of its type: a seal does not keep a forger out."""
-    for name, sound in (
-        ("dtype", manifest["dtype"] in _DTYPES),
-        ("attn", manifest.get("attn", "sdpa") in ("sdpa", "eager")),
-        ("files", set(manifest["files"]) == {CONFIG} and _are(str, manifest["files"].values())),
-        ("weights", isinstance(manifest["weights"].get("fingerprint"), str)),
-        ("tokenizer", isinstance(manifest["tokenizer"].get("fingerprint"), str)),
-        ("merged_from", all(map(_is_origin, manifest["merged_from"]))),
-        ("metrics", isinstance(manifest["metrics"].get("test"), dict | None)),
-        ("measured", all(value is None or isinstance(value, str) or _is_number(value)
-                         for value in manifest["measured"].values())),
-        ("counts", _is_split(manifest["counts"].get("split"))),
-    ):  # fmt: skip
-        if not sound:
-            raise BundleError(f"{path} has no valid entry {name!r}: {str(manifest.get(name))[:80]!r}; {_RESTORE}")
-
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _is_split(split: Any) -> bool:
-    """Whether this is `SplitStreams.split_note` of a run, or nothing."""
-    if split is None:
-        return True
-    boundaries = split.get("boundaries", ()) if isinstance(split, dict) else ()
-    return boundaries is None or (
-        isinstance(boundaries, list) and len(boundaries) == 2 and all(map(_is_number, boundaries))
-    )
-
-
-def _is_origin(part: Any) -> bool:
-    """Whether this is what `merge.provenance` says of one bundle."""
-    return (
-        isinstance(part, dict)
-        and isinstance(part.get("name"), str | None)
-        and _are(str, (part.get("method"), part.get("weights_sha256")))
-        and _is_number(part.get("weight"))
-    )
-
-
-def _are(kind: type, values: Iterable[Any]) -> bool:
-    return all(isinstance(value, kind) for value in values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def check_merged(directory: str | Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], list[Path], Any]:
@@ -183,7 +137,10 @@ def check_merged(directory: str | Path, trust_remote_code: bool = False) -> tupl
     with _reading(directory):
         check_links(directory, "merged model")
         manifest = read_merged(directory)
-        return manifest, _check_files(directory, manifest), _tokenizer(directory, manifest, trust_remote_code)
+        shards = _check_files(directory, manifest)
+        check_config(directory / CONFIG)
+        check_tokenizer(directory)
+        return manifest, shards, _tokenizer(directory, manifest, trust_remote_code)
 
 
 def _reading(directory: Path) -> AbstractContextManager[None]:
@@ -207,14 +164,14 @@ def load_merged(
     Raises BundleError naming both values of any mismatch.
     """
     directory = Path(directory)
-    manifest, _, tokenizer = check_merged(directory, trust_remote_code)
+    manifest, shards, tokenizer = check_merged(directory, trust_remote_code)
     options = ModelOptions(
         base=str(directory), dtype=dtype or manifest["dtype"], attn=attn or manifest.get("attn", "sdpa"),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     labels = manifest["labels"]
     try:
-        with _reading(directory):
+        with _reading(directory), no_more_than(read_headers(shards)):
             model = load_model(
                 str(directory), len(labels), id2label=dict(enumerate(labels)), dtype=options.dtype,
                 attn_implementation=options.attn, trust_remote_code=trust_remote_code,
@@ -227,6 +184,11 @@ def load_merged(
         if isinstance(error, BundleError):
             raise
         raise BundleError(f"merged model {directory} {error}; {_RESTORE}") from None
+    if model.unread:
+        raise BundleError(
+            f"merged model {directory} holds the tensor {shortened(model.unread[0])!r}, which its model has not "
+            f"({len(model.unread)} in all); {_RESTORE}"
+        )
     if not model.trained_head:
         raise BundleError(f"merged model {directory} has no head for the labels {labels}; {_RESTORE}")
     classifier = BehaviorClassifier(model.requires_grad_(False), MERGED, labels)
@@ -250,13 +212,15 @@ def _check_files(directory: Path, manifest: Mapping[str, Any]) -> list[Path]:
                 f"{_RESTORE}"
             )
     try:
-        found = fingerprint(read_headers(shards))
+        entries = read_headers(shards)
+        check_formats(entries)
+        found = fingerprint(entries)
     except ValueError as error:
         raise BundleError(f"merged model {directory}: {error}; copy it again or merge again") from None
     said = manifest["weights"].get("fingerprint")
     if found != said:
         raise BundleError(
-            f"the weights of {directory} have the fingerprint {_short(found)}, but {MANIFEST} says {_short(said)}; "
+            f"the weights of {directory} have the fingerprint {short(found)}, but {MANIFEST} says {short(said)}; "
             "copy them again or merge again"
         )
     return shards
@@ -292,14 +256,10 @@ def _tokenizer(directory: Path, manifest: Mapping[str, Any], trust_remote_code: 
         )
     if found != said:
         raise BundleError(
-            f"merged model {directory} was trained with a tokenizer of fingerprint {_short(said)}, but its files have "
-            f"{_short(found)}; {_RESTORE}"
+            f"merged model {directory} was trained with a tokenizer of fingerprint {short(said)}, but its files have "
+            f"{short(found)}; {_RESTORE}"
         )
     return tokenizer
-
-
-def _short(value: Any) -> str:
-    return f"{str(value).removeprefix('sampled-')[:16]}..."
 
 
 # -- writing ---------------------------------------------------------------------------------------

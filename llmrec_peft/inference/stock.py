@@ -100,7 +100,8 @@ def measure_stock(
 
     Returns:
         `stock_difference`: largest difference through our tokens. `stock_prompts`: how many. None without texts:
-        `text_same_tokens`, how many of the texts give our tokens; `text_difference` and `text_mean_difference` through
+        `text_same_tokens`, how many of the texts give our tokens; `text_same_difference`, the largest of these (None
+        where there is none), which must be nothing but rounding; `text_difference` and `text_mean_difference` through
         the tokenizer's; `text_left_difference`, the largest when they are padded on the left.
     """
     stock = StockModel(directory, trust_remote_code)
@@ -108,6 +109,7 @@ def measure_stock(
         "stock_prompts": len(rows),
         "stock_difference": float(np.abs(stock.of_tokens(rows) - logits).max()),
         "text_same_tokens": None,
+        "text_same_difference": None,
         "text_difference": None,
         "text_mean_difference": None,
         "text_left_difference": None,
@@ -119,6 +121,7 @@ def measure_stock(
     same = [np.array_equal(ours, theirs) for ours, theirs in zip(rows, tokens, strict=True)]
     return found | {
         "text_same_tokens": int(sum(same)),
+        "text_same_difference": float(np.abs(right - logits)[same].max()) if any(same) else None,
         "text_difference": float(np.abs(right - logits).max()),
         "text_mean_difference": float(np.abs(right - logits).mean()),
         "text_left_difference": float(np.abs(left - logits).max()),

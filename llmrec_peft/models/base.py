@@ -204,7 +204,8 @@ def load_model(
 
     The model's `fresh_modules` lists the head and the modules that the checkpoint lacks (BERT's pooler): what every
     method trains. They are float32. The model's `trained_head` says whether the checkpoint is a classifier of these
-    very labels in this order, whose head was read from it; a head of other labels is replaced by a new one.
+    very labels in this order, whose head was read from it; a head of other labels is replaced by a new one. Its
+    `unread` lists the names of the checkpoint's tensors that it has not.
     Raises ModelError for a base that is not there, has no safetensors, lacks weights other than those, or whose layout
     does not fit.
     """
@@ -240,6 +241,7 @@ def load_model(
         raise ModelError(f"base {base} has weights of other shapes than its config.json says; use a whole checkpoint")
     lacking = _fresh_modules(base, info["missing_keys"])
     model.fresh_modules = sorted({head, *lacking})
+    model.unread = sorted(info["unexpected_keys"])
     model.trained_head = same_labels and not other and head not in lacking
     for name in model.fresh_modules:
         for module in modules_named(model, name):

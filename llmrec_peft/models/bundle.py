@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from llmrec_peft.data.files import move_into_place, plain, scratch_directory, write_json
+from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ModelError, input_errors, output_errors
 from llmrec_peft.manifests import sealed, sha256
 from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
@@ -35,7 +36,7 @@ from llmrec_peft.models.checks import (
 )
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
 from llmrec_peft.models.files import check_links, read_json, stray_weights
-from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
+from llmrec_peft.models.fingerprints import fits, short, tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.manifest import (
     CONFIG,
@@ -353,15 +354,15 @@ def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions
     said = manifest["base"].get("fingerprint")
     if found != said:
         raise BundleError(
-            f"bundle {directory} was trained on {_told(manifest['base'])} with fingerprint {_short(said)}, but base "
-            f"{_told({'name': options.base, 'source': base_source(options.base)})} has {_short(found)}; "
+            f"bundle {directory} was trained on {_told(manifest['base'])} with fingerprint {short(said)}, but base "
+            f"{_told({'name': options.base, 'source': base_source(options.base)})} has {short(found)}; "
             "load it on the base that it was trained on"
         )
     said = manifest["tokenizer"].get("fingerprint")
     if not fits(tokenizer, said):
         raise BundleError(
-            f"bundle {directory} was trained with a tokenizer of fingerprint {_short(said)}, but that of base "
-            f"{options.base} has {_short(tokenizer_fingerprint(tokenizer))}; use the base's own tokenizer files"
+            f"bundle {directory} was trained with a tokenizer of fingerprint {short(said)}, but that of base "
+            f"{options.base} has {short(tokenizer_fingerprint(tokenizer))}; use the base's own tokenizer files"
         )
     return tokenizer
 
@@ -369,11 +370,7 @@ def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions
 def _told(base: Mapping[str, Any]) -> str:
     """A base's name, and where its weights come from if the name leaves that open."""
     name, source = base.get("name"), base.get("source")
-    return str(name) if source in (None, name) else f"{name} (from {source})"
-
-
-def _short(fingerprint: Any) -> str:
-    return f"{str(fingerprint).removeprefix('sampled-')[:16]}..."
+    return shortened(name, 300) if source in (None, name) else f"{shortened(name, 300)} (from {shortened(source, 300)})"
 
 
 def _load_tensors(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError
 from llmrec_peft.manifests import check_schema, sha256
 from llmrec_peft.models.base import HEAD_NAMES
@@ -61,8 +62,8 @@ def check_adapter(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Ten
     expected = PEFT_TYPES[manifest["method"]]
     if config.get("peft_type") != expected:
         raise BundleError(
-            f"{directory / CONFIG} has peft_type {config.get('peft_type')!r}, but method {manifest['method']} has "
-            f"{expected}; {_RESTORE}"
+            f"{directory / CONFIG} has peft_type {shortened(repr(config.get('peft_type')))}, but method "
+            f"{manifest['method']} has {expected}; {_RESTORE}"
         )
     compare_config(directory, _plain_config(manifest["method"], tuning))
     check_metadata(directory / MANIFEST, manifest, metadata)
@@ -102,12 +103,13 @@ def compare_config(directory: Path, made: Mapping[str, Any]) -> None:
     for key in sorted(found.keys() - {*_OF_THE_PLACE}):
         if key in made:
             if found[key] != made[key] or isinstance(found[key], bool) != isinstance(made[key], bool):
-                raise BundleError(f"{path} has {key} {found[key]!r}, but {MANIFEST} gives {made[key]!r}; {_RESTORE}")
+                raise BundleError(f"{path} has {key} {shortened(repr(found[key]))}, but {MANIFEST} gives "
+                                  f"{shortened(repr(made[key]))}; {_RESTORE}")  # fmt: skip
         elif key in _OF_THE_BASE:
             kinds = {"fan_in_fan_out": bool, "modules_to_save": ([str], None), "target_modules": [str]}
             check_schema(found[key], kinds[key], path, _RESTORE, key)
         elif found[key]:
-            raise BundleError(f"{path} sets {key!r}, which this version does not know; {_RESTORE}")
+            raise BundleError(f"{path} sets {shortened(repr(key))}, which this version does not know; {_RESTORE}")
 
 
 def _check_entries(
@@ -118,7 +120,7 @@ def _check_entries(
     for name, entry in entries.items():
         if entry.dtype not in allowed:
             raise BundleError(
-                f"{path} has tensor {name!r} of number format {entry.dtype}, and weights of method "
+                f"{path} has tensor {shortened(name)!r} of number format {entry.dtype}, and weights of method "
                 f"{manifest['method']} are {' or '.join(allowed)}; {_RESTORE}"
             )
     heads = [name for name in entries if name.removeprefix(_PEFT_PREFIX).split(".")[0] in HEAD_NAMES]
@@ -153,10 +155,11 @@ def check_shapes(path: Path, stock: nn.Module, tuning: MethodOptions, entries: M
         return
     for name, shape in wanted.items():
         if name not in entries:
-            raise BundleError(f"{path} lacks tensor {name!r}; train again or copy it again")
+            raise BundleError(f"{path} lacks tensor {shortened(name)!r}; train again or copy it again")
         if entries[name].shape != shape:
             raise BundleError(
-                f"{path} has tensor {name!r} of shape {entries[name].shape}, but the model has {shape}; {_RESTORE}"
+                f"{path} has tensor {shortened(name)!r} of shape {entries[name].shape}, but the model has {shape}; "
+                f"{_RESTORE}"
             )
 
 
@@ -200,12 +203,13 @@ def check_names(path: Path, own: Mapping[str, tuple[int, ...]], entries: Mapping
     for what, names in (("lacks", own.keys() - entries.keys()), ("has an unknown", entries.keys() - own.keys())):
         if names:
             raise BundleError(
-                f"{path} {what} tensor {min(names)!r} ({len(names)} in all); train again or copy it again"
+                f"{path} {what} tensor {shortened(min(names))!r} ({len(names)} in all); train again or copy it again"
             )
     for name, shape in own.items():
         if shape != entries[name].shape:
             raise BundleError(
-                f"{path} has tensor {name!r} of shape {entries[name].shape}, but the model has {shape}; {_RESTORE}"
+                f"{path} has tensor {shortened(name)!r} of shape {entries[name].shape}, but the model has {shape}; "
+                f"{_RESTORE}"
             )
 
 

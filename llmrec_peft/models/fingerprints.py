@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.data.files import write_json
-from llmrec_peft.documents import parse_json, read_mapping
+from llmrec_peft.documents import parse_json, read_mapping, shortened
 from llmrec_peft.errors import LLMRecError, ModelError
 from llmrec_peft.models.files import cache_dir
 from llmrec_peft.models.tensors import TensorEntry, fingerprint
@@ -36,6 +36,11 @@ def fingerprint_of(entries: dict[str, TensorEntry], config: Any) -> str:
     weights = _cached_fingerprint(entries)
     text = json.dumps([weights, config_content(config)], sort_keys=True, default=str)
     return ("sampled-" if weights.startswith("sampled-") else "") + hashlib.sha256(text.encode()).hexdigest()
+
+
+def short(value: Any) -> str:
+    """A fingerprint's first characters, for a message."""
+    return f"{shortened(str(value).removeprefix('sampled-')[:16])}..."
 
 
 def config_content(config: Any) -> dict[str, Any]:

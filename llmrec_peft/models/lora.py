@@ -13,7 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from llmrec_peft.errors import ModelError
+from llmrec_peft.documents import shortened
+from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.models.base import HEAD_NAMES, backbone_entries, backbone_of
 from llmrec_peft.models.fused_lora import fuse_lora
 from llmrec_peft.models.options import LoraOptions, QloraOptions, changes_base, matching_names
@@ -68,6 +69,8 @@ def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False
         if not targets:
             raise ModelError(f"LoRA cannot be added: no module's path is as target_modules {options.target_modules!r} "
                              "says; list the modules' names, or use all-linear")  # fmt: skip
+    elif trained:
+        targets = _present(model, targets)
     if options.target_modules != "all-linear":
         _refuse_rewritten(model, targets)
     depth = model.config.get_text_config().num_hidden_layers
@@ -96,6 +99,28 @@ def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False
         fan_in_fan_out=transposed,
         modules_to_save=[name for name in model.fresh_modules if name not in HEAD_NAMES] or None,
     )
+
+
+def _present(model: nn.Module, targets: list[str]) -> list[str]:
+    """Those of a bundle's names that end the path of a module, each once: PEFT's time grows with their square.
+
+    Others adapt nothing; a warning counts them. Raises BundleError if none is left.
+    """
+    ends = set()
+    for path, _ in model.named_modules():
+        parts = path.split(".")
+        ends.update(".".join(parts[start:]) for start in range(len(parts)))
+    found = sorted(set(targets) & ends)
+    absent = set(targets) - ends
+    if not found:
+        raise BundleError(
+            f"the bundle's target_modules has {len(absent)} names, such as {shortened(repr(min(absent)))}, and none "
+            "of them is in the base; restore the files that training wrote"
+        )
+    if absent:
+        _log.warning("%d of %d names in target_modules, such as %s, are of no module of the base and adapt nothing",
+                     len(absent), len(set(targets)), shortened(repr(min(absent))))  # fmt: skip
+    return found
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.files import plain
 from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ConfigError, LLMRecError
-from llmrec_peft.manifests import Real, Whole, check_schema, check_seal, content_digest
+from llmrec_peft.manifests import check_schema, check_seal, content_digest
 from llmrec_peft.models.files import read_json
 from llmrec_peft.models.options import METHODS, MethodOptions, ModelOptions, from_mapping, method_options
 from llmrec_peft.probabilities import read_calibration
@@ -53,27 +53,6 @@ _SCHEMA: dict[str, Any] = {
 ALL_LINEAR = "all-linear"
 MAX_NAMES = 20_000
 """Names in `target_modules`, at most."""
-_LAYERS = ([Whole(0, 10_000)], None)
-_LORA = {
-    "r": Whole(1, 65_536), "alpha": Real(0, 1e9), "dropout": Real(0, 1), "target_modules": (str, [str]),
-    "dora": bool, "rslora": bool, "init": str, "layers": _LAYERS, "bias": str,
-}  # fmt: skip
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "lora": _LORA,
-    "qlora": _LORA | {
-        "quant_type": str, "double_quant": bool, "compute_dtype": (str, None), "quant_storage": (str, None),
-    },
-    "adapter": {
-        "placement": str, "size": Whole(1, 65_536), "activation": str, "dropout": Real(0, 1), "scale": Real(-1e9, 1e9),
-        "layers": _LAYERS,
-    },
-    "head": {},
-    "full": {},
-}  # fmt: skip
-_MODEL = {
-    "base": str, "gguf_file": (str, None), "dtype": str, "attn": str, "head_init": str, "head_scale": Real(0, 1e9),
-    "activation_checkpointing": bool, "trust_remote_code": bool,
-}  # fmt: skip
 _warned: set[str] = set()  # directories of format 1 that were told of
 
 
@@ -88,7 +67,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     check_version(path, manifest)
     check_schema(manifest, _SCHEMA, path, _RESTORE)
     if manifest["method"] not in METHODS:
-        raise BundleError(f"{path} names method {manifest['method']!r}, not one of {', '.join(METHODS)}; restore it")
+        raise BundleError(
+            f"{path} names method {shortened(repr(manifest['method']))}, not one of {', '.join(METHODS)}; restore it"
+        )
     check_domain(manifest["domain"], str(path))
     check_calibration(manifest["calibration"], len(manifest["domain"]["outcomes"]), str(path))
     check_labels(path, manifest, _RESTORE)
@@ -111,11 +92,13 @@ def check_labels(path: Path, manifest: Mapping[str, Any], advice: str) -> None:
     labels, words, domain = manifest["labels"], manifest["words"], manifest["domain"]
     if labels != list(domain["outcomes"]) or words != list(domain["outcomes"].values()):
         raise BundleError(
-            f"{path} has the labels {labels} with the words {words}, but its domain has {domain['outcomes']}; {advice}"
+            f"{path} has the labels {shortened(labels)} with the words {shortened(words)}, but its domain has "
+            f"{shortened(domain['outcomes'])}; {advice}"
         )
     if manifest["stream"] != (domain.get("stream") or {}):
         raise BundleError(
-            f"{path} has the stream settings {manifest['stream']}, but its domain has {domain.get('stream')}; {advice}"
+            f"{path} has the stream settings {shortened(manifest['stream'])}, but its domain has "
+            f"{shortened(domain.get('stream'))}; {advice}"
         )
 
 
@@ -133,15 +116,12 @@ def read_options(
     """
     path, method = directory / MANIFEST, manifest["method"]
     stored = manifest["model_options"] if stored is None else stored
-    for part, values, schema in (("method_options", manifest["method_options"], _OPTIONS[method]),
-                                 ("model_options", stored, _MODEL)):  # fmt: skip
-        known = {key: kind for key, kind in schema.items() if key in values}
-        check_schema(dict(values), known, path, _RESTORE, part)
     try:
         tuning = method_options(method, manifest["method_options"])
         options = from_mapping(ModelOptions, stored, "model")
     except (ConfigError, TypeError) as error:
-        raise BundleError(f"{path}: {error}") from None
+        # The advice of a ConfigError, behind its last semicolon, is for a configuration.
+        raise BundleError(f"{path}: {str(error).rpartition('; ')[0] or error}; {_RESTORE}") from None
     _check_targets(path, getattr(tuning, "target_modules", ALL_LINEAR))
     return tuning, options
 
@@ -150,8 +130,8 @@ def _check_targets(path: Path, targets: Any) -> None:
     """Refuse `target_modules` that is not all-linear or a list of names: a pattern of a stranger's may never end."""
     if is_pattern(targets):
         raise BundleError(
-            f"{path} has target_modules {targets[:80]!r}, and a bundle's must be {ALL_LINEAR} or a list of module "
-            "names: patterns are not read from a file; train again, which writes the names"
+            f"{path} has target_modules {shortened(repr(targets))}, and a bundle's must be {ALL_LINEAR} or a list of "
+            "module names: patterns are not read from a file; train again, which writes the names"
         )
     if isinstance(targets, list):
         names = all(isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,500}", name) for name in targets)
@@ -166,7 +146,7 @@ def check_version(path: Path, manifest: Mapping[str, Any]) -> None:
     version = manifest.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise BundleError(
-            f"{path} has format_version {version!r}, and this version reads 1 to {FORMAT_VERSION}; "
+            f"{path} has format_version {shortened(repr(version))}, and this version reads 1 to {FORMAT_VERSION}; "
             "use the package version that wrote it, or train again"
         )
 
@@ -210,11 +190,13 @@ def check_domain(domain: Mapping[str, Any], where: str) -> None:
         and all(isinstance(part, str) for pair in outcomes.items() for part in pair)
     ):
         raise BundleError(
-            f"{where}: the domain's outcomes must map two labels or more to words, not {outcomes!r}; "
+            f"{where}: the domain's outcomes must map two labels or more to words, not {shortened(repr(outcomes))}; "
             "restore the file that training wrote"
         )
     if not isinstance(stream, Mapping | None):
-        raise BundleError(f"{where}: the domain's stream must be a mapping, not {stream!r}; restore the file")
+        raise BundleError(
+            f"{where}: the domain's stream must be a mapping, not {shortened(repr(stream))}; restore the file"
+        )
     try:
         Domain.of_manifest(dict(domain), source=where)
     except LLMRecError as error:
@@ -261,7 +243,9 @@ def check_metadata(path: Path, manifest: Mapping[str, Any], metadata: Mapping[st
     for key in told:
         if metadata.get(key) != expected[key]:
             value = manifest["model_options"][key] if key == "dtype" else manifest[key]
-            raise BundleError(f"{path} has the {key} {value}, the weights {metadata.get(key)}; {_RESTORE}")
+            raise BundleError(
+                f"{path} has the {key} {shortened(value)}, the weights {shortened(metadata.get(key))}; {_RESTORE}"
+            )
     for part in ("domain", "calibration") if version == "1" else ("domain", "calibration", "method_options"):
         found, said = expected[f"{part}_sha256"], metadata.get(f"{part}_sha256")
         if found != said:

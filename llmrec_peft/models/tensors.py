@@ -32,6 +32,7 @@ _CHUNK = 16 * 1024**2
 
 _HEADER_LIMIT = 16 * 1024 * 1024  # 100,000 tensors
 _SIZE_LIMIT = 2**40  # of one dimension
+_NAME_LIMIT = 1_000  # characters of a tensor's name
 _BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -97,6 +98,10 @@ def _parse_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
+    if len(name) > _NAME_LIMIT or not name.isprintable():
+        raise ValueError(
+            f"has a tensor named {shortened(name)!r}, and a name has at most {_NAME_LIMIT:,} printable characters"
+        )
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         whole = all(type(number) is int and 0 <= number <= _SIZE_LIMIT for number in (*shape, begin, end))

@@ -12,8 +12,9 @@ from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import teacher as module
 from llmrec_peft.distillation.kept import matrix, read_kept, write_kept
 from llmrec_peft.distillation.teacher import teacher_answers
-from llmrec_peft.errors import DataError
+from llmrec_peft.errors import DataError, ModelError
 from llmrec_peft.inference.merged import load_answering
+from llmrec_peft.models.bottleneck import transformer_layers
 from tests.conftest import make_small_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,6 +81,28 @@ def test_a_bad_part_is_named(name, kept, monkeypatch):
     assert "\n" not in str(caught.value)
     part.unlink()
     assert np.isfinite(teacher_answers(teacher, streams, directory, batch_tokens=600).logits).all()
+
+
+def test_hidden_states_that_are_not_finite_are_not_kept(bundle_of, domains, tmp_path):
+    """float16 ends at 65,504. Others: a NaN that the head's norm hides, a part of an earlier version."""
+    teacher = load_answering(bundle_of())
+    log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
+    streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
+    teacher_answers(teacher, streams, tmp_path / "kept", layers=[0, -1], batch_tokens=600)
+    part = next((tmp_path / "kept").glob("part-*.arrow"))
+    with pa.memory_map(str(part)) as source:
+        table = pa.ipc.open_file(source).read_all()
+    hidden = matrix(table, "hidden").copy()
+    hidden[-1, -1] = np.inf
+    column = pa.FixedSizeListArray.from_arrays(pa.array(hidden.reshape(-1)), hidden.shape[1])
+    place = table.schema.get_field_index("hidden")
+    with pytest.raises(DataError, match="hidden states that are not finite.*asked for it again"):
+        module._hidden_of(part, table.set_column(place, "hidden", column), 2)
+    layer = transformer_layers(teacher.classifier.stock)[0]
+    layer.register_forward_hook(lambda _m, _i, out: out * 1e6)
+    with pytest.raises(ModelError, match=r"hidden states in layers \[0, -1\] that are not finite in float16"):
+        teacher_answers(teacher, streams, tmp_path / "other", layers=[0, -1], batch_tokens=600)
+    assert not list((tmp_path / "other").glob("part-*"))
 
 
 def test_a_part_twice_is_refused(kept):

@@ -23,6 +23,8 @@ from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.inference import merge as merging
 from llmrec_peft.inference.merge import merge_bundle
 from llmrec_peft.inference.merged import load_answering, load_merged
+from llmrec_peft.inference.stock import StockModel
+from llmrec_peft.manifests import sealed
 from llmrec_peft.models import base as bases
 from llmrec_peft.models import bundle as bundles
 from llmrec_peft.models.base import load_tokenizer
@@ -141,6 +143,23 @@ def test_wrong_pooling_does_not_pass_the_measure(tmp_path, monkeypatch):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("wrong", [0, 7])
+def test_whole_texts_of_our_tokens_must_give_our_answers(wrong, tiny_base, tmp_path, monkeypatch):
+    """Token types, a mask of the tokenizer's own, an extra input: one of eight texts is enough."""
+    plain = StockModel.of_texts
+
+    def moved(self, texts, side):
+        logits, tokens = plain(self, texts, side)
+        logits[wrong] += 0.5
+        return logits, tokens
+
+    monkeypatch.setattr(StockModel, "of_texts", moved)
+    bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"), r=4)
+    with pytest.raises(BundleError, match=r"where whole texts give our tokens, logits differ by 0\.5"):
+        merge_bundle(bundle, tmp_path / "merged", tolerance=1e9)
+    assert not (tmp_path / "merged").exists()
+
+
 PADS = {**DOMAIN, "marker": " [SEP]"}
 
 
@@ -171,7 +190,7 @@ def test_earlier_bundles_load_and_earlier_merged_models_are_refused(tmp_path):
     assert tokenizer_fingerprint(changed) != raw and fits(changed, raw) and not fits(make_tokenizer(), raw)
     bundle = write_bundle(tmp_path / "bundle", base, r=4)
     merge_bundle(bundle, tmp_path / "merged")
-    edit_manifest(bundle, lambda manifest: manifest.update(tokenizer={"fingerprint": raw}))
+    edit_manifest(bundle, lambda manifest: manifest.update(sealed({**manifest, "tokenizer": {"fingerprint": raw}})))
     load_answering(bundle)
     merge_bundle(bundle, tmp_path / "again")
     merged = tmp_path / "merged"

@@ -183,11 +183,39 @@ def test_a_pattern_given_to_training_is_saved_as_names(make, shake, domain, answ
 
 
 def test_a_template_of_a_huge_width_is_refused(bundle):
+    """Others: a precision, a width in the header, a width that a field gives."""
     forge(bundle, lambda m: m["domain"].update(event="{title:>1000000000}"))
-    try:
-        load_bundle(bundle)
-    except LLMRecError as error:
-        assert "\n" not in str(error)
+    refused(bundle, "a format has no number above 1000 and")
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("model_options", {"base": "a\0b"}), ("model_options", {"base": "x" * 5000}),
+        ("model_options", {"head_scale": 0}), ("method_options", {"r": 5000}), ("method_options", {"nonsense": 1}),
+    ],
+)  # fmt: skip
+def test_the_advice_is_that_of_a_manifest(part, values, bundle):
+    """No one who loads a bundle has a configuration to change."""
+    forge(bundle, lambda m: m[part].update(values))
+    assert "configuration" not in refused(bundle, r"; restore the file that training wrote$")
+
+
+def test_names_of_no_module_are_left_out(saved, bundle, caplog):
+    """19,000 names hang PEFT. Others: the same name again and again, a name of another base's layers."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    names += [f"n{number:05d}_{'y' * 400}" for number in range(19_000)] + ["q_proj"] * 900
+    forge(bundle, lambda m: m["method_options"].update(target_modules=names), config={"target_modules": sorted(names)})
+    start = time.perf_counter()
+    with caplog.at_level(logging.WARNING):
+        loaded = load_bundle(bundle).classifier.trainable_state_dict()
+    assert time.perf_counter() - start < 20
+    assert "19000 of 19007 names in target_modules" in caplog.text
+    whole = load_bundle(saved / "lora").classifier.trainable_state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in whole.items())
+    forge(bundle, lambda m: m["method_options"].update(target_modules=["nothing"]),
+          config={"target_modules": ["nothing"]})  # fmt: skip
+    refused(bundle, "none of them is in the base; restore the files")
 
 
 # -- weights -----------------------------------------------------------------------------------------
@@ -218,6 +246,22 @@ def test_a_size_that_the_weights_do_not_have_is_not_built(method, saved, tmp_pat
     forge(bundle, lambda m: m["method_options"].update({key: 4096}), config=config)
     monkeypatch.setattr(classifier_module, "with_method", lambda *_: pytest.fail("adapters were built"))
     refused(bundle, "of shape .* but the model has")
+
+
+@pytest.mark.parametrize("name", ["x" * 1_000_000, "x" * 1001, "a\nb", "a\0b", "\u202e"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_names_of_tensors_have_bounds(name, dtype, bundle):
+    forge(bundle, tensors=lambda values: {**values, name: torch.ones(1, dtype=dtype)})
+    assert len(refused(bundle, "at most 1,000 printable characters")) < 500
+
+
+def test_long_values_are_shortened(bundle):
+    """Labels, words, settings of PEFT and metadata, of a million characters in all."""
+    long = {f"l{number}": f" {'w' * 900}{number}\n" for number in range(1000)}
+    forge(bundle, lambda m: m["domain"].update(outcomes=long))
+    refused(bundle)
+    forge(bundle, config={"layers_pattern": ["x" * 10_000] * 100})
+    refused(bundle)
 
 
 def write_header(path: Path, header, body: bytes = b"") -> Path:
