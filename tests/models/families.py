@@ -113,7 +113,12 @@ FAMILIES = (
     Family("helium", {**MODERN, "head_dim": 8}),
     Family("exaone4", {**MODERN, "sliding_window": 512}),
     Family("seed_oss", {**MODERN, "head_dim": 8}),
-    Family("cohere_compass_text", {**MODERN, "head_dim": 8, "sliding_window": 512}, second="adapter"),
+    Family("cohere_compass_text", {**MODERN, "head_dim": 8, "sliding_window": 512,
+                                   "layer_types": ["sliding_attention", "full_attention"],
+                                   "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4,
+                                                              "mrope_section": [2, 1, 1]}
+                                                       for kind in ("sliding_attention", "full_attention")}},
+           second="adapter"),
     Family("ministral", {**MODERN, "head_dim": 8, "sliding_window": 512}),
     Family("ministral3", {**MODERN, "head_dim": 8, "sliding_window": 512}),
     Family("persimmon", {**WHOLE, "num_key_value_heads": None}),
