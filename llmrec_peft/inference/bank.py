@@ -25,7 +25,6 @@ from llmrec_peft.inference.versions import Stamp, Versions, check_name, holds, s
 from llmrec_peft.models.base import (
     Quantization,
     base_fingerprint,
-    check_positions,
     load_model,
     load_tokenizer,
     resolve_base,
@@ -256,7 +255,6 @@ class DomainBank:
         if found is not None:
             return found
         member = load_member(directory, self._base, any_dtype=self._any_dtype)
-        check_positions(self._base.stock.config, member.domain.stream.max_length)
         if not holds(directory, mark):
             raise BundleError(f"bundle {directory} was changed while it was read; call swap once it is whole")
         self._engine.install(member.deltas)

@@ -17,7 +17,7 @@ from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.inference.deltas import Bias, Bottleneck, Delta, LowRank, count_bytes, dora_ratio
-from llmrec_peft.models.base import head_name
+from llmrec_peft.models.base import check_positions, head_name
 from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transformer_layers
 from llmrec_peft.models.bundle import check_bundle, reading
 from llmrec_peft.models.checks import check_shapes, plain_options, read_state
@@ -94,6 +94,7 @@ def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -
 
     Raises:
         BundleError: a damaged bundle, another base, tokenizer or precision, or a method that has weights of its own.
+        ModelError: a base whose positions, windows or RoPE do not fit the domain's `stream.max_length`.
     """
     directory = Path(directory)
     manifest, entries = check_bundle(directory)
@@ -132,6 +133,7 @@ def _read_member(
             "share one; merge it and serve the merged model"
         )
     domain = Domain.of_manifest(manifest["domain"], source=str(directory / MANIFEST))
+    check_positions(base.stock.config, domain.stream.max_length)
     device = next(base.stock.parameters()).device
     head = head.float().to(device)
     return Member(

@@ -102,6 +102,8 @@ def compare_config(directory: Path, made: Mapping[str, Any]) -> None:
     found = read_json(path)
     for key in sorted(found.keys() - {*_OF_THE_PLACE}):
         if key in made:
+            if found[key] in (None, []) and made[key] in (None, []):
+                continue  # PEFT lists what it renamed in a mixture, also where that is nothing
             if found[key] != made[key] or isinstance(found[key], bool) != isinstance(made[key], bool):
                 raise BundleError(f"{path} has {key} {shortened(repr(found[key]))}, but {MANIFEST} gives "
                                   f"{shortened(repr(made[key]))}; {_RESTORE}")  # fmt: skip

@@ -40,7 +40,7 @@ from llmrec_peft.models.options import (
     from_mapping,
     method_options,
 )
-from llmrec_peft.models.selftest import check_domain
+from llmrec_peft.models.selftest import check_base_for
 from llmrec_peft.models.sharding import assign, whole, whole_shape
 
 
@@ -66,7 +66,7 @@ class BehaviorClassifier(nn.Module):
         self.method_options: Any = None
         # Low-rank factors that an initialisation took out of the base weights (PiSSA, OLoRA); see `lora.py`.
         self.initial_factors: dict[str, torch.Tensor] = {}
-        self.selftests: dict[str, str | None] = {}  # what `selftest` found wrong, by measurement
+        self.selftests: dict[tuple[Any, ...], str | None] = {}  # what `selftest` found wrong, by measurement
 
     @property
     def stock(self) -> nn.Module:
@@ -317,7 +317,7 @@ def load_classifier(
             "a classifier on a base model needs a domain for its labels; pass domain=Domain.from_yaml(...)"
         )
     classifier = build_classifier(base_options, tuning, outcomes_of(domain))
-    check_domain(classifier, domain)
+    check_base_for(classifier, domain)
     return classifier
 
 
@@ -341,6 +341,7 @@ def _restored(directory: Path, domain: Any, method: Any, options: Mapping[str, A
             f"bundle {directory} answers {outcomes_of(bundle.domain)}, the domain given has {outcomes_of(domain)}; "
             "leave domain out"
         )
+    check_base_for(bundle.classifier, bundle.domain)
     return bundle.classifier
 
 

@@ -109,12 +109,26 @@ def _windows(config: Any) -> Iterator[tuple[str, int]]:
         belongs = _LAYERS_OF.get(key)
         if kinds and belongs and not any(belongs in kind or kind == "local" for kind in kinds):
             continue
-        if key.startswith("sliding_window") and not getattr(text, "use_sliding_window", True):
+        if key.startswith("sliding_window") and _own(text, "use_sliding_window") is False:
             continue
         sizes = value if isinstance(value, list | tuple) else [value]
         sizes = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and size > 0]
         if sizes:
             yield key, min(sizes)
+
+
+def _own(config: Any, key: str) -> Any:
+    """A value that the configuration's class knows, and not one that a file brought and no code reads; None if not."""
+    value = getattr(config, key, None)
+    return value if value is not None and key in inspect.signature(type(config)).parameters else None
+
+
+def unfit_for_candidates(config: Any, model: nn.Module | None = None) -> str | None:
+    """Why candidates cannot be hidden from each other, as far as configuration and modules tell; None if they can."""
+    odd = odd_layers(config, model)
+    if odd:
+        return f"layers of the kind {', '.join(odd)} do not follow a mask"
+    return "ALiBi: positions cannot be given" if _own(config.get_text_config(), "alibi") else None
 
 
 def odd_layers(config: Any, model: nn.Module | None = None) -> list[str]:

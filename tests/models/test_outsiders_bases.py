@@ -30,7 +30,7 @@ from llmrec_peft.models import selftest
 from llmrec_peft.models.bundle import load_bundle, save_bundle
 from llmrec_peft.models.lora import linear_names, rewritten
 from llmrec_peft.models.predict import predict
-from llmrec_peft.models.requirements import candidates_of, check_positions, odd_layers
+from llmrec_peft.models.requirements import candidates_of, check_positions, odd_layers, unfit_for_candidates
 from tests.models.families import FAMILIES, Family, name_of, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -186,24 +186,98 @@ def test_refused(family, base_of, streams_of, tmp_path):
         answers(classifier, streams_of(CANDIDATES))
     bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, PREFIXES.to_dict())
     assert np.abs(answers(load_bundle(bundle).classifier, streams) - found).max() < TOLERANCE
+    asking = save_bundle(tmp_path / "asking", classifier, classifier.tokenizer, CANDIDATES.to_dict())
+    with pytest.raises(ModelError, match=family.says):
+        load_classifier(str(asking))
     for serve in (lambda: Scorer.load(bundle, attn=family.attn), lambda: DomainBank.load(base, {}, attn=family.attn)):
         with pytest.raises(ModelError, match=family.says):
             serve()
 
 
-def test_a_layer_kind_that_no_list_names(tiny_base, monkeypatch):
+def test_a_layer_kind_that_no_list_names(tiny_base):
     """The measurement alone finds a layer that mixes neighbours: here each MLP also reads the token before."""
     classifier = load_classifier(str(tiny_base("llama")), PREFIXES, "head")
     assert odd_layers(classifier.config, classifier.stock) == []
-    layer = classifier.stock.model.layers[0]
-    layer.mlp.register_forward_pre_hook(lambda _m, inputs: (inputs[0] + 0.1 * inputs[0].roll(1, 1) * _keep(inputs[0]),))
+    mix_neighbours(classifier.stock.model.layers[:1], 0.1)
     selftest.check_prefixes(classifier)
     with pytest.raises(ModelError, match="self-test off by"):
         selftest.check_candidates(classifier, "asked here")
 
 
-def _keep(x: torch.Tensor) -> torch.Tensor:
-    return (torch.arange(x.shape[1]) > 0)[None, :, None]
+def mix_neighbours(layers, share: float) -> None:
+    def mix(_mlp, inputs):
+        (x,) = inputs
+        return (x + share * x.roll(1, 1) * (torch.arange(x.shape[1]) > 0)[None, :, None].to(x.dtype),)
+
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(mix)
+
+
+LOW = [("bfloat16", "head"), ("float16", "head"), ("float32", "qlora"), ("bfloat16", "qlora")]
+
+
+@pytest.mark.parametrize(("dtype", "method"), LOW)
+def test_wrong_layers_in_less_precise_types(dtype, method, tiny_base):
+    """Large gaps of single numbers pass there, their mean does not: any layer that sees past a mask fails the same."""
+    classifier = load_classifier(str(tiny_base("llama")), CANDIDATES, method, dtype=dtype)
+    mix_neighbours(classifier.stock.model.layers, 0.5)
+    classifier.selftests.clear()
+    with pytest.raises(ModelError, match="self-test off by .* where 0.1 is allowed"):
+        selftest.check_candidates(classifier, "asked here")
+
+
+@pytest.mark.parametrize("kind", ["minimax", "qwen3_5_text", pytest.param("jamba", marks=pytest.mark.slow)])
+def test_linear_attention_in_bfloat16(kind, base_of, monkeypatch):
+    """Measured where no list names the layers."""
+    monkeypatch.setattr(selftest, "unfit_for_candidates", lambda *_: None)
+    family = next(f for f in FAMILIES if f.kind == kind)
+    with pytest.raises(ModelError, match="self-test off by"):
+        load_classifier(str(base_of(family)), CANDIDATES, "head", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_machine_without_memory_is_not_the_bases_fault(fault, tiny_base, monkeypatch):
+    """It says so, and the next measurement is made; other failures of a library are the cause of the refusal."""
+    classifier = load_classifier(str(tiny_base("llama")), PREFIXES, "head")
+
+    def run_out(*_):
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setitem(selftest._MEASUREMENTS, "candidates", (run_out, "takes no mask for each row"))
+        with pytest.raises(type(fault)):
+            selftest.check_candidates(classifier, "asked here")
+        fault = TypeError("unexpected keyword")
+        with pytest.raises(ModelError, match="LlamaModel takes no mask for each row .TypeError") as caught:
+            selftest.check_candidates(classifier, "asked here")
+        assert caught.value.__cause__ is fault
+    selftest.check_candidates(classifier, "asked here")
+
+
+def test_what_is_measured_is_kept_by_attention_and_type(tiny_base):
+    """Another attention or number type is measured again, and the same is not; each costs few passes and tokens."""
+    classifier = load_classifier(str(tiny_base("llama")), CANDIDATES, "head")
+    passes = []
+    classifier.stock.model.embed_tokens.register_forward_pre_hook(lambda _m, inputs: passes.append(inputs[0].numel()))
+    selftest.check_base_for(classifier, CANDIDATES)
+    assert passes == []
+    for change in (
+        classifier.selftests.clear,
+        lambda: classifier.stock.set_attn_implementation("eager"),
+        classifier.bfloat16,
+    ):
+        change()
+        passes.clear()
+        selftest.check_base_for(classifier, CANDIDATES)
+        assert len(passes) == 4 and sum(passes) <= 75
 
 
 @pytest.mark.parametrize(
@@ -313,6 +387,40 @@ def test_windows_that_no_layer_has():
     # Encoders read each prompt alone, whatever their windows.
     check_positions(ModernBertConfig(local_attention=64), 512)
     check_positions(LongformerConfig(attention_window=64), 510)
+
+
+def test_windows_that_a_class_cannot_switch_off():
+    """`use_sliding_window: false` is an extra key to most classes, as `alibi` is; no code of theirs reads it."""
+    from transformers import LlamaConfig, MistralConfig, Phi3Config, SmolLM3Config, Starcoder2Config
+
+    options = {"use_sliding_window": False, "sliding_window": 64, "max_position_embeddings": 512}
+    for kind in (MistralConfig, Phi3Config, Starcoder2Config):
+        with pytest.raises(ModelError, match="sliding window of 64 tokens but max_length is 65"):
+            check_positions(kind(**options), 65)
+    check_positions(SmolLM3Config(**options, num_hidden_layers=1, layer_types=["sliding_attention"]), 512)
+    assert unfit_for_candidates(LlamaConfig(alibi=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "method", "dtype", "said"),
+    [
+        ("gpt_neo", {"window_size": 64}, "head", "float32", "window size of 64"),
+        ("mistral", {"sliding_window": 64}, "adapter", "float32", "sliding window of 64"),
+        ("mistral", {"sliding_window": 64}, "lora", "float32", "sliding window of 64"),
+        ("llama", {"max_position_embeddings": 64}, "head", "bfloat16", "64 positions"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0,
+                                       "original_max_position_embeddings": 64}}, "lora", "bfloat16", "dynamic RoPE"),
+    ],
+)  # fmt: skip
+def test_scorer_and_bank_check_what_the_base_can_read(kind, options, method, dtype, said, base_of, tmp_path):
+    """Whether or not the scorer folds the bundle; any other key of a window fails the same."""
+    family = next(f for f in FAMILIES if f.kind == kind)
+    base = base_of(Family(kind, {**family.options, **options}, attn=family.attn))
+    classifier = load_classifier(str(base), PREFIXES, method, attn=family.attn, dtype=dtype)
+    bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, PREFIXES.to_dict())
+    for serve in (Scorer.load, lambda bundle, **options: DomainBank.load(base, {"movies": bundle}, **options)):
+        with pytest.raises(ModelError, match=f"{said}.* but max_length is 256"):
+            serve(bundle, attn=family.attn)
 
 
 def test_the_library_path_checks_windows(base_of, streams_of, tmp_path):
