@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..documents import read_yaml, shortened
+from ..documents import has_surrogates, read_yaml, shortened
 from ..errors import DataError, DomainError, input_errors
 from ..fields import MAX_COUNT, annotations_of, broken_fields
 from ..fields import number as of_number
@@ -19,7 +19,7 @@ from .duplicates import RULES
 from .splits import context_only
 from .tables import ID_TYPE, OUTCOME_COLUMNS
 from .text import broken_up, check_template, part_text, template_columns, template_literals, value_text
-from .values import has_surrogates, plain, shorten
+from .values import plain, shorten
 
 Rule = TypeVar("Rule")
 
