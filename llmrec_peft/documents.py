@@ -267,8 +267,13 @@ def check_tree(
             refuse(f"holds a whole number of more than {MAX_DIGITS} digits")
         elif strict and isinstance(node, float) and not abs(node) < float("inf"):
             refuse(f"holds the number {node}, which is not finite")
-        elif strict and isinstance(node, str) and _HALF_PAIR.search(node):
+        elif strict and isinstance(node, str) and has_surrogates(node):
             refuse("holds half a surrogate pair, which is no character")
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which is no character."""
+    return _HALF_PAIR.search(text) is not None
 
 
 def shortened(value: object, limit: int = 100) -> str:

@@ -20,7 +20,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, Literal
 
-from llmrec_peft.documents import shortened
+from llmrec_peft.documents import has_surrogates, shortened
 from llmrec_peft.errors import ConfigError
 
 MAX_TEXT = 4096
@@ -243,7 +243,7 @@ def _fault_of_text(value: str, metadata: Any) -> _Fault | None:
         return _Fault(f"a text of at most {most:,} characters", True)
     if "\0" in value:
         return _Fault("a text without NUL characters", True)
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if has_surrogates(value):
         return _Fault("a text of whole characters, in UTF-8", True)
     return None
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..documents import read_yaml, shortened
+from ..documents import has_surrogates, read_yaml, shortened
 from ..errors import DataError, DomainError, input_errors
 from ..fields import MAX_COUNT, annotations_of, broken_fields
 from ..fields import number as of_number

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..documents import has_surrogates
 from ..errors import DomainError
-from .values import has_surrogates, plain, replace_surrogates, shorten
+from .values import plain, replace_surrogates, shorten
 
 MAX_TEMPLATE, MAX_FIELDS = 100_000, 200
 """Characters and fields of a template, at most."""

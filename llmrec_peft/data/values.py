@@ -5,17 +5,16 @@ is one text in both.
 """
 
 import datetime
-import re
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
+from ..documents import has_surrogates
 from ..errors import DataError, DomainError
 
 MAX_BITS = 64
 """Bits of a whole number, at most: what a table can hold."""
-_HALVES = re.compile("[\ud800-\udfff]")
 _TIMES = datetime.date | datetime.time | datetime.timedelta
 
 
@@ -35,14 +34,9 @@ def replace_surrogates(text: str) -> str:
 
     JSON can spell half a pair by an escape; Arrow, tokenizers and UTF-8 cannot hold one.
     """
-    if text.isascii() or not _HALVES.search(text):
+    if text.isascii() or not has_surrogates(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def has_surrogates(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which is no character."""
-    return _HALVES.search(text) is not None
 
 
 def plain(name: str, value: Any) -> Any:

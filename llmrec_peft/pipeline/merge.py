@@ -35,10 +35,11 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
     many = isinstance(config.bundle, list)
     bundles = config.bundle if many else [config.bundle]
     first = mergeable(bundles[0])
+    places.check_place(Path(config.output_dir))
+    check_output(config.output_dir, *bundles)
     inputs = {f"bundle {number}" if many else "bundle": path for number, path in enumerate(bundles)}
     inputs |= {"data.path": config.data.path, "base": config.base}
     places.check_output(config.output_dir, inputs, own=lambda path: path == Path(config.output_dir))
-    check_output(config.output_dir, *bundles)
     settings = {
         "dtype": config.dtype,
         "base": config.base,

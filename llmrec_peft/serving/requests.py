@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..data.text import listed, title_fault
-from ..data.values import MAX_BITS, has_surrogates, plain, shorten
+from ..data.values import MAX_BITS, plain, shorten
+from ..documents import has_surrogates
 from ..errors import DataError, LLMRecError, input_errors
 
 Event = str | int | Mapping[str, Any]
