@@ -19,7 +19,7 @@ from .duplicates import RULES
 from .splits import context_only
 from .tables import ID_TYPE, OUTCOME_COLUMNS
 from .text import MAX_TEMPLATE, broken_up, check_template, part_text, template_columns, template_literals, value_text
-from .values import has_surrogates, plain, shorten
+from .values import plain, shorten
 
 Rule = TypeVar("Rule")
 
