@@ -23,10 +23,16 @@ from contextlib import contextmanager
 class LLMRecError(ValueError):
     """Base of all errors that this package raises on purpose.
 
-    `said_elsewhere` is set where several processes fail by one error and another of them says so.
+    Line breaks and other characters that cannot be printed are escaped, whatever input a message quotes, and a message
+    longer than 2,000 characters loses its middle. `said_elsewhere` is set where several processes fail by one error and
+    another of them says so.
     """
 
     said_elsewhere = False
+
+    def __init__(self, message: object = "") -> None:
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
+        super().__init__(text if len(text) <= 2000 else f"{text[:1000]} ... {text[-995:]}")
 
 
 class ConfigError(LLMRecError):

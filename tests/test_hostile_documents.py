@@ -89,6 +89,14 @@ def test_half_surrogates_are_replaced() -> None:
     assert replace_surrogates("\ud83d\ude00 café") == "\U0001f600 café"
 
 
+def test_every_message_of_ours_is_one_printable_line() -> None:
+    """Whatever a message quotes: keys with line breaks, NUL, terminal escapes, half surrogates, megabytes."""
+    text = str(DataError("key 'a\n\0b\x1b[31m\ud83d\u2028' is unknown"))
+    assert text == "key 'a\\n\\x00b\\x1b[31m\\ud83d\\u2028' is unknown"
+    assert len(str(BundleError("x" * 10**6))) == 2000
+    assert str(DataError("café → 日本語")) == "café → 日本語"
+
+
 def test_the_door_keeps_our_errors_and_turns_others_into_one_line() -> None:
     with pytest.raises(DataError, match="^ours$"), input_errors(BundleError, "log x", "look"):
         raise DataError("ours")
