@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -120,15 +119,13 @@ def edit_json(path, values):
 
 
 def refused(directory, match):
-    start = time.perf_counter()
     with pytest.raises(BundleError, match=match) as caught:
         load_merged(directory)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
-    assert time.perf_counter() - start < 5
 
 
 def test_a_forgery_that_changes_nothing_loads(merged, tmp_path):
-    load_merged(forge(merged, tmp_path))
+    assert load_merged(forge(merged, tmp_path)).classifier.labels == load_merged(merged).classifier.labels
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64, torch.int64])
@@ -218,7 +215,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_rules_of_published_tokenizers_pass(name, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(REAL[name]), "utf-8")
-    check_tokenizer(tmp_path)
+    assert check_tokenizer(tmp_path) is None
 
 
 @pytest.mark.slow
@@ -226,7 +223,7 @@ def test_a_vocabulary_as_large_as_gemmas_is_read(tmp_path):
     pairs = [[f"a{n}", "b"] for n in range(515_000)]
     vocabulary = {f"t{n}": n for n in range(262_000)}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary, "merges": pairs}}), "utf-8")
-    check_tokenizer(tmp_path)
+    assert check_tokenizer(tmp_path) is None
 
 
 def test_a_pattern_that_takes_too_long_is_one_line(merged, tmp_path):

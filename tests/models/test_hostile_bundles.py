@@ -11,7 +11,6 @@ import logging
 import random
 import shutil
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -65,11 +64,9 @@ def forge(directory: Path, change=lambda manifest: None, tensors=None, config=No
 
 
 def refused(directory: Path, match: str | None = None, kind: type[LLMRecError] = BundleError) -> str:
-    start = time.perf_counter()
     with pytest.raises(kind, match=match) as caught:
         load_bundle(directory)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
-    assert time.perf_counter() - start < 10
     return str(caught.value)
 
 
@@ -206,10 +203,10 @@ def test_names_of_no_module_are_left_out(saved, bundle, caplog):
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     names += [f"n{number:05d}_{'y' * 400}" for number in range(19_000)] + ["q_proj"] * 900
     forge(bundle, lambda m: m["method_options"].update(target_modules=names), config={"target_modules": sorted(names)})
-    start = time.perf_counter()
     with caplog.at_level(logging.WARNING):
-        loaded = load_bundle(bundle).classifier.trainable_state_dict()
-    assert time.perf_counter() - start < 20
+        classifier = load_bundle(bundle).classifier
+    assert classifier.model.peft_config["default"].target_modules == set(names[:7])  # quadratic in these
+    loaded = classifier.trainable_state_dict()
     assert "19000 of 19007 names in target_modules" in caplog.text
     whole = load_bundle(saved / "lora").classifier.trainable_state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in whole.items())
@@ -299,10 +296,8 @@ def test_headers_that_describe_no_sound_file(name, tmp_path):
 
 def test_a_header_of_90_mb_is_not_parsed(tmp_path):
     path = write_header(tmp_path / "x.safetensors", b"{" + b" " * (90 << 20) + b"}")
-    start = time.perf_counter()
     with pytest.raises(ValueError, match="at most 16,777,216 are read"):
         read_header(path)
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("name", [CONFIG, MANIFEST])
