@@ -21,7 +21,7 @@ from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
-from llmrec_peft.pipeline.streams import build_splits
+from llmrec_peft.runs.split_streams import build_splits
 
 
 def answer(side: StreamSide, windows: StreamSubset, tokens: int) -> dict[str, float]:

@@ -38,7 +38,7 @@ from llmrec_peft.data.tokens import special_tokens_around
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.evaluation.bootstrap import differences, intervals
 from llmrec_peft.models.base import resolve_base
-from llmrec_peft.pipeline.streams import SplitStreams
+from llmrec_peft.runs.split_streams import SplitStreams
 
 ROOT = Path(__file__).resolve().parent
 CONFIG = ROOT.parent / "recipes" / "configs" / "movies"

@@ -64,10 +64,10 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.distillation.students import start_shallow
 from llmrec_peft.errors import LLMRecError
-from llmrec_peft.inference.scorer import Scorer
 from llmrec_peft.models.base import check_positions, load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
-from llmrec_peft.pipeline.streams import split_of, streams_of
+from llmrec_peft.runs.split_streams import split_of, streams_of
+from llmrec_peft.scoring.scorer import Scorer
 
 ROOT = Path(__file__).resolve().parent
 CURVES = {

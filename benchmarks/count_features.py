@@ -13,7 +13,7 @@ import pandas as pd
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset
-from llmrec_peft.inference.histories import signs
+from llmrec_peft.retrieval.histories import signs
 
 STRENGTH = 5.0  # of a rate's pull towards the overall one, as in evaluation/baselines.py
 NEWEST = 10  # events of a user's newest rate

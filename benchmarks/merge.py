@@ -80,8 +80,8 @@ def make_bundle(directory: Path, base: str, method: str, held: str) -> None:
     """A bundle whose trained weights were moved by seeded noise, as training might have."""
     import torch
 
+    from llmrec_peft.checkpoints.bundle import save_bundle
     from llmrec_peft.data.domain import Domain
-    from llmrec_peft.models.bundle import save_bundle
     from llmrec_peft.models.classifier import load_classifier
 
     domain = Domain.from_yaml(ROOT.parent / "recipes/configs/movies/domain.yaml")
@@ -99,7 +99,7 @@ def merge_measured(bundle: str, dtype: str, scratch: Path) -> None:
     """Merge a tiny bundle of the same method, say so, wait for a word, and merge the bundle."""
     from measuring import quiet, release_memory
 
-    from llmrec_peft.inference.merge import merge_bundle
+    from llmrec_peft.merging.merging import merge_bundle
 
     with quiet():
         merge_bundle(scratch / "tiny-bundle", scratch / "tiny-merged", dtype=dtype)

@@ -22,11 +22,11 @@ from count_features import CountFeatures, Points
 from measuring import header, quiet, write_result
 from protocol import boosted, collaborative, compared, counted, regression
 
-from llmrec_peft.config import DataConfig
+from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.pipeline.streams import build_splits, read_log
+from llmrec_peft.runs.split_streams import build_splits, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = ("former", "past")

@@ -9,7 +9,7 @@ test is scored once):
 - text: the frozen base's mean hidden state of each item's text; a logistic regression on it, on its products with the
   means of what the user took and left, and on the user's rate.
 
-Read from the output directories of recipes, NAME=OUT (or NAME=OUT:PART for a system of recipes/fuse.py): the LLM, the
+Read from the output directories of recipes, NAME=OUT (or NAME=OUT:PART for a system of recipes/index.py): the LLM, the
 fusion, a stream model of item ids. A name given again is the same system trained with another seed: the first is
 compared, and the spread of all is shown beside. Systems that answered all test targets are compared on all of them, and
 all systems on those that every one answered. Differences to `llm` are paired; brackets are 95 % bootstrap intervals
@@ -34,16 +34,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from llmrec_peft.config import DataConfig
+from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.evaluation.bootstrap import differences, intervals
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.evaluation.report import count_slices
-from llmrec_peft.inference.evidence import Evidence
-from llmrec_peft.inference.histories import signs
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.pipeline.streams import SplitStreams, build_splits, read_log
+from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.runs.split_streams import SplitStreams, build_splits, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("auc", "gauc", "logloss", "ne", "ece", "po_ratio")

@@ -2,7 +2,7 @@
 
 A positive of the test split whose item was new to its user stands in one list with items of the catalogue that the user
 had not taken before, drawn uniformly; each system orders the list knowing what came strictly before. Collaborative
-models and the fusion are those in the bundle's `retrieval` directory, fitted by recipes/fuse.py on training rows (the
+models and the fusion are those in the bundle's `retrieval` directory, fitted by recipes/index.py on training rows (the
 fusion: on validation).
 
 - ndcg@10, hr@10: of the one positive; with ties, means over their orders.
@@ -23,14 +23,14 @@ import yaml
 from accelerate import PartialState
 from measuring import header, quiet, write_result
 
-from llmrec_peft.config import DataConfig, EvaluateConfig, RankingConfig
+from llmrec_peft.checkpoints.merged import read_answering
+from llmrec_peft.config.schema import DataConfig, EvaluateConfig, RankingConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.evaluation.bootstrap import mean_interval
-from llmrec_peft.evaluation.ranking import one_relevant
-from llmrec_peft.inference.evidence import DIRECTORY, Evidence
-from llmrec_peft.inference.merged import read_answering
-from llmrec_peft.pipeline.ranking import Lists, place_of, rank
-from llmrec_peft.pipeline.streams import read_log, split_of
+from llmrec_peft.evaluation.ranking_metrics import one_relevant
+from llmrec_peft.recipes.ranking import Lists, place_of, rank
+from llmrec_peft.retrieval.retrieval_index import DIRECTORY, Evidence
+from llmrec_peft.runs.split_streams import read_log, split_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"popularity": "popularity", "cooccurrence": "item co-occurrence", "factors": "matrix factorisation"}

@@ -21,9 +21,9 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.evaluation.bootstrap import differences, intervals
-from llmrec_peft.inference.evidence import Evidence
-from llmrec_peft.inference.histories import Histories, signs
-from llmrec_peft.inference.retrieval import QUOTAS, SOURCES, Retriever, recall
+from llmrec_peft.retrieval.histories import Histories, signs
+from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retriever import QUOTAS, SOURCES, Retriever, recall
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("popularity", "cooccurrence", "factors")

@@ -23,10 +23,10 @@ from bank import make_bundle
 from measuring import header, machine, memory_mib, quiet, release_memory, reset_peak, spread, stop, write_result
 
 from llmrec_peft import BehaviorLog, Domain, Scorer
-from llmrec_peft.config import DataConfig
+from llmrec_peft.checkpoints.bundle import load_bundle
+from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.models.bundle import load_bundle
-from llmrec_peft.pipeline.streams import read_log
+from llmrec_peft.runs.split_streams import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -33,7 +33,7 @@ from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models import attention as blocks
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
-from llmrec_peft.pipeline.streams import build_splits
+from llmrec_peft.runs.split_streams import build_splits
 
 ROOT = Path(__file__).resolve().parent
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear")

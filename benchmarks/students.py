@@ -25,14 +25,14 @@ import torch
 from measuring import header, plain_intervals, quiet, spread, write_result
 
 from llmrec_peft import Scorer
-from llmrec_peft.config import DataConfig
+from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.distillation.export import export_onnx
 from llmrec_peft.evaluation.bootstrap import differences, intervals
-from llmrec_peft.inference.merged import load_answering, read_answering
 from llmrec_peft.models.predict import predict
-from llmrec_peft.pipeline.streams import read_log, split_of, streams_of
+from llmrec_peft.runs.split_streams import read_log, split_of, streams_of
 from llmrec_peft.serving import OnnxScorer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from .data.log import BehaviorLog
     from .data.streams import build_streams
     from .errors import BundleError, ConfigError, DataError, DomainError, LLMRecError, ModelError, StreamError
-    from .inference.bank import DomainBank
-    from .inference.merge import merge_bundle
-    from .inference.scorer import Scorer
+    from .merging.merging import merge_bundle
     from .models.classifier import load_classifier
-    from .pipeline.distill import distill
+    from .recipes.distill import distill
+    from .scoring.bank import DomainBank
+    from .scoring.scorer import Scorer
     from .training.trainer import BehaviorTrainer
 
 # bitsandbytes reports a missing optional kernel whenever PEFT imports it, in runs that hold nothing in 4 bits too.
@@ -26,16 +26,16 @@ _PLACES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "Domain": "data.domain",
-    "DomainBank": "inference.bank",
+    "DomainBank": "scoring.bank",
     "DomainError": "errors",
     "LLMRecError": "errors",
     "ModelError": "errors",
-    "Scorer": "inference.scorer",
+    "Scorer": "scoring.scorer",
     "StreamError": "errors",
     "build_streams": "data.streams",
-    "distill": "pipeline.distill",
+    "distill": "recipes.distill",
     "load_classifier": "models.classifier",
-    "merge_bundle": "inference.merge",
+    "merge_bundle": "merging.merging",
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import DataError, LLMRecError, one_line
+from llmrec_peft.errors import DataError, LLMRecError, one_line
 
 MAX_JSON_BYTES = 64 << 20
 """Bytes of a JSON file, at most: the largest tokenizer.json in use has about 35 MB."""

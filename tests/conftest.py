@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+pytest_plugins = ["tests.support.domains"]
+
 torch.set_num_threads(2)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,10 +282,10 @@ def small_log() -> Callable[[], object]:
 def exported(tiny_base, tmp_path_factory) -> tuple[Path, Path, dict[str, object]]:
     """Directories of a merged model of the movies domain and of its export, and what the export measured; read-only."""
     from llmrec_peft import Domain, load_classifier, merge_bundle
+    from llmrec_peft.checkpoints.bundle import save_bundle
     from llmrec_peft.distillation.export import export_onnx
-    from llmrec_peft.models.bundle import save_bundle
-    from tests.inference.conftest import DOMAINS
-    from tests.inference.setup_requests import CALIBRATION
+    from tests.support.domains import DOMAINS
+    from tests.support.requests import CALIBRATION
 
     place = tmp_path_factory.mktemp("exported")
     domain = Domain.from_dict(DOMAINS["movies"])

@@ -15,7 +15,7 @@ os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from llmrec_peft.training import processes
+from llmrec_peft.training import distributed as processes
 
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 processes.on_cpu = lambda: False

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmrec_peft.config import (
+from llmrec_peft.config.schema import (
     CONFIGS,
     AdapterConfig,
     EvaluateConfig,
@@ -277,6 +277,6 @@ def test_help_names_every_key_with_its_text(capsys):
 
 def test_parsing_does_not_need_torch():
     """A recipe refuses a mistyped key at once, before the seconds that the heavy imports take."""
-    code = "import sys; from llmrec_peft.arguments import read_config; sys.exit('torch' in sys.modules)"
+    code = "import sys; from llmrec_peft.config.parsing import read_config; sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

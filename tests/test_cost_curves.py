@@ -13,7 +13,7 @@ import pytest
 from llmrec_peft import Domain
 from llmrec_peft.data.layout import TRUNK
 from llmrec_peft.models.base import load_config, load_tokenizer
-from llmrec_peft.pipeline.streams import build_splits
+from llmrec_peft.runs.split_streams import build_splits
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DOMAIN = BENCHMARKS.parent / "recipes" / "configs" / "movies" / "domain.yaml"

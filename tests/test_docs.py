@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import llmrec_peft
-from llmrec_peft.config import CONFIGS, read_config
-from llmrec_peft.data.sources import READERS
+from llmrec_peft.config.schema import CONFIGS, read_config
+from llmrec_peft.data.readers import READERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,7 @@ import torch
 
 from llmrec_peft import Domain
 from llmrec_peft.data.streams import IndependentPrompts, StreamSubset
-from llmrec_peft.pipeline.streams import build_splits
+from llmrec_peft.runs.split_streams import build_splits
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DOMAIN = BENCHMARKS.parent / "recipes" / "configs" / "movies" / "domain.yaml"

@@ -21,17 +21,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmrec_peft.arguments import exit_on_error, read_config
-from llmrec_peft.config import CONFIGS, LoraConfig, RecommendConfig
+from llmrec_peft.config.parsing import exit_on_error, read_config
+from llmrec_peft.config.schema import CONFIGS, LoraConfig, RecommendConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.download import main as download
 from llmrec_peft.documents import parse_json, parse_yaml
 from llmrec_peft.errors import ConfigError, DataError, DomainError, LLMRecError
 from llmrec_peft.fields import annotations_of, check_fields
 from llmrec_peft.memory.__main__ import main as memory
-from llmrec_peft.memory.config import MemoryConfig
+from llmrec_peft.memory.memory_options import MemoryConfig
 from llmrec_peft.models.classifier import load_classifier
-from llmrec_peft.models.options import METHODS, matching_names, method_options
+from llmrec_peft.models.tuning_options import METHODS, matching_names, method_options
 from tests.conftest import ROOT
 
 DOMAIN = {"name": "d", "event": "{title}", "outcomes": {"no": " no\n", "yes": " yes\n"}}
@@ -327,7 +327,7 @@ def test_an_interrupt_is_one_line_and_a_bug_keeps_its_traceback(capsys):
 
 def test_a_reader_that_goes_away_is_one_line():
     """`recipes/lora.py --print_config | true`: the pipe's reader ends before anything is printed."""
-    code = "import sys; from llmrec_peft.config import *; input(); parse_config(LoraConfig)"
+    code = "import sys; from llmrec_peft.config.schema import *; input(); parse_config(LoraConfig)"
     command = [sys.executable, "-c", code, "--config", str(ROOT / "recipes/configs/shop/lora.yaml"), "--print_config"]
     read, write = os.pipe()
     process = subprocess.Popen([*command, "--data.path=x"], stdin=subprocess.PIPE, stdout=write, stderr=subprocess.PIPE)

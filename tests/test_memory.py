@@ -12,10 +12,10 @@ import torch
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.memory import MemoryConfig, estimate_memory
 from llmrec_peft.memory.__main__ import main
-from llmrec_peft.memory.empty import bytes_of, empty_classifier, weights
 from llmrec_peft.memory.estimate import tensors_in
-from llmrec_peft.memory.shares import Tensors, part_of, share_out
+from llmrec_peft.memory.meta_model import bytes_of, empty_classifier, weights
 from llmrec_peft.memory.trace import StorageMeter, branch_of, trace_optimizer, trace_passes
+from llmrec_peft.memory.zero_partitioning import Tensors, part_of, share_out
 from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.training.losses import BehaviorLoss

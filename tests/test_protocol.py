@@ -11,8 +11,8 @@ import pytest
 from llmrec_peft import BehaviorLog, Domain
 from llmrec_peft.evaluation.baselines import past_rates
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.inference.histories import signs
-from llmrec_peft.pipeline.streams import build_splits
+from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.runs.split_streams import build_splits
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DOMAIN = {

@@ -14,7 +14,7 @@ from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.models.base import load_tokenizer
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
-from llmrec_peft.pipeline.streams import SplitStreams, build_splits
+from llmrec_peft.runs.split_streams import SplitStreams, build_splits
 from llmrec_peft.training.trainer import BehaviorTrainer
 
 from .curves import Recorder

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from .batches import PAD, plan_micro_batches
-from .layout import Stream
+from llmrec_peft.data.batches import PAD, plan_micro_batches
+from llmrec_peft.data.layout import Stream
 
 
 def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "right", mask: bool = False) -> dict:

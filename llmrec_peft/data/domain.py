@@ -10,16 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..documents import has_surrogates, read_yaml, shortened
-from ..errors import DataError, DomainError, input_errors
-from ..fields import MAX_COUNT, annotations_of, broken_fields
-from ..fields import number as of_number
-from ..fields import text as of_text
-from .duplicates import RULES
-from .splits import context_only
-from .tables import ID_TYPE, OUTCOME_COLUMNS
-from .text import MAX_TEMPLATE, broken_up, check_template, part_text, template_columns, template_literals, value_text
-from .values import plain, shorten
+from llmrec_peft.data.duplicates import RULES
+from llmrec_peft.data.item_text import (
+    MAX_TEMPLATE,
+    broken_up,
+    check_template,
+    part_text,
+    template_columns,
+    template_literals,
+    value_text,
+)
+from llmrec_peft.data.splits import context_only
+from llmrec_peft.data.tables import ID_TYPE, OUTCOME_COLUMNS
+from llmrec_peft.data.values import plain, shorten
+from llmrec_peft.documents import has_surrogates, read_yaml, shortened
+from llmrec_peft.errors import DataError, DomainError, input_errors
+from llmrec_peft.fields import MAX_COUNT, annotations_of, broken_fields
+from llmrec_peft.fields import number as of_number
+from llmrec_peft.fields import text as of_text
 
 Rule = TypeVar("Rule")
 

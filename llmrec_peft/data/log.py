@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.duplicates import Duplicates
-from llmrec_peft.data.spool import BATCH_ROWS, SPOOL_ROWS, spool
+from llmrec_peft.data.memory_mapped import BATCH_ROWS, SPOOL_ROWS, spool
 from llmrec_peft.data.tables import (
     bool_numpy,
     check_columns,
@@ -89,13 +89,13 @@ class BehaviorLog:
 
         Args:
             path: where the log is.
-            format: a name from `llmrec_peft.data.sources.READERS`, or "auto" to find it from what is there.
+            format: a name from `llmrec_peft.data.readers.READERS`, or "auto" to find it from what is there.
             null_times: "drop" to leave out interactions without a timestamp, with a warning that counts them.
 
         Raises:
             DataError: nothing there can be read, or the log breaks a rule.
         """
-        from llmrec_peft.data.sources import read_log
+        from llmrec_peft.data.readers import read_log
 
         return read_log(path, format=format, null_times=null_times)
 

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.data.files import write_parquet, write_text
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import DataError
+from llmrec_peft.files import write_parquet, write_text
 
 NAME = "simulated_shop"
 START = 1_767_225_600  # 2026-01-01 00:00 UTC

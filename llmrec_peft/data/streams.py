@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..errors import DataError, DomainError, StreamError
-from .domain import Domain
-from .layout import Stream, StreamBuilder
-from .negatives import sample_negatives
-from .splits import LogSplit, context_only
-from .tokens import CHUNK, TokenTable, Vocabulary
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.layout import Stream, StreamBuilder
+from llmrec_peft.data.negatives import sample_negatives
+from llmrec_peft.data.splits import LogSplit, context_only
+from llmrec_peft.data.tokens import CHUNK, TokenTable, Vocabulary
+from llmrec_peft.errors import DataError, DomainError, StreamError
 
 _log = logging.getLogger(__name__)
 

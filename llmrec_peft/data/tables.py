@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmrec_peft.data.text import SEEN, listed, shorten
+from llmrec_peft.data.item_text import SEEN, listed, shorten
 from llmrec_peft.data.times import to_seconds
 from llmrec_peft.errors import DataError, one_line
 

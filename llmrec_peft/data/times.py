@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.data.text import listed
+from llmrec_peft.data.item_text import listed
 from llmrec_peft.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

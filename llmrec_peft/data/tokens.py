@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from ..errors import DataError, StreamError, input_errors, output_errors
-from .domain import Domain, render, template_literals
-from .tables import shorten
+from llmrec_peft.data.domain import Domain, render, template_literals
+from llmrec_peft.data.tables import shorten
+from llmrec_peft.errors import DataError, StreamError, input_errors, output_errors
 
 CHUNK = 32_768  # texts that are Python objects at one time
 UNKNOWN_ITEM = "<unknown item>"

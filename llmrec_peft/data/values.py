@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..documents import has_surrogates
-from ..errors import DataError, DomainError
+from llmrec_peft.documents import has_surrogates
+from llmrec_peft.errors import DataError, DomainError
 
 MAX_BITS = 64
 """Bits of a whole number, at most: what a table can hold."""

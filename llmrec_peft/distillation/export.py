@@ -19,23 +19,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmrec_peft.checkpoints.bundle import Bundle
+from llmrec_peft.checkpoints.manifest import installed
+from llmrec_peft.checkpoints.merged import load_merged, publish, read_merged, scratch_beside, without_links, writing
+from llmrec_peft.checkpoints.model_card import CARD
+from llmrec_peft.checkpoints.sealing import sha256
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.files import plain, write_json
 from llmrec_peft.data.layout import Stream
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.inference.merged import load_merged, publish, read_merged, scratch_beside, without_links, writing
-from llmrec_peft.inference.samples import SampleStreams
-from llmrec_peft.manifests import sha256
+from llmrec_peft.files import plain, write_json
+from llmrec_peft.merging.synthetic_inputs import SampleStreams
 from llmrec_peft.models.base import check_positions
-from llmrec_peft.models.bundle import Bundle
-from llmrec_peft.models.card import CARD
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import fits
-from llmrec_peft.models.manifest import installed
 from llmrec_peft.models.predict import Predictions, predict
 from llmrec_peft.models.selftest import check_candidates
 
@@ -138,7 +138,7 @@ def _serving() -> Any:
             raise ModelError(
                 f"exporting needs the package {package}; install it with: pip install llmrec-peft[train,export]"
             )
-    return importlib.import_module("llmrec_peft.serving.manifest")
+    return importlib.import_module("llmrec_peft.serving.export_manifest")
 
 
 def _check_opset(opset: int) -> int:
@@ -213,7 +213,7 @@ class _Graph(nn.Module):
 
 
 def _write_graph(classifier: BehaviorClassifier, path: Path, opset: int) -> None:
-    from llmrec_peft.serving.graph import INPUTS, OUTPUT
+    from llmrec_peft.serving.onnx_graph import INPUTS, OUTPUT
 
     # Sizes that are all different, so that the exporter takes none of them for another or for a constant.
     rows, length = 2, 7
@@ -396,9 +396,9 @@ def _measure(
     labelled: bool,
 ) -> dict[str, Any]:
     """Differences of each graph's logits from torch's, their AUC where labels are real, and tokens of texts."""
-    from llmrec_peft.serving.graph import Graph
-    from llmrec_peft.serving.manifest import MODELS, TOKENIZER
-    from llmrec_peft.serving.words import Words
+    from llmrec_peft.serving.export_manifest import MODELS, TOKENIZER
+    from llmrec_peft.serving.onnx_graph import Graph
+    from llmrec_peft.serving.plain_vocabulary import Words
 
     _check_tokens(vocabulary, Words(content, scratch / TOKENIZER))
     collator = StreamCollator(loaded.tokenizer.pad_token_id, batch_tokens)

@@ -17,10 +17,10 @@ from torch import nn
 
 from llmrec_peft.data.domain import ITEM_EVENT, Domain, render
 from llmrec_peft.data.tokens import UNKNOWN_ITEM
-from llmrec_peft.distillation.options import StudentOptions
+from llmrec_peft.distillation.distill_options import StudentOptions
 from llmrec_peft.distillation.pruning import prune
 from llmrec_peft.errors import ConfigError, DataError, ModelError
-from llmrec_peft.inference.fold import fold
+from llmrec_peft.merging.unload import fold
 from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.classifier import BehaviorClassifier
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmrec_peft.errors import ConfigError, DataError
-from llmrec_peft.evaluation import ranking
+from llmrec_peft.evaluation import ranking_metrics as ranking
 from llmrec_peft.evaluation.targets import Targets, read_targets
 
 ECE_BINS = 15

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llmrec_peft.data.files import replacing
 from llmrec_peft.evaluation.metrics import ECE_BINS, bin_numbers, calibration_view, compute_metrics
 from llmrec_peft.evaluation.targets import Targets
+from llmrec_peft.files import replacing
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#d1661c", "#8a8a8a"
 INK = "#2b2b2b"

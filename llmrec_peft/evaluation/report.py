@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from llmrec_peft.data.files import write_text
 from llmrec_peft.evaluation.bootstrap import Interval, differences, intervals
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, ECE_BINS, METRICS, compute_metrics, find_metric
 from llmrec_peft.evaluation.plots import plot_learning_curve, plot_reliability
 from llmrec_peft.evaluation.targets import read_targets
+from llmrec_peft.files import write_text
 
 Slices = Mapping[str, Sequence[tuple[str, np.ndarray]]]
 TITLES = {"before": "before", "uncalibrated": "after, uncalibrated", "after": "after"}

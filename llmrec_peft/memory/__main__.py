@@ -6,7 +6,7 @@ python -m llmrec_peft.memory --base meta-llama/Llama-3.1-8B --method qlora --gpu
 import json
 import sys
 
-from llmrec_peft.config import exit_on_error, parse_config
+from llmrec_peft.config.schema import exit_on_error, parse_config
 from llmrec_peft.memory import MemoryConfig, estimate_memory
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llmrec_peft.memory.config import MemoryConfig
-from llmrec_peft.memory.empty import bytes_of, empty_classifier, weights
-from llmrec_peft.memory.shares import Shares, Tensors, share_out
+from llmrec_peft.memory.memory_options import MemoryConfig
+from llmrec_peft.memory.meta_model import bytes_of, empty_classifier, weights
 from llmrec_peft.memory.trace import trace_optimizer, trace_passes
+from llmrec_peft.memory.zero_partitioning import Shares, Tensors, share_out
 from llmrec_peft.models.classifier import BehaviorClassifier
 
 GIB = 2**30

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.memory.config import MemoryConfig
-from llmrec_peft.memory.empty import bytes_of
+from llmrec_peft.memory.memory_options import MemoryConfig
+from llmrec_peft.memory.meta_model import bytes_of
 from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.training.losses import BehaviorLoss

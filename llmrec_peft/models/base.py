@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmrec_peft.data.files import scratch_directory, sweep
 from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import ModelError, output_errors
-from llmrec_peft.models.files import cache_dir
+from llmrec_peft.files import scratch_directory, sweep
 from llmrec_peft.models.fingerprints import fingerprint_of
+from llmrec_peft.models.model_files import cache_dir
 from llmrec_peft.models.prompt_tokens import has_end_token, leave_end_token_out
 from llmrec_peft.models.requirements import check_layout
 from llmrec_peft.models.requirements import check_positions as check_positions
 from llmrec_peft.models.sharding import gathered, make_whole, splitting_in
-from llmrec_peft.models.stock import HEAD_NAMES, head_name, head_of, is_encoder, modules_named
-from llmrec_peft.models.stock import backbone_of as backbone_of
-from llmrec_peft.models.tensors import TensorEntry, file_fingerprint, read_headers, read_rows, read_tensor
+from llmrec_peft.models.stock_parts import HEAD_NAMES, head_name, head_of, is_encoder, modules_named
+from llmrec_peft.models.stock_parts import backbone_of as backbone_of
+from llmrec_peft.models.tensor_files import TensorEntry, file_fingerprint, read_headers, read_rows, read_tensor
 
 _CONVERSION = 1  # raised when converted copies in users' caches must be made again
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.base import backbone_of
-from llmrec_peft.models.options import AdapterOptions
+from llmrec_peft.models.tuning_options import AdapterOptions
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmrec_peft.checkpoints.manifest import MANIFEST, is_merged
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models import attention
 from llmrec_peft.models.base import (
@@ -27,8 +28,9 @@ from llmrec_peft.models.base import (
 )
 from llmrec_peft.models.head import outcomes_of, start_head
 from llmrec_peft.models.last_layer import LastLayer
-from llmrec_peft.models.manifest import MANIFEST, is_merged
-from llmrec_peft.models.options import (
+from llmrec_peft.models.selftest import check_base_for
+from llmrec_peft.models.sharding import assign, whole, whole_shape
+from llmrec_peft.models.tuning_options import (
     METHODS,
     AdapterOptions,
     FullOptions,
@@ -40,8 +42,6 @@ from llmrec_peft.models.options import (
     from_mapping,
     method_options,
 )
-from llmrec_peft.models.selftest import check_base_for
-from llmrec_peft.models.sharding import assign, whole, whole_shape
 
 
 class BehaviorClassifier(nn.Module):
@@ -322,7 +322,7 @@ def load_classifier(
 
 
 def _restored(directory: Path, domain: Any, method: Any, options: Mapping[str, Any]) -> BehaviorClassifier:
-    from llmrec_peft.models.bundle import load_bundle
+    from llmrec_peft.checkpoints.bundle import load_bundle
 
     free = ("base", "dtype", "attn", "trust_remote_code")
     unknown = sorted(set(options) - set(free))

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmrec_peft.data.files import write_json
 from llmrec_peft.documents import parse_json, read_mapping, shortened
 from llmrec_peft.errors import LLMRecError, ModelError
-from llmrec_peft.models.files import cache_dir
-from llmrec_peft.models.tensors import TensorEntry, fingerprint
+from llmrec_peft.files import write_json
+from llmrec_peft.models.model_files import cache_dir
+from llmrec_peft.models.tensor_files import TensorEntry, fingerprint
 
 CACHED_ABOVE = 64 * 1024**2
 """Fingerprints of checkpoints of more bytes than this are kept in `cache_dir()`/fingerprints.json."""

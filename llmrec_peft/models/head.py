@@ -10,7 +10,7 @@ from torch import nn
 
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.base import head_of, is_encoder, word_rows
-from llmrec_peft.models.options import ModelOptions
+from llmrec_peft.models.tuning_options import ModelOptions
 
 
 def outcomes_of(domain: Any) -> dict[str, str]:

@@ -17,8 +17,8 @@ from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.models.base import HEAD_NAMES, backbone_entries, backbone_of
 from llmrec_peft.models.fused_lora import fuse_lora
-from llmrec_peft.models.options import LoraOptions, QloraOptions, changes_base, matching_names
-from llmrec_peft.models.tensors import read_tensor
+from llmrec_peft.models.tensor_files import read_tensor
+from llmrec_peft.models.tuning_options import LoraOptions, QloraOptions, changes_base, matching_names
 
 _log = logging.getLogger(__name__)
 _SAME = re.compile(r"\.lora_([AB])\.default\.weight$")

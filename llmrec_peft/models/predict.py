@@ -8,10 +8,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..data.collator import StreamCollator, plan_micro_batches
-from ..errors import ModelError
-from .classifier import BehaviorClassifier
-from .selftest import check_streams
+from llmrec_peft.data.collator import StreamCollator, plan_micro_batches
+from llmrec_peft.errors import ModelError
+from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.selftest import check_streams
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models.stock import backbone_of, head_of, is_encoder
+from llmrec_peft.models.stock_parts import backbone_of, head_of, is_encoder
 
 _PADDED_POSITIONS = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod",

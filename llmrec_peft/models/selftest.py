@@ -19,7 +19,7 @@ import torch
 from llmrec_peft.errors import ModelError, machine_fault, one_line
 from llmrec_peft.models.requirements import candidates_of, check_positions, unfit_for_candidates
 from llmrec_peft.models.sharding import is_split
-from llmrec_peft.models.stock import backbone_of, head_of
+from llmrec_peft.models.stock_parts import backbone_of, head_of
 
 if TYPE_CHECKING:
     from llmrec_peft.models.classifier import BehaviorClassifier

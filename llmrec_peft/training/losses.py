@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..errors import ConfigError
+from llmrec_peft.errors import ConfigError
 
 LossSum = Callable[["BehaviorLoss", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -18,14 +18,14 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from ..data.collator import StreamCollator
-from ..errors import ConfigError, ModelError, output_errors
-from ..models.classifier import BehaviorClassifier
-from ..models.predict import Predictions, predict
-from ..models.selftest import check_streams
-from .checkpoints import COMPLETE, reading
-from .losses import BehaviorLoss
-from .sampler import EpochDataLoader, GlobalBatchSampler
+from llmrec_peft.data.collator import StreamCollator
+from llmrec_peft.errors import ConfigError, ModelError, output_errors
+from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.predict import Predictions, predict
+from llmrec_peft.models.selftest import check_streams
+from llmrec_peft.training.losses import BehaviorLoss
+from llmrec_peft.training.resume import COMPLETE, reading
+from llmrec_peft.training.sampler import EpochDataLoader, GlobalBatchSampler
 
 
 class BehaviorTrainer(Trainer):

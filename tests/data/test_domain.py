@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from llmrec_peft.data.domain import Domain, render, template_columns
+from llmrec_peft.data.item_text import neutralise
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.text import neutralise
 from llmrec_peft.errors import DataError, DomainError
 
 TEXT = """

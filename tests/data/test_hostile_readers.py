@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.sources import READERS, json_lines
+from llmrec_peft.data.readers import READERS, json_lines
 from llmrec_peft.errors import DataError
-from llmrec_peft.serving.items import Items
+from llmrec_peft.serving.plain_items import Items
 
 ROW = {"user_id": "1", "item_id": "1", "timestamp": 1_600_000_000, "rating": 5}
 ITEM = {"item_id": "1", "title": "A"}

@@ -16,8 +16,8 @@ import pytest
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.times import check_moment
 from llmrec_peft.errors import ConfigError, DataError
-from llmrec_peft.inference.collaborative import Popularity
-from llmrec_peft.inference.evidence import Evidence
+from llmrec_peft.retrieval.collaborative import Popularity
+from llmrec_peft.retrieval.retrieval_index import Evidence
 
 SECONDS = np.array([1_577_934_245, 1_578_020_645, 1_578_107_045])
 DATES = ("2020-01-02 03:04:05", "2020-01-03 03:04:05", "2020-01-04 03:04:05")
@@ -164,7 +164,7 @@ def test_no_half_life_without_dates():
         asked = []
         with pytest.MonkeyPatch.context() as patch:
             choose = lambda *given, asked=asked: asked.append(1)  # noqa: E731
-            patch.setattr("llmrec_peft.inference.evidence.choose_half_life", choose)
+            patch.setattr("llmrec_peft.retrieval.retrieval_index.choose_half_life", choose)
             Evidence.fit(log, np.arange(300), np.ones(300, int))
         found[name] = len(asked)
     assert found == {"order": 0, "dated": 1} and Popularity().half_life is None

@@ -16,8 +16,8 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.errors import DomainError
-from llmrec_peft.inference.histories import signs
-from llmrec_peft.pipeline.events import LoggedEvents
+from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.runs.logged_events import LoggedEvents
 
 DOMAIN = {
     "name": "shop",

@@ -12,11 +12,11 @@ import pytest
 
 from llmrec_peft.data.csv_rules import typed_values
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.sources import detect_format
-from llmrec_peft.data.sources.amazon_items import price_of, shown_text
-from llmrec_peft.data.sources.csv_files import typed_columns
+from llmrec_peft.data.readers import detect_format
+from llmrec_peft.data.readers.amazon_items import price_of, shown_text
+from llmrec_peft.data.readers.csv_files import typed_columns
 from llmrec_peft.errors import DataError
-from llmrec_peft.serving.items import Items
+from llmrec_peft.serving.plain_items import Items
 
 NOW = 1_600_000_000
 ROWS = f"user_id,item_id,timestamp,rating\n1,1,{NOW},5\n1,2,{NOW + 1},3\n"

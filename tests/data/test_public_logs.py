@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.sources import detect_format
-from llmrec_peft.data.sources import mind as mind_module
+from llmrec_peft.data.readers import detect_format
+from llmrec_peft.data.readers import mind as mind_module
 from llmrec_peft.errors import DataError
 
 

@@ -10,9 +10,9 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from llmrec_peft.data import spool
+from llmrec_peft.data import memory_mapped as spool
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.sources import READERS, describe_formats
+from llmrec_peft.data.readers import READERS, describe_formats
 from llmrec_peft.errors import DataError
 
 ROWS = {
@@ -137,7 +137,7 @@ def test_large_parquet_is_spooled_and_equals_the_small_path(tmp_path, monkeypatc
 
     monkeypatch.setattr(spool, "SPOOL_ROWS", 1_000)
     monkeypatch.setattr(spool, "spool", counting)
-    monkeypatch.setattr("llmrec_peft.data.sources.tabular.BATCH_ROWS", 256)
+    monkeypatch.setattr("llmrec_peft.data.readers.tabular.BATCH_ROWS", 256)
     assert BehaviorLog.read(directory).interactions.equals(small.interactions)
     assert len(spooled) == 1
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.sources import detect_format
+from llmrec_peft.data.readers import detect_format
 from llmrec_peft.errors import DataError
 
 ROWS = {
@@ -73,7 +73,7 @@ def test_pointwise_labels_and_times(tmp_path):
 
 
 def test_pointwise_many_records_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmrec_peft.data.sources.text.BATCH_RECORDS", 7)
+    monkeypatch.setattr("llmrec_peft.data.readers.text_records.BATCH_RECORDS", 7)
     file = lines(tmp_path / "a.jsonl", [{"input": f"text {n}", "label": n % 2} for n in range(100)])
     log = BehaviorLog.read(file)
     assert log.items.column("title").to_pylist() == [f"text {n}" for n in range(100)]
@@ -141,7 +141,7 @@ def test_instruction(tmp_path, form):
 
 
 def test_a_long_array_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmrec_peft.data.sources.records.CHUNK", 64)
+    monkeypatch.setattr("llmrec_peft.data.readers.json_records.CHUNK", 64)
     records = [{"instruction": f"number {n} " + "é]}," * (n % 50), "output": n} for n in range(200)]
     text(tmp_path / "a.json", json.dumps(records, ensure_ascii=False))
     log = BehaviorLog.read(tmp_path / "a.json")

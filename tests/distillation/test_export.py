@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from llmrec_peft import Domain, Scorer
+from llmrec_peft.checkpoints.merged import load_merged
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import export as export_module
+from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
 from llmrec_peft.distillation.export import export_onnx
-from llmrec_peft.distillation.options import LossOptions, StudentOptions
-from llmrec_peft.distillation.saving import Lesson, save_student
+from llmrec_peft.distillation.student_checkpoint import Lesson, save_student
 from llmrec_peft.distillation.students import start_ids
 from llmrec_peft.errors import BundleError, DataError, ModelError
-from llmrec_peft.inference.merge import merge_bundle
-from llmrec_peft.inference.merged import load_merged
-from llmrec_peft.models import load_classifier
+from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
 from llmrec_peft.serving import OnnxScorer
-from tests.inference.conftest import DOMAINS, items  # noqa: F401
-from tests.inference.setup_requests import HISTORY, MOVIES
+from tests.support.domains import DOMAINS, items  # noqa: F401
+from tests.support.requests import HISTORY, MOVIES
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

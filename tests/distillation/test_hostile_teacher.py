@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from llmrec_peft.checkpoints.merged import load_answering
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
-from llmrec_peft.distillation import teacher as module
-from llmrec_peft.distillation.kept import matrix, read_kept, write_kept
-from llmrec_peft.distillation.teacher import teacher_answers
+from llmrec_peft.distillation import teacher_outputs as module
+from llmrec_peft.distillation.teacher_cache import matrix, read_kept, write_kept
+from llmrec_peft.distillation.teacher_outputs import teacher_answers
 from llmrec_peft.errors import DataError, ModelError
-from llmrec_peft.inference.merged import load_answering
 from llmrec_peft.models.bottleneck import transformer_layers
 from tests.conftest import make_small_tables
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec_peft.distillation.losses import (
+from llmrec_peft.distillation.distill_losses import (
     HiddenMatch,
     confidence,
     log_odds,
@@ -14,7 +14,7 @@ from llmrec_peft.distillation.losses import (
     sure_pairs,
     target_weights,
 )
-from llmrec_peft.distillation.options import LossOptions
+from llmrec_peft.distillation.distill_options import LossOptions
 from llmrec_peft.errors import ConfigError
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from llmrec_peft import Domain, distill
-from llmrec_peft.config import DistillConfig, read_config
-from llmrec_peft.distillation.options import LossOptions, StudentOptions
-from llmrec_peft.distillation.saving import Lesson, save_student
+from llmrec_peft.config.schema import DistillConfig, read_config
+from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
+from llmrec_peft.distillation.student_checkpoint import Lesson, save_student
 from llmrec_peft.distillation.students import start_ids
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models import load_classifier
-from tests.inference.conftest import DOMAINS
+from llmrec_peft.models.classifier import load_classifier
+from tests.support.domains import DOMAINS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from llmrec_peft import load_classifier
+from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import IndependentPrompts, build_streams
 from llmrec_peft.data.tokens import Vocabulary
-from llmrec_peft.distillation.options import StudentOptions
+from llmrec_peft.distillation.distill_options import StudentOptions
 from llmrec_peft.distillation.students import (
     chosen_layers,
     first_item,
@@ -20,11 +21,10 @@ from llmrec_peft.distillation.students import (
     start_ids,
     start_shallow,
 )
-from llmrec_peft.distillation.teacher import reduced
+from llmrec_peft.distillation.teacher_outputs import reduced
 from llmrec_peft.errors import BundleError, ConfigError, DataError, DomainError, ModelError, StreamError
-from llmrec_peft.inference.merge import merge_bundle
+from llmrec_peft.merging.merging import merge_bundle
 from llmrec_peft.models.base import load_tokenizer
-from llmrec_peft.models.bundle import save_bundle
 from llmrec_peft.models.predict import predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,11 +8,11 @@ import torch
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
-from llmrec_peft.distillation.options import LossOptions
-from llmrec_peft.distillation.teacher import TeacherAnswers
-from llmrec_peft.distillation.trainer import DistillTrainer, layer_map
+from llmrec_peft.distillation.distill_options import LossOptions
+from llmrec_peft.distillation.distill_trainer import DistillTrainer, layer_map
+from llmrec_peft.distillation.teacher_outputs import TeacherAnswers
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.models import load_classifier
+from llmrec_peft.models.classifier import load_classifier
 from tests.invariants.setup_run import DOMAIN, arguments, splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from llmrec_peft import DomainBank, Scorer
+from llmrec_peft.checkpoints.bundle import load_bundle
+from llmrec_peft.checkpoints.manifest import check_calibration
+from llmrec_peft.checkpoints.merged import load_merged, write_manifest
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration, fit_calibration
-from llmrec_peft.inference.merged import load_merged, write_manifest
-from llmrec_peft.models.bundle import load_bundle
-from llmrec_peft.models.manifest import check_calibration
 from llmrec_peft.probabilities import MOST_BIAS, MOST_TEMPERATURE, calibrated, checked
 from llmrec_peft.serving import OnnxScorer
-from llmrec_peft.serving.manifest import sealed
-from tests.inference.setup_merge import edit_manifest
+from llmrec_peft.serving.export_manifest import sealed
+from tests.support.bundles import edit_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

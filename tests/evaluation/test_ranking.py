@@ -8,7 +8,7 @@ from sklearn.metrics import ndcg_score
 
 from llmrec_peft.errors import DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.evaluation.ranking import one_relevant
+from llmrec_peft.evaluation.ranking_metrics import one_relevant
 
 
 def candidates(seed=0, lists=30, grid=5):

@@ -25,10 +25,10 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from llmrec_peft import BehaviorLog, Domain, Scorer, build_streams
-from llmrec_peft.config import CONFIGS, config_to_yaml, read_config
+from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.config.schema import CONFIGS, config_to_yaml, read_config
 from llmrec_peft.errors import LLMRecError
-from llmrec_peft.inference.merged import load_answering
-from llmrec_peft.serving.scorer import OnnxScorer
+from llmrec_peft.serving.onnx_scorer import OnnxScorer
 from tests.conftest import make_small_tables
 from tests.fuzz.forms import FORMS
 from tests.fuzz.strategies import changed, damaged, scalars, trees
@@ -217,9 +217,9 @@ PLACES = {"--data.path": "d", "--output_dir": "o", "--bundle": "b", "--teacher":
 NEEDED = {
     "evaluate": ("--bundle", "--data.path"),
     "merge": ("--bundle", "--output_dir"),
-    "swap": ("--bundles", "--requests"),
+    "score": ("--bundles", "--requests"),
     "distill": ("--teacher", "--data.path", "--output_dir"),
-    "fuse": ("--bundle", "--data.path"),
+    "index": ("--bundle", "--data.path"),
     "recommend": ("--bundle", "--data.path", "--output_dir"),
 }
 """Options that each recipe needs; the training recipes have a file for `movies`."""

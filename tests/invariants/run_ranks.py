@@ -15,7 +15,7 @@ import torch
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.models.base import load_tokenizer
-from llmrec_peft.training.processes import joined
+from llmrec_peft.training.distributed import joined
 from tests.invariants.setup_run import DOMAIN, losses_of, make_trainer, splits, trained
 
 

@@ -12,9 +12,9 @@ from transformers import TrainingArguments
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamSubset, build_streams
-from llmrec_peft.models import load_classifier
+from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.training.distributed import device_arguments
 from llmrec_peft.training.losses import BehaviorLoss
-from llmrec_peft.training.processes import device_arguments
 from llmrec_peft.training.trainer import BehaviorTrainer
 from tests.conftest import make_small_tables
 

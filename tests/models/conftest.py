@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmrec_peft.models import BehaviorClassifier, load_classifier
+from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
 
 DOMAIN: dict[str, Any] = {
     "name": "movies",

@@ -171,8 +171,8 @@ def test_where_blocks_do_not_serve_it_is_sdpa(setting, make, shake, blocks_taken
 
 def test_the_engine_takes_this_way(make, blocks_taken, monkeypatch):
     """A row of probes goes through in blocks, and is answered as under the mask."""
-    from llmrec_peft.inference.engine import Engine, Task
-    from llmrec_peft.inference.member import Member
+    from llmrec_peft.scoring.engine import Engine, Task
+    from llmrec_peft.scoring.loaded_adapter import Member
 
     classifier = make("llama", "head")
     engine = Engine(classifier, 0)

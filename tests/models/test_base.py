@@ -27,7 +27,7 @@ from transformers import (
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models import base as base_module
 from llmrec_peft.models import fingerprints as fingerprints_module
-from llmrec_peft.models import tensors as tensors_module
+from llmrec_peft.models import tensor_files as tensors_module
 from llmrec_peft.models.base import (
     BASES,
     base_fingerprint,
@@ -42,7 +42,7 @@ from llmrec_peft.models.base import (
     word_rows,
 )
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
-from llmrec_peft.models.tensors import fingerprint
+from llmrec_peft.models.tensor_files import fingerprint
 
 NAMES = {0: "dislike", 1: "like", 2: "love"}
 
@@ -262,7 +262,7 @@ def test_positions_are_checked(tiny_base):
 
 
 def test_positions_that_roberta_keeps_for_pads(tiny_roberta, domain, answer):
-    from llmrec_peft.models import load_classifier
+    from llmrec_peft.models.classifier import load_classifier
 
     classifier = load_classifier(str(tiny_roberta), domain, "head")
     check_positions(classifier.config, 64)

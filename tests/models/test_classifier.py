@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models import load_classifier
-from llmrec_peft.models.options import LoraOptions, ModelOptions
+from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.models.tuning_options import LoraOptions, ModelOptions
 
 DECODERS = ("llama", "qwen2", "mistral", "gpt2")
 

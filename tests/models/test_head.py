@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models import load_classifier
+from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.head import first_tokens
-from llmrec_peft.models.options import METHODS, ModelOptions, QloraOptions, method_options
+from llmrec_peft.models.tuning_options import METHODS, ModelOptions, QloraOptions, method_options
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
@@ -80,7 +80,7 @@ def test_every_method_has_documented_options():
     import ast
     import inspect
 
-    from llmrec_peft.models import options
+    from llmrec_peft.models import tuning_options as options
 
     tree = ast.parse(inspect.getsource(options))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}

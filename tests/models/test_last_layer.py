@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from llmrec_peft import load_classifier
-from llmrec_peft.inference.deltas import Bias
-from llmrec_peft.inference.engine import Engine, Task
-from llmrec_peft.inference.member import Member
 from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.last_layer import TOKENWISE
+from llmrec_peft.scoring.adapter_layers import Bias
+from llmrec_peft.scoring.engine import Engine, Task
+from llmrec_peft.scoring.loaded_adapter import Member
 
 
 def member_of(hidden: int, deltas: dict) -> Member:
@@ -79,7 +79,7 @@ def test_a_part_inside_another_leaves_no_token_out_twice(tiny_base, domain):
     """PEFT wraps layers of a base that was a classifier before: both have the hooks."""
     from peft import LoraConfig, get_peft_model
 
-    from llmrec_peft.models import BehaviorClassifier
+    from llmrec_peft.models.classifier import BehaviorClassifier
 
     plain = load_classifier(tiny_base("llama"), domain, "head").eval()
     inputs = {"input_ids": torch.randint(5, 300, (2, 9)), "markers": torch.tensor([3, 8, 12, 17])}

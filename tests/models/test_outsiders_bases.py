@@ -23,11 +23,11 @@ from llmrec_peft import (
     load_classifier,
     merge_bundle,
 )
+from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
+from llmrec_peft.checkpoints.merged import load_answering
 from llmrec_peft.data.collator import StreamCollator, collate
 from llmrec_peft.data.streams import IndependentPrompts
-from llmrec_peft.inference.merged import load_answering
 from llmrec_peft.models import selftest
-from llmrec_peft.models.bundle import load_bundle, save_bundle
 from llmrec_peft.models.lora import linear_names, rewritten
 from llmrec_peft.models.predict import predict
 from llmrec_peft.models.requirements import candidates_of, check_positions, odd_layers, unfit_for_candidates

@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from llmrec_peft.config import CONFIGS, TrainRecipeConfig, config_to_yaml, read_config
+from llmrec_peft.config.schema import CONFIGS, TrainRecipeConfig, config_to_yaml, read_config
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from llmrec_peft.data.files import replacing, write_json, write_parquet
 from llmrec_peft.errors import DataError
+from llmrec_peft.files import replacing, write_json, write_parquet
 
 
 def refused(main, args: list[str], capfd) -> str:
@@ -104,7 +104,7 @@ def test_settings_are_checked_before_the_log_is_read(flag, named, recipe, argume
 
 
 def test_a_report_that_fails_loses_neither_bundle_nor_predictions(recipe, arguments, tmp_path, monkeypatch):
-    from llmrec_peft.pipeline import outputs
+    from llmrec_peft.runs import outputs
 
     def fail(*args, **kwargs):
         raise DataError("no report")

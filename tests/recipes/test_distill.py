@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft import BehaviorLog, Scorer, distill
+from llmrec_peft.checkpoints.merged import load_merged, read_merged
 from llmrec_peft.data.simulate import write_simulated_shop
 from llmrec_peft.errors import BundleError, ConfigError, DataError, ModelError
-from llmrec_peft.inference.merged import load_merged, read_merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,7 +138,7 @@ def gaps(data, tmp_path) -> Path:
 
 def test_rows_without_a_label_are_learnt_from_the_teacher(recipe, flags, gaps, tmp_path):
     """Targets without a label are asked about and change the student; without the option they are an error."""
-    from llmrec_peft.config import DistillConfig, read_config
+    from llmrec_peft.config.schema import DistillConfig, read_config
 
     with pytest.raises(DataError, match="has None, .*; give it a label, or set label.missing to leave_out"):
         distill(read_config(DistillConfig, flags(tmp_path / "refused", **{"data.path": gaps})))
@@ -221,7 +221,7 @@ def test_the_library_call_is_the_recipe(trained, data, tmp_path):
     ],
 )
 def test_what_cannot_be_done_is_named(changes, kind, message, flags, tmp_path):
-    from llmrec_peft.config import DistillConfig, read_config
+    from llmrec_peft.config.schema import DistillConfig, read_config
 
     with pytest.raises(kind, match=message):
         distill(read_config(DistillConfig, flags(tmp_path / "out", **changes)))
@@ -229,7 +229,7 @@ def test_what_cannot_be_done_is_named(changes, kind, message, flags, tmp_path):
 
 
 def test_a_base_that_cannot_hold_the_window_is_named(flags, tiny_base, tmp_path):
-    from llmrec_peft.config import DistillConfig, read_config
+    from llmrec_peft.config.schema import DistillConfig, read_config
 
     short = tmp_path / "short"
     short.mkdir()
@@ -246,7 +246,7 @@ def test_a_base_that_cannot_hold_the_window_is_named(flags, tiny_base, tmp_path)
 
 def test_a_log_that_the_student_cannot_read_is_refused_before_the_teacher_answers(flags, data, tmp_path):
     """Ids that differ by a tab alone are two items for the teacher, and one token for a student of ids."""
-    from llmrec_peft.config import DistillConfig, read_config
+    from llmrec_peft.config.schema import DistillConfig, read_config
 
     path = tmp_path / "log"
     shutil.copytree(data, path)
@@ -261,7 +261,7 @@ def test_a_log_that_the_student_cannot_read_is_refused_before_the_teacher_answer
 
 
 def test_stale_answers_are_refused_before_any_work(students, trained, flags, tmp_path):
-    from llmrec_peft.config import DistillConfig, read_config
+    from llmrec_peft.config.schema import DistillConfig, read_config
 
     kept = students("ids") / "teacher"
     changes = {"answers.path": kept, "teacher": trained("head") / "bundle"}

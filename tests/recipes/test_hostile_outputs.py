@@ -17,15 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmrec_peft import BehaviorLog
-from llmrec_peft.data import files
-from llmrec_peft.data.files import move_into_place, replacing, scratch_directory, sweep, write_text
+from llmrec_peft import BehaviorLog, files
+from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.inference.bank import DomainBank
-from llmrec_peft.inference.evidence import Evidence
-from llmrec_peft.models.bundle import load_bundle, save_bundle
-from llmrec_peft.pipeline.places import check_output, check_output_file
-from llmrec_peft.pipeline.results import check_results, write_results
+from llmrec_peft.files import move_into_place, replacing, scratch_directory, sweep, write_text
+from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.runs.output_paths import check_output, check_output_file
+from llmrec_peft.runs.results import check_results, write_results
+from llmrec_peft.scoring.bank import DomainBank
 from tests.conftest import ROOT
 from tests.recipes.test_directories import contents, refused
 
@@ -79,7 +78,7 @@ def test_an_input_that_the_output_would_replace_is_refused(places):
 
 
 @pytest.mark.parametrize("place", ["bundle", "bundle/eval", "data", "data/out"])
-@pytest.mark.parametrize("name", ["evaluate", "merge", "fuse", "recommend"])
+@pytest.mark.parametrize("name", ["evaluate", "merge", "index", "recommend"])
 def test_recipes_refuse_such_outputs_first(name, place, trained, data, recipe, capfd):
     bundle = trained("head") / "bundle"
     out = {"bundle": bundle, "bundle/eval": bundle / "eval", "data": data, "data/out": data / "out"}[place]
@@ -122,14 +121,14 @@ def test_swap_reads_requests_first_and_finds_its_base(trained, data, recipe, tmp
     flags = ["--bundles", json.dumps({"a": str(bundle)}), "--items", json.dumps({"a": str(data)})]
     flags += ["--requests", str(path)]
     path.write_text('{"domain": "a", "history": [], "candidates": []}\n')
-    recipe("swap")(flags)
+    recipe("score")(flags)
     assert "1 requests" in capfd.readouterr().out
     for output in (path, bundle / "behavior.json", bundle / "answers.jsonl", data / "answers.jsonl"):
-        assert "output" in refused(recipe("swap"), [*flags, "--output", str(output)], capfd)
+        assert "output" in refused(recipe("score"), [*flags, "--output", str(output)], capfd)
     monkeypatch.setattr(DomainBank, "load", None)  # no base is loaded for a bad request
     for line in ('{"domain": "b", "history": [], "candidates": []}', '{"domain": "a"}', "{"):
         path.write_text('{"domain": "a", "history": [], "candidates": []}\n' + line + "\n")
-        refused(recipe("swap"), flags, capfd)
+        refused(recipe("score"), flags, capfd)
 
 
 FOREIGN = {
@@ -156,7 +155,7 @@ def test_swap_replaces_only_answers_of_its_own(kind, trained, data, recipe, tmp_
         out.write_bytes(content)
     before = _identity(out)
     flags = ["--bundles", json.dumps({"a": str(trained("head") / "bundle")}), "--items", json.dumps({"a": str(data)})]
-    line = refused(recipe("swap"), [*flags, f"--requests={path}", f"--output={out}"], capfd)
+    line = refused(recipe("score"), [*flags, f"--requests={path}", f"--output={out}"], capfd)
     assert "output" in line and "OUT" in line and "choose another" in line
     assert _identity(out) == before and (tmp_path / "file").read_text() == ANSWER
 
@@ -174,7 +173,7 @@ def test_swap_replaces_its_own_answers(trained, data, recipe, tmp_path):
     path.write_text('{"domain": "a", "history": [], "candidates": [], "id": "new"}\n')
     out.write_text(ANSWER)
     flags = ["--bundles", json.dumps({"a": str(trained("head") / "bundle")}), "--items", json.dumps({"a": str(data)})]
-    recipe("swap")([*flags, f"--requests={path}", f"--output={out}"])
+    recipe("score")([*flags, f"--requests={path}", f"--output={out}"])
     assert json.loads(out.read_text())["id"] == "new"
 
 
@@ -251,18 +250,18 @@ def test_a_full_disk_during_a_run_is_one_line(size, recipe, arguments, tmp_path,
         assert (checkpoint / "complete").is_file()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "fuse"])
+@pytest.mark.parametrize("name", ["evaluate", "index"])
 def test_a_full_disk_at_the_end_of_a_measurement_is_one_line(name, trained, data, recipe, tmp_path, capfd, monkeypatch):
     out, place = tmp_path / "out", tmp_path / "retrieval"
     flags = ["--bundle", str(trained("head") / "bundle"), "--data.path", str(data), "--output_dir", str(out)]
-    flags += ["--retrieval", str(place), "--bootstrap", "0"] if name == "fuse" else []
+    flags += ["--retrieval", str(place), "--bootstrap", "0"] if name == "index" else []
     write, save = files.write_parquet, Evidence.save
 
     def full(*args, **options):
         with file_size_limit(200):
             return (write if isinstance(args[0], pa.Table) else save)(*args, **options)
 
-    monkeypatch.setattr(sys.modules["llmrec_peft.pipeline.results"], "write_parquet", full)
+    monkeypatch.setattr(sys.modules["llmrec_peft.runs.results"], "write_parquet", full)
     monkeypatch.setattr(Evidence, "save", full)
     assert "cannot be written" in refused(recipe(name), flags, capfd)
     assert not place.exists() and not (out / "metrics.json").exists()
@@ -275,7 +274,7 @@ def test_a_full_disk_at_the_end_of_a_measurement_is_one_line(name, trained, data
 KILLED = """
 import os, signal
 from pathlib import Path
-from llmrec_peft.data import files
+from llmrec_peft import files
 place = Path({place!r})
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

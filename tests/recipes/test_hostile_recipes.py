@@ -21,19 +21,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft import BehaviorLog, Domain
-from llmrec_peft.config import CONFIGS
-from llmrec_peft.pipeline.requests import read_requests
-from llmrec_peft.pipeline.users import Users, read_ids
+from llmrec_peft.config.schema import CONFIGS
+from llmrec_peft.runs.job_users import Users, read_ids
+from llmrec_peft.runs.request_files import read_requests
 from tests.conftest import ROOT
 
 PATHS = {
     "lora": ("config", "domain", "data.path", "model.base", "output_dir"),
     "distill": ("teacher", "data.path", "output_dir"),
     "evaluate": ("config", "bundle", "output_dir"),
-    "fuse": ("bundle", "retrieval", "output_dir"),
+    "index": ("bundle", "retrieval", "output_dir"),
     "merge": ("bundle", "data.path", "output_dir"),
     "recommend": ("bundle", "users", "candidates", "output_dir"),
-    "swap": ("bundles", "items", "requests", "output"),
+    "score": ("bundles", "items", "requests", "output"),
 }
 """Options of each recipe that name a file or directory."""
 OUTPUTS = ("output_dir", "output", "retrieval")
@@ -89,7 +89,7 @@ def _usable(name: str, trained, data, arguments, place: Path) -> dict[str, objec
         "bundles": json.dumps({"a": str(bundle)}), "items": json.dumps({"a": str(data)}),
         "requests": place / "requests.jsonl", "output": place / "answers.jsonl",
     }  # fmt: skip
-    wanted = {*PATHS[name]} | (set() if name == "swap" else {"data.path"})
+    wanted = {*PATHS[name]} | (set() if name == "score" else {"data.path"})
     return {key: every[key] for key in every if key in wanted}
 
 
@@ -98,7 +98,7 @@ def test_results_inside_what_is_replaced_are_refused(place, trained, data, recip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").symlink_to("retrieval")
     flags = ["--bundle", str(trained("head") / "bundle"), "--data.path", str(data), "--retrieval", "retrieval"]
-    assert "retrieval" in refused(recipe("fuse"), [*flags, "--output_dir", place], capfd)
+    assert "retrieval" in refused(recipe("index"), [*flags, "--output_dir", place], capfd)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_model_is_one_line(trained, recipe, arguments, t
 
 
 def test_a_directory_by_the_name_of_a_checkpoint_is_passed_over(tmp_path):
-    from llmrec_peft.training.checkpoints import last_checkpoint
+    from llmrec_peft.training.resume import last_checkpoint
 
     for name in ("checkpoint-9", "checkpoint-best", "checkpoint-\u0663", "checkpoint-"):
         (tmp_path / name).mkdir()

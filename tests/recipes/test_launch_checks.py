@@ -12,10 +12,10 @@ import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-from llmrec_peft.config import LoraConfig, QloraConfig, read_config
+from llmrec_peft.config.schema import LoraConfig, QloraConfig, read_config
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.base import check_quantization
-from llmrec_peft.pipeline.launch import check_launch, common_facts
+from llmrec_peft.runs.launch_checks import check_launch, common_facts
 from tests.conftest import ROOT
 
 
@@ -83,7 +83,7 @@ def test_four_bits_go_with_zero_2_and_not_with_3(arguments):
 )
 def test_four_bits_under_fsdp_are_stored_in_the_models_format(flags, refused, arguments, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr("llmrec_peft.pipeline.launch.on_cpu", lambda: False)
+    monkeypatch.setattr("llmrec_peft.runs.launch_checks.on_cpu", lambda: False)
     plain = SimpleNamespace(deepspeed_plugin=None, device=torch.device("cpu"))
     if refused:
         with pytest.raises(ConfigError, match="method.quant_storage must equal model.dtype"):

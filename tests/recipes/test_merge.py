@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llmrec_peft.config import CONFIGS, MergeConfig, read_config
+from llmrec_peft.checkpoints.merged import load_merged, read_merged
+from llmrec_peft.config.schema import CONFIGS, MergeConfig, read_config
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import IndependentPrompts
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.inference.merged import load_merged, read_merged
-from llmrec_peft.pipeline.streams import split_of, streams_of
+from llmrec_peft.runs.split_streams import split_of, streams_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MERGEABLE = ("lora", "qlora", "head", "full")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llmrec_peft import Domain, Scorer, load_classifier
-from llmrec_peft.models.bundle import save_bundle
+from llmrec_peft.checkpoints.bundle import save_bundle
 from tests.conftest import ROOT
 
 DOMAIN = {

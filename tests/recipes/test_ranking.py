@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft import Domain, Scorer
-from llmrec_peft.config import EvaluateConfig, RankingConfig, read_config
+from llmrec_peft.config.schema import EvaluateConfig, RankingConfig, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.inference.evidence import DIRECTORY, Evidence
-from llmrec_peft.inference.histories import signs
-from llmrec_peft.inference.recommender import Recommender
-from llmrec_peft.pipeline.ranking import Lists
-from llmrec_peft.pipeline.streams import split_of
-from tests.recipes.setup_logs import DOMAIN, TWINS, noisy_bundle, tables, write_log
+from llmrec_peft.recipes.ranking import Lists
+from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.retrieval.recommender import Recommender
+from llmrec_peft.retrieval.retrieval_index import DIRECTORY, Evidence
+from llmrec_peft.runs.split_streams import split_of
 from tests.recipes.test_merge import refused
+from tests.support.logs import DOMAIN, TWINS, noisy_bundle, tables, write_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPLIT = {"by": "time", "valid": 0.15, "test": 0.2}
@@ -43,7 +43,7 @@ def plain(tiny_base, tmp_path_factory) -> Path:
 def fused(tiny_base, data, recipe, tmp_path_factory) -> Path:
     """The same bundle with retrieval and a fusion."""
     place = noisy_bundle(tmp_path_factory.mktemp("rank") / "fused", tiny_base("llama"))
-    recipe("fuse")(["--bundle", str(place), "--data.path", str(data), "--test_targets", "5", "--bootstrap", "0"])
+    recipe("index")(["--bundle", str(place), "--data.path", str(data), "--test_targets", "5", "--bootstrap", "0"])
     return place
 
 
@@ -340,7 +340,7 @@ def test_a_split_by_user_needs_evidence_of_its_training_users(recipe, tiny_base,
 def test_retrieval_that_is_not_there(recipe, plain, data, tmp_path, capfd):
     flags = ["--bundle", str(plain), "--data.path", str(data), "--ranking.candidates", "all"]
     line = refused(recipe("evaluate"), [*flags, "--ranking.pool", "5"], capfd)
-    assert "ranking.pool needs a directory of retrieval" in line and "recipes/fuse.py" in line
+    assert "ranking.pool needs a directory of retrieval" in line and "recipes/index.py" in line
     assert "ranking.retrieval needs" in refused(recipe("evaluate"), [*flags, "--ranking.retrieval", "nowhere"], capfd)
 
 

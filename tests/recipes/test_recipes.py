@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from llmrec_peft.config import CONFIGS, TrainRecipeConfig, read_config
+from llmrec_peft.config.schema import CONFIGS, TrainRecipeConfig, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.splits import split_log
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, compute_metrics

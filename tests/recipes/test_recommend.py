@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from llmrec_peft import BehaviorLog, Domain, Scorer, load_classifier
-from llmrec_peft.data.files import write_parquet
-from llmrec_peft.inference.evidence import Evidence
-from llmrec_peft.inference.histories import signs
-from llmrec_peft.models.bundle import save_bundle
-from llmrec_peft.pipeline.parts import Parts
+from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.files import write_parquet
+from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.runs.shards import Parts
 from tests.conftest import ROOT
 
 HERE = ROOT / "tests" / "recipes"

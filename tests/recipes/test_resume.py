@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from llmrec_peft.config import LoraConfig, read_config
+from llmrec_peft.config.schema import LoraConfig, read_config
 from llmrec_peft.data.simulate import write_simulated_shop
-from llmrec_peft.pipeline.run import begin_run, prepare_run
+from llmrec_peft.runs.run_directory import begin_run, prepare_run
 from tests.conftest import ROOT
 
 LONGER = ["--train.max_steps=6", "--method.dropout=0.1"]

@@ -11,9 +11,9 @@ import pytest
 from llmrec_peft import Scorer
 from llmrec_peft.errors import DataError, DomainError, LLMRecError
 from llmrec_peft.serving import OnnxScorer
-from llmrec_peft.serving.items import Items
-from llmrec_peft.serving.prompts import Prompts
-from tests.inference.setup_requests import HISTORY
+from llmrec_peft.serving.plain_items import Items
+from llmrec_peft.serving.plain_prompts import Prompts
+from tests.support.requests import HISTORY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,13 +13,13 @@ import pytest
 
 from llmrec_peft import Scorer
 from llmrec_peft.data.domain import render
-from llmrec_peft.data.text import fill
+from llmrec_peft.data.item_text import fill
 from llmrec_peft.errors import BundleError, DataError, ModelError, StreamError
 from llmrec_peft.serving import OnnxScorer
-from llmrec_peft.serving import scorer as scorer_module
-from llmrec_peft.serving.items import Items
+from llmrec_peft.serving import onnx_scorer as scorer_module
+from llmrec_peft.serving.plain_items import Items
 from tests.conftest import NASTY_TITLES, ROOT
-from tests.inference.setup_requests import HISTORY, MOVIES
+from tests.support.requests import HISTORY, MOVIES
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -177,7 +177,7 @@ def test_one_row_is_filled_as_many_are():
 
 
 def test_files_of_items_are_read_as_the_package_reads_them(tmp_path):
-    from llmrec_peft.inference.catalogue import Catalogue
+    from llmrec_peft.scoring.item_table import Catalogue
 
     text = 'item_id,title,year,price,new,tag\n007,"A, ""b""",1999,2.50,true,x\n8,C,,3,False,\n'
     lines = [

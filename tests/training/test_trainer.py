@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.training.checkpoints import last_checkpoint
+from llmrec_peft.training.resume import last_checkpoint
 from tests.invariants.setup_run import DOMAIN, make_trainer, splits, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")

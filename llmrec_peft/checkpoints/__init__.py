@@ -1,0 +1,1 @@
+"""Directories of trained models: adapter bundles, merged models, their manifests, cards and the Hub."""

@@ -1,0 +1,1 @@
+"""Options of the recipes, and reading them from files and flags."""

@@ -1,1 +1,0 @@
-"""Using what was trained: merging, scoring, many domains on one base, recommending."""

@@ -1,0 +1,1 @@
+"""An adapter, or several, folded into the weights of the base."""

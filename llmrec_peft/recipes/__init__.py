@@ -1,0 +1,1 @@
+"""What each recipe does, from its configuration to its outputs."""

@@ -1,0 +1,1 @@
+"""Models of the log itself, without torch: who likes what, which items go together, and how that joins the LLM."""

@@ -1,0 +1,278 @@
+"""From a history to a ranked list: retrieval names candidates, the LLM and the log's evidence rank them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.tables import shorten
+from llmrec_peft.errors import ConfigError, DataError, LLMRecError, input_errors
+from llmrec_peft.retrieval.fusion import Fusion
+from llmrec_peft.retrieval.histories import Histories
+from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retriever import SOURCES, Retriever
+from llmrec_peft.scoring.bank import BATCH_TOKENS
+from llmrec_peft.scoring.chunks import PART
+from llmrec_peft.scoring.item_table import Catalogue
+from llmrec_peft.scoring.prompts import Event
+from llmrec_peft.serving.request_rules import check_list, is_count, item_id, listed_requests
+
+POOL = 100
+"""Candidates that retrieval names for the LLM to rank, by default."""
+
+Id = str | int | np.integer
+"""What names an item of the table."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One item of a ranked list.
+
+    Attributes:
+        item_id: id in the item table.
+        score: what it is ranked by: the probability of any label but the negative one.
+        probabilities: of the labels, in class order, fused where a fusion was fitted.
+        source: who named it: a retrieval source, `fill`, `all` (the whole catalogue) or `given`.
+    """
+
+    item_id: str
+    score: float
+    probabilities: tuple[float, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is ranked for one history: item codes [n], each once, and who named each."""
+
+    history: Histories
+    codes: np.ndarray
+    sources: list[str]
+
+
+class _Events(Sequence[Event]):
+    """The events of items, made as they are asked for: their ids, or mappings with the columns of the moment."""
+
+    def __init__(self, ids: Sequence[str], codes: np.ndarray, context: Mapping[str, Any] | None) -> None:
+        self._ids, self._codes, self._context = ids, codes, context
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, place: int) -> Event:
+        item = self._ids[self._codes[place]]
+        return {**self._context, "item_id": item} if self._context else item
+
+
+class Recommender:
+    """Ranks a catalogue for one history after another.
+
+    Args:
+        scorer: a `Scorer` with an item table.
+        evidence: collaborative models of the training log, in the codes of any item table; None for the LLM alone: it
+            ranks the whole catalogue then.
+        fusion: fitted with the scorer and the evidence, or None.
+        embeddings: float [items of the table, d] for retrieval by text; by default those of `text_vectors`, made when
+            they are needed first: items x the base's width x 2 bytes. `quotas` without `text` and `fresh` need none.
+        quotas: shares of the retrieval sources; see `Retriever`.
+    """
+
+    def __init__(
+        self,
+        scorer: Any,
+        evidence: Evidence | None = None,
+        fusion: Fusion | None = None,
+        *,
+        embeddings: np.ndarray | None = None,
+        quotas: Mapping[str, float] | None = None,
+    ) -> None:
+        if evidence is None and (embeddings is not None or quotas):
+            raise ConfigError(
+                "quotas and embeddings are for retrieval, which needs evidence; give it, or leave them out"
+            )
+        self.scorer, self.fusion = scorer, fusion
+        catalogue: Catalogue = scorer.catalogue
+        if not len(catalogue):
+            raise DataError("recommending needs an item table; give items= to Scorer.load")
+        self.catalogue = catalogue
+        self.ids: list[str] = catalogue.table.column("item_id").to_pylist()
+        self.evidence = None if evidence is None else evidence.for_items(catalogue.table.column("item_id"))
+        self.retriever: Retriever | None = None
+        if self.evidence is not None:
+            # An event that is the item's id alone has no text.
+            by_text = None if scorer.domain.event_columns == ["item_id"] else scorer.text_vectors
+            self.retriever = Retriever(self.evidence, by_text if embeddings is None else embeddings, quotas)
+
+    def recommend(
+        self,
+        history: Sequence[tuple[Event, str]],
+        k: int = 10,
+        *,
+        user: Mapping[str, Any] | None = None,
+        candidates: Sequence[Id] | None = None,
+        context: Mapping[str, Any] | None = None,
+        exclude: Sequence[Id] = (),
+        pool: int = POOL,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[Recommendation]:
+        """The k best items for a history, best first; fewer where no more are left.
+
+        Args:
+            history: (event, label) in time order; empty for a new user.
+            user: columns that the domain's header names.
+            candidates: item ids to rank, in place of what retrieval names; ids that are excluded are left out.
+            context: columns of the moment that the event's template names, the same for all candidates.
+            exclude: item ids that are not wanted, beside those that `recommend.exclude` of the domain leaves out.
+            pool: candidates that retrieval names.
+            batch_tokens: tokens of one forward pass, at most.
+
+        Raises:
+            DataError: an unknown item or label, or a column that is missing.
+            StreamError: a candidate that does not fit `stream.max_length`.
+            ConfigError: k or pool below 1.
+        """
+        given = self._given(k, pool, candidates, exclude)
+        choice = self._choice(history, given, self._pool(pool, k), {})
+        found = self.scorer.score(history, self._events(choice.codes, context), user, batch_tokens=batch_tokens)
+        return self._ranked(choice, found, k)
+
+    def recommend_many(
+        self,
+        histories: Sequence[Sequence[tuple[Event, str]]],
+        k: int = 10,
+        *,
+        users: Sequence[Mapping[str, Any] | None] | None = None,
+        contexts: Sequence[Mapping[str, Any] | None] | None = None,
+        candidates: Sequence[Id] | None = None,
+        exclude: Sequence[Id] = (),
+        pool: int = POOL,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[list[Recommendation]]:
+        """What `recommend` returns for each history, scored together: what is the same is computed once.
+
+        Args:
+            histories: of any lengths.
+            users, contexts: one for each history, as `user` and `context` of `recommend`; None for none at all.
+            k, candidates, exclude, pool, batch_tokens: as in `recommend`, the same for all.
+
+        Raises as `recommend` does, naming the request; DataError for users or contexts of another number.
+        """
+        histories = listed_requests("histories", histories)
+        users = [None] * len(histories) if users is None else listed_requests("users", users)
+        contexts = [None] * len(histories) if contexts is None else listed_requests("contexts", contexts)
+        for what, values in (("users", users), ("contexts", contexts)):
+            if len(values) != len(histories):
+                raise DataError(f"{what} has {len(values)} entries for {len(histories)} histories; give one for each")
+        given = self._given(k, pool, candidates, exclude)
+        known: dict[bytes, tuple[np.ndarray, list[str]]] = {}
+        choices = []
+        for number, history in enumerate(histories):
+            try:
+                choices.append(self._choice(history, given, self._pool(pool, k), known))
+            except LLMRecError as error:
+                raise type(error)(f"request {number}: {error}") from None
+        requests = [
+            (history, self._events(choice.codes, context), user)
+            for history, choice, context, user in zip(histories, choices, contexts, users, strict=True)
+        ]
+        found = self.scorer.score_many(requests, batch_tokens=batch_tokens)
+        return [self._ranked(choice, part, k) for choice, part in zip(choices, found, strict=True)]
+
+    def _pool(self, pool: int, k: int) -> int:
+        return min(max(pool, k), len(self.ids))
+
+    def _events(self, codes: np.ndarray, context: Mapping[str, Any] | None) -> _Events:
+        if not isinstance(context, Mapping | None):
+            raise DataError(f"context must be a mapping of columns, not {shorten(context)}; correct it")
+        return _Events(self.ids, codes, context)
+
+    def _ranked(self, choice: _Choice, found: np.ndarray, k: int) -> list[Recommendation]:
+        """The k best of a choice by its probabilities [candidates, labels], fused where a fusion was fitted."""
+        if self.fusion is not None and self.evidence is not None and len(found):
+            parts = range(0, len(found), PART)
+            found = np.concatenate([self._fused(choice, found, slice(part, part + PART)) for part in parts])
+        scores = 1 - found[:, self.scorer.domain.negative_class]
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [
+            Recommendation(self.ids[choice.codes[n]], float(scores[n]), tuple(map(float, found[n])), choice.sources[n])
+            for n in order
+        ]
+
+    def _fused(self, choice: _Choice, found: np.ndarray, part: slice) -> np.ndarray:
+        codes = choice.codes[part]
+        features = self.evidence.features(choice.history, np.zeros(len(codes), np.int64), codes)
+        return self.fusion.apply(np.log(np.maximum(found[part], 1e-300)), features)
+
+    # -- candidates ----------------------------------------------------------------------------
+
+    def _given(
+        self, k: int, pool: int, candidates: Sequence[Id] | None, exclude: Sequence[Id]
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Codes of the candidates, each once, or None; and of what is not wanted."""
+        if not is_count(k) or not is_count(pool):
+            raise ConfigError(
+                f"recommend: k and pool must be at least 1, not {shorten(k)} and {shorten(pool)}; ask for one item "
+                "at least"
+            )
+        return None if candidates is None else self._codes("candidates", candidates), self._codes("exclude", exclude)
+
+    def _codes(self, what: str, ids: Sequence[Id]) -> np.ndarray:
+        """Rows of items, int64, each once."""
+        with input_errors(DataError, what, "give a list of item ids"):
+            check_list(what, ids)
+            wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, Id)]
+            if wrong:
+                raise DataError(f"{what} must be a list of item ids, and has {shorten(wrong[0])}; correct it")
+            named = [item_id(item, what) for item in ids]
+        rows = self.catalogue.rows(named, what)
+        return rows[np.sort(np.unique(rows, return_index=True)[1])]
+
+    def _choice(
+        self,
+        history: Sequence[tuple[Event, str]],
+        given: tuple[np.ndarray | None, np.ndarray],
+        pool: int,
+        known: dict[bytes, tuple[np.ndarray, list[str]]],
+    ) -> _Choice:
+        """What is ranked for a history; `known` keeps what was chosen for the same one before."""
+        domain = self.scorer.domain
+        pairs = self.scorer.prompts.pairs(history)
+        codes = np.array([self._code(event) for event, _ in pairs], np.int64)
+        labels = [label for _, label in pairs]
+        past = Histories.of(codes, [label != domain.labels[domain.negative_class] for label in labels])
+        excluded = excluded_labels(domain)
+        done = np.array([label in excluded for label in labels], bool)
+        key = b"".join(array.tobytes() for array in (codes, past.positive, done))
+        if key not in known:
+            out = np.concatenate([codes[done & (codes >= 0)], given[1]])
+            known[key] = self._candidates(past, given[0], out, pool)
+        return _Choice(past, *known[key])
+
+    def _code(self, event: Event) -> int:
+        """The row of an event's item; -1 for one that the table does not have."""
+        item = event.get("item_id") if isinstance(event, Mapping) else event
+        row = None if item is None else self.catalogue.row(str(item))
+        return -1 if row is None else row
+
+    def _candidates(
+        self, past: Histories, given: np.ndarray | None, out: np.ndarray, pool: int
+    ) -> tuple[np.ndarray, list[str]]:
+        """Item codes [n], each once, and who named each."""
+        if given is not None:
+            codes = given[~np.isin(given, out)]
+            return codes, ["given"] * len(codes)
+        if self.retriever is None:
+            codes = np.setdiff1d(np.arange(len(self.ids)), out)
+            return codes, ["all"] * len(codes)
+        named = self.retriever.retrieve(past, pool, out)
+        names = [*SOURCES, "fill"]
+        return named.items, [names[number] for number in named.sources]
+
+
+def excluded_labels(domain: Domain) -> set[str]:
+    """Labels of a history whose items are not recommended again."""
+    return set(domain.labels if domain.recommend.exclude is None else domain.recommend.exclude)

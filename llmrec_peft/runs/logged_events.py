@@ -1,0 +1,58 @@
+"""Rows of a log as the events that a scorer is given, in the words that training had for them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmrec_peft.data.domain import Domain, python_values
+from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.scoring.prompts import Event
+
+
+class LoggedEvents:
+    """Histories and candidates of one log for one domain.
+
+    Attributes:
+        moment: columns that the event names and the item table lacks: they are of the moment of a row.
+        classes: int [rows], the class of each row, -1 where the domain's label rule leaves it out.
+    """
+
+    def __init__(self, log: BehaviorLog, domain: Domain) -> None:
+        self._log, self._labels = log, domain.labels
+        self._ids: list[str] = log.items.column("item_id").to_pylist()
+        self.moment = [name for name in domain.event_columns if name not in log.items.column_names]
+        self.classes: np.ndarray = domain.classes(log)
+
+    def history(self, user: int, until: float | None = None) -> list[tuple[Event, str]]:
+        """(event, label) of a user (by code), strictly before a moment, in time order; rows without a label go."""
+        rows = np.arange(self._log.user_offsets[user], self._log.user_offsets[user + 1])
+        rows = rows[self.classes[rows] >= 0]
+        if until is not None:
+            rows = rows[self._log.timestamps[rows] < until]
+        events = self.events(self._log.item_codes[rows], self.moments(rows))
+        return [(event, self._labels[number]) for event, number in zip(events, self.classes[rows], strict=True)]
+
+    def moments(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """The moment's columns of rows of the log; known of rows without any, too."""
+        if not self.moment:
+            return [{}] * len(rows)
+        taken = self._log.interactions.select(self.moment).take(pa.array(rows)).combine_chunks()
+        columns = [cells(taken.column(name), name) for name in self.moment]
+        return [dict(zip(self.moment, own, strict=True)) for own in zip(*columns, strict=True)]
+
+    def events(self, codes: np.ndarray, moments: Sequence[Mapping[str, Any]]) -> list[Event]:
+        """Items (codes [n]) at their moments [n]; an id alone says all where the event names no such column."""
+        if not self.moment:
+            return [self._ids[code] for code in codes]
+        return [{"item_id": self._ids[code], **own} for code, own in zip(codes, moments, strict=True)]
+
+    def first(self, user: int, column: str) -> Any:
+        """What a user's first row has in a column of the interactions: what training writes into the header."""
+        return cells(self._log.column(column).slice(int(self._log.user_offsets[user]), 1), column)[0]
+
+
+def cells(column: pa.ChunkedArray, name: str) -> list[Any]:
+    """A column's values as templates write them; see `domain.python_values`."""
+    return [value for chunk in column.chunks for value in python_values(chunk, name)]

@@ -1,0 +1,139 @@
+"""From a configuration's log to the streams of its splits."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmrec_peft.config.schema import DataConfig
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.splits import Splits, check_leakage
+from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, build_streams
+from llmrec_peft.errors import DataError
+from llmrec_peft.models.base import base_fingerprint
+
+SIMULATED_SHOP = "simulated:shop"
+HASHED_AT_ONCE = 1 << 22  # numbers
+
+
+@dataclass(frozen=True)
+class SplitStreams:
+    """One log, split, and the streams of each split."""
+
+    log: BehaviorLog
+    splits: Splits
+    train: StreamDataset
+    valid: StreamDataset
+    test: StreamDataset
+
+    def __getitem__(self, name: str) -> StreamDataset:
+        return getattr(self, name)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Users, targets, streams and tokens of each split, as the bundle and the report state them."""
+        return {name: _counts(self[name]) for name in self.splits}
+
+    def fingerprint(self, base: str, *, valid: bool, trust_remote_code: bool = False) -> str:
+        """Hash of what training sees: windows, targets, every token, and the base's weights.
+
+        base: as `resolve_base` gives it. valid: whether validation chooses the checkpoint, and so counts too.
+        """
+        digest = hashlib.sha256(base_fingerprint(base, trust_remote_code=trust_remote_code).encode())
+        for streams in (self.train, self.valid) if valid else (self.train,):
+            for array in streams.contents():
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                flat = array.reshape(-1)
+                # In pieces, as the tokens may lie on disk.
+                for start in range(0, len(flat), HASHED_AT_ONCE):
+                    digest.update(np.ascontiguousarray(flat[start : start + HASHED_AT_ONCE]).data)
+        return digest.hexdigest()
+
+    def split_note(self) -> dict[str, Any]:
+        """How the log was split, for the bundle: `check_split` reads it."""
+        boundaries = self.splits.boundaries
+        return {"by": self.splits.by, "boundaries": None if boundaries is None else list(boundaries)}
+
+
+def _counts(streams: StreamDataset) -> dict[str, int]:
+    users = streams.log.user_codes[streams.target_rows]
+    labels = np.bincount(streams.target_labels + 1, minlength=len(streams.domain.labels) + 1).tolist()
+    unlabelled = labels.pop(0)
+    return {
+        "users": len(np.unique(users)),
+        "targets": streams.num_targets,
+        **{f"targets labelled {name}": count for name, count in zip(streams.domain.labels, labels, strict=True)},
+        **({"targets without a label": unlabelled} if unlabelled else {}),
+        "sampled negatives": int(streams.sampled.sum()),
+        "streams": len(streams),
+        "tokens": int(streams.lengths.sum()),
+        "history events that did not fit": streams.dropped_context,
+    }
+
+
+def read_log(data: DataConfig) -> BehaviorLog:
+    """The log that a configuration names; `simulated:shop` draws one, and says so."""
+    if data.path == SIMULATED_SHOP:
+        from llmrec_peft.data.simulate import simulate_shop
+
+        print("data: a simulated shop (its users and products are made up)")
+        return simulate_shop()
+    return BehaviorLog.read(data.path, format=data.format, null_times=data.null_times)
+
+
+def split_of(log: BehaviorLog, domain: Domain) -> Splits:
+    """Split a log as its domain says, and check for leaks."""
+    splits = log.split(by=domain.split.by, valid=domain.split.valid, test=domain.split.test)
+    check_leakage(splits)
+    return splits
+
+
+def streams_of(splits: Splits, name: str, domain: Domain, tokenizer, *, unlabelled: bool = False) -> StreamDataset:
+    """Cut one split into streams; `unlabelled` as `build_streams` takes it."""
+    # Between users there is no past: only training rows may tell which items are popular.
+    source = splits.train.rows if domain.split.by == "user" else None
+    return build_streams(splits[name], domain, tokenizer, source=source, unlabelled=unlabelled)
+
+
+def build_splits(log: BehaviorLog, domain: Domain, tokenizer, *, unlabelled: bool = False) -> SplitStreams:
+    """Split a log as its domain says, check for leaks, and cut each split into streams.
+
+    Splits and sampled negatives depend on the log and the domain alone, so that runs with different seeds are measured
+    on the same targets. With `unlabelled`, training rows that the domain leaves out are targets too, of class -1.
+    """
+    splits = split_of(log, domain)
+    asked = {name: unlabelled and name == "train" for name in splits}
+    return SplitStreams(
+        log, splits, **{name: streams_of(splits, name, domain, tokenizer, unlabelled=asked[name]) for name in splits}
+    )
+
+
+def check_split(splits: Splits, name: str, note: Mapping[str, Any] | None) -> None:
+    """Refuse to call rows valid or test that training may have learnt from.
+
+    note: `SplitStreams.split_note` of the run that trained, from its bundle; None where the bundle has none. A split by
+    user cannot be checked so: a bundle does not list its users.
+
+    Raises:
+        DataError: the split begins before the moment at which that split of the run began.
+    """
+    boundaries = (note or {}).get("boundaries")
+    if boundaries is None or name == "train":
+        return
+    allowed = boundaries[0 if name == "valid" else 1]
+    rows = splits[name].rows
+    first = splits.train.log.timestamps[rows].min()
+    if first < allowed:
+        raise DataError(
+            f"{name} of log {splits.train.log.name!r} begins at time {first}, but the bundle's {name} began at "
+            f"{allowed}, so that it was trained or chosen on rows in between; use the full log that it was trained on, "
+            f"a later one, or --split train"
+        )
+
+
+def limited(streams: StreamDataset, targets: int | None, classifier):
+    """At most about so many targets in whole streams; one prompt a target for models that read both ways."""
+    part = streams.limited(targets)
+    return IndependentPrompts(part) if classifier.encoder else part

@@ -1,0 +1,1 @@
+"""Probabilities from trained adapters on one shared base."""

@@ -1,0 +1,95 @@
+"""The exported graph on ONNX Runtime.
+
+Shape letters: B rows, L tokens of a row, T answers, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from llmrec_peft.data.batches import PAD, plan_micro_batches
+from llmrec_peft.data.layout import Stream
+from llmrec_peft.errors import BundleError, ModelError
+
+INPUTS = ("input_ids", "position_ids", "branch", "markers")
+"""int64 [B, L] three times, and int64 [T], flat indices b * L + l. The graph makes the attention mask of `branch`."""
+OUTPUT = "logits"
+"""float32 [T, C]."""
+
+
+class Graph:
+    """Answers streams.
+
+    Args:
+        path: an .onnx file.
+        pad: token that fills rows up.
+        threads: of one pass; ONNX Runtime's own choice if None.
+        labels: how many the answers must have; not checked if None.
+
+    Raises:
+        BundleError: what ONNX Runtime cannot load.
+        ModelError: `threads` below 1.
+    """
+
+    def __init__(self, path: str | Path, pad: int, threads: int | None = None, labels: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ModelError(f"threads must be at least 1, not {threads}; leave it out for ONNX Runtime's choice")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library's exceptions have no common base but this
+            reason = " ".join(str(error).split())[:160]
+            raise BundleError(
+                f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__} ({reason}); export again"
+            ) from None
+        names = tuple(entry.name for entry in self._session.get_inputs())
+        if names != INPUTS:
+            raise BundleError(f"{path} has the inputs {names}, and {INPUTS} belong there; export again")
+        outputs = {entry.name: entry.shape for entry in self._session.get_outputs()}
+        shape = outputs.get(OUTPUT)
+        if shape is None or len(shape) != 2 or (labels is not None and shape[1] != labels):
+            raise BundleError(
+                f"{path} has the outputs {outputs}, and {OUTPUT} [answers, {labels or 'labels'}] belongs there; export "
+                "again"
+            )
+        self._pad = pad
+
+    def answers(self, streams: Sequence[Stream], batch_tokens: int) -> np.ndarray:
+        """Logits of all markers of all streams in order, float32 [T, C].
+
+        Streams of like length go through together, at most `batch_tokens` tokens at once, or one stream.
+
+        Raises:
+            ModelError: an answer is not a finite number.
+        """
+        ends = np.cumsum([0, *(len(stream.markers) for stream in streams)])
+        logits: np.ndarray | None = None
+        for batch in plan_micro_batches(np.array([len(stream) for stream in streams]), batch_tokens):
+            found = self._run([streams[row] for row in batch])
+            if logits is None:
+                logits = np.empty((ends[-1], found.shape[1]), np.float32)
+            logits[np.concatenate([np.arange(ends[row], ends[row + 1]) for row in batch])] = found
+        if logits is None:
+            raise ModelError("there is no stream to answer; give one at least")
+        if not np.isfinite(logits).all():
+            raise ModelError("the exported model gives answers that are not finite; train it again")
+        return logits
+
+    def _run(self, streams: list[Stream]) -> np.ndarray:
+        length = max(map(len, streams))
+        ids = np.full((len(streams), length), self._pad, np.int64)
+        positions, branch = np.zeros_like(ids), np.full_like(ids, PAD)
+        markers = []
+        for row, stream in enumerate(streams):
+            size = len(stream)
+            ids[row, :size], positions[row, :size] = stream.input_ids, stream.position_ids
+            branch[row, :size] = stream.branch
+            markers.append(stream.markers + row * length)
+        values = (ids, positions, branch, np.concatenate(markers).astype(np.int64))
+        return self._session.run([OUTPUT], dict(zip(INPUTS, values, strict=True)))[0]
