@@ -128,9 +128,9 @@ def merged_batches(bank: DomainBank, requests: list[tuple], batch_tokens: int) -
     streams = []
     for name, history, candidates, user in requests:
         prompts = bank._entries[name].prompts
-        trunk, build = prompts.trunk(history, user), StreamBuilder([])
-        build.trunk(trunk.header, *trunk.events)
-        markers = [build.probe(probe, probe[:0]) for probe in prompts.events(candidates, "candidates")]
+        prefix, build = prompts.prefix(history, user), StreamBuilder([])
+        build.prefix(prefix.header, *prefix.events)
+        markers = [build.candidate(probe, probe[:0]) for probe in prompts.events(candidates, "candidates")]
         zeros = np.zeros(len(markers), np.int64)
         streams.append(Stream(*build.arrays(), np.array(markers), zeros, zeros, zeros))
     groups = plan_micro_batches(np.array([len(stream) for stream in streams]), batch_tokens)
@@ -138,7 +138,7 @@ def merged_batches(bank: DomainBank, requests: list[tuple], batch_tokens: int) -
 
 
 def run(classifier, batches: list[dict]) -> list[torch.Tensor]:
-    names = ("input_ids", "position_ids", "markers", "attention_mask", "branch")
+    names = ("input_ids", "position_ids", "markers", "attention_mask", "segment")
     with torch.inference_mode():
         return [classifier(**{name: batch[name] for name in names}) for batch in batches]
 

@@ -246,8 +246,8 @@ def train(side: StreamSide, windows: StreamSubset) -> dict:
 
 def score(scorer: Scorer, history: list, candidates: list) -> dict:
     """Answers for these candidates, the history encoded anew: what they took, and what had to be computed."""
-    trunk = scorer.prompts.trunk(history)
-    size = len(trunk.header) + sum(map(len, trunk.events))
+    prefix = scorer.prompts.prefix(history)
+    size = len(prefix.header) + sum(map(len, prefix.events))
     # Candidates with the same words are answered once.
     probes = {probe.tobytes(): len(probe) for probe in scorer.prompts.events(candidates, "candidates")}
     positions = np.concatenate([np.arange(size), *(size + np.arange(length) for length in probes.values())])
@@ -272,7 +272,7 @@ def score(scorer: Scorer, history: list, candidates: list) -> dict:
 
 def load_scoring(options: argparse.Namespace, log: BehaviorLog, domain: Domain, bundle: Path) -> tuple:
     """A scorer that keeps nothing, a history, and as many candidates as the last point asks for."""
-    scorer = Scorer.load(bundle, log, kept_bytes=0)
+    scorer = Scorer.load(bundle, log, cache_bytes=0)
     asked = argparse.Namespace(tokens=options.tokens, candidates=max(options.candidates), seed=options.seed)
     history, candidates = pick(log, domain, scorer, asked)
     scorer.score(history[:1], candidates[:1])  # warms up

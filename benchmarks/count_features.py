@@ -13,7 +13,7 @@ import pandas as pd
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset
-from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.retrieval.histories import feedback
 
 STRENGTH = 5.0  # of a rate's pull towards the overall one, as in evaluation/baselines.py
 NEWEST = 10  # events of a user's newest rate
@@ -99,7 +99,7 @@ class CountFeatures:
     """
 
     def __init__(self, log: BehaviorLog, domain: Domain, train_rows: np.ndarray, by: str) -> None:
-        self._log, self._by, marks = log, by, signs(log, domain)
+        self._log, self._by, marks = log, by, feedback(log, domain)
         rows = np.flatnonzero(marks >= 0)
         users, items, times = log.user_codes[rows].astype(np.int64), log.item_codes[rows], log.timestamps[rows]
         values = {"rows": np.ones(len(rows)), "positives": (marks[rows] == 1).astype(np.float64)}

@@ -273,7 +273,7 @@ def rows_of(test: StreamSubset) -> list[tuple[np.ndarray, np.ndarray]]:
     for number in range(len(test)):
         stream = test[number]
         parts = [stream]
-        if (stream.branch > 0).any():
+        if (stream.segment > 0).any():
             no_suffix = np.empty(0, stream.input_ids.dtype)
             parts = [stream.independent(one, no_suffix) for one in range(len(stream.targets))]
         rows += [(part.input_ids, part.markers) for part in parts]

@@ -27,7 +27,7 @@ from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.sharding import assign, whole
 from llmrec_peft.runs.launch_checks import check_launch
 from llmrec_peft.runs.split_streams import read_log, split_of, streams_of
-from llmrec_peft.training.distributed import device_arguments, joined
+from llmrec_peft.training.distributed import device_arguments, distributed_session
 from llmrec_peft.training.losses import BehaviorLoss
 from llmrec_peft.training.trainer import BehaviorTrainer
 
@@ -204,7 +204,7 @@ def main() -> None:
     found: dict[str, Any] = {"cases": {}}
     with quiet():
         try:
-            with joined() as state:
+            with distributed_session() as state:
                 launch = Launch(settings, state)
                 for case in settings["cases"]:
                     train = launch.plain if case["method"] == "plain" else launch.ours

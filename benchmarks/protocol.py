@@ -41,8 +41,8 @@ from llmrec_peft.evaluation.bootstrap import differences, intervals
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.evaluation.report import count_slices
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.retrieval.histories import signs
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.histories import feedback
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.split_streams import SplitStreams, build_splits, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,9 +167,11 @@ def collaborative(
 ) -> dict[str, np.ndarray]:
     """Scores of models of the training rows, each brought to a probability by a regression on validation."""
     log, domain = streams.log, streams.train.domain
-    marks = signs(log, domain)
-    evidence = Evidence.fit(log, streams.splits.train.rows, marks, seed=options.seed, timed=domain.split.by == "time")
-    found = {name: evidence.target_features(log, marks, points[name].rows, points[name].items)
+    marks = feedback(log, domain)
+    retrieval_index = RetrievalIndex.fit(
+        log, streams.splits.train.rows, marks, seed=options.seed, timed=domain.split.by == "time"
+    )
+    found = {name: retrieval_index.target_features(log, marks, points[name].rows, points[name].items)
              for name in ("valid", "test")}  # fmt: skip
     both = len(np.unique(marks[streams.splits.train.rows])) > 1 and (marks == 0).any()
     models = {
@@ -193,7 +195,7 @@ def frozen_text(
 ) -> np.ndarray:
     """Chance by a logistic regression on embeddings of the item's text and of what the user took and left before."""
     vectors = embeddings(streams.train, options.base)
-    log, marks = streams.log, signs(streams.log, streams.train.domain)
+    log, marks = streams.log, feedback(streams.log, streams.train.domain)
     inputs = {}
     for name, part in points.items():
         took, left = (profile(log, marks == sign, vectors, part) for sign in (1, 0))

@@ -29,7 +29,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant
 from llmrec_peft.recipes.ranking import Lists, place_of, rank
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, Evidence
+from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
 from llmrec_peft.runs.split_streams import read_log, split_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +67,8 @@ def measure(options: argparse.Namespace) -> dict:
     splits = split_of(read_log(config.data), domain)
     lists = Lists(splits, "test", domain, ranking)
     _, table = rank(config, lists, PartialState())
-    evidence, _ = Evidence.load(Path(options.bundle) / DIRECTORY)
-    evidence = evidence.for_items(lists.log.items.column("item_id"))
+    retrieval_index, _ = RetrievalIndex.load(Path(options.bundle) / DIRECTORY)
+    retrieval_index = retrieval_index.for_items(lists.log.items.column("item_id"))
     places = {
         system: np.stack([table.column(f"{system}_{part}").to_numpy() for part in ("above", "tied")])
         for system in ("llm", "fused")
@@ -77,7 +77,9 @@ def measure(options: argparse.Namespace) -> dict:
     past = lists.past(lists.rows)
     codes = [lists.codes(int(row)) for row in lists.rows]
     for model in NAMES:
-        found = [place_of(evidence.models[model].score(past.part(n, n + 1), own), 0) for n, own in enumerate(codes)]
+        found = [
+            place_of(retrieval_index.models[model].score(past.part(n, n + 1), own), 0) for n, own in enumerate(codes)
+        ]
         places[model] = np.array(found).T
     sizes = np.array([len(own) for own in codes])
     values = {
@@ -86,7 +88,7 @@ def measure(options: argparse.Namespace) -> dict:
     }
     best = "fused" if "fused" in values else "llm"
     draw = SimpleNamespace(samples=options.bootstrap, seed=options.seed)
-    known = evidence.item_rows[[own[0] for own in codes]] > 0
+    known = retrieval_index.item_rows[[own[0] for own in codes]] > 0
 
     def intervals(pick: np.ndarray, of) -> dict:
         return {

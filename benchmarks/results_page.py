@@ -445,10 +445,10 @@ def readme_table() -> str:
     """The README's tables: MovieLens, on the targets that every system answered, and what speed costs and gives."""
     found = _read("protocol_movies")
     part = found["shared"] if "shared" in found else found["all"]
-    return f"{part['targets']:,} test targets of {part['users']} users:\n\n{quality(part)}\n\n{costs()}\n"
+    return f"{part['targets']:,} test targets of {part['users']} users:\n\n{quality(part)}\n\n{timings()}\n"
 
 
-def costs() -> str:
+def timings() -> str:
     """What is measured beside something else, one line each."""
     train, score, many, small = (_read(name) for name in ("train_speed", "score_speed", "bank", "students"))
     peers = _read("peers")

@@ -21,8 +21,8 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.evaluation.bootstrap import differences, intervals
-from llmrec_peft.retrieval.histories import Histories, signs
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.histories import Histories, feedback
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.retrieval.retriever import QUOTAS, SOURCES, Retriever, recall
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,9 +113,9 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     domain = Domain.from_yaml(ROOT / "recipes" / "configs" / name / "domain.yaml")
     log = BehaviorLog.read(Path(options.data) / name)
     splits = log.split(by=domain.split.by, valid=domain.split.valid, test=domain.split.test)
-    labels = signs(log, domain)
+    labels = feedback(log, domain)
     start = time.perf_counter()
-    evidence = Evidence.fit(log, splits.train.rows, labels, seed=options.seed)
+    retrieval_index = RetrievalIndex.fit(log, splits.train.rows, labels, seed=options.seed)
     fit_seconds = time.perf_counter() - start
     embeddings = None if options.base == "none" else embed(log, domain, options.base, options.layers)
     rows, repeats = targets_of(log, labels, splits[options.split].rows, options.targets, options.seed)
@@ -123,7 +123,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
         stop(f"log {name} has no positive of a new item in {options.split}; give a larger log")
     quotas = dict(part.split("=") for part in options.quotas) if options.quotas else QUOTAS
     quotas = {key: float(share) for key, share in quotas.items() if key != "text" or embeddings is not None}
-    retriever = Retriever(evidence, embeddings, quotas)
+    retriever = Retriever(retrieval_index, embeddings, quotas)
     sources = [source for source in SOURCES if source in MODELS or (source == "text" and embeddings is not None)]
     histories = Histories.before(log, labels, log.user_codes[rows], log.timestamps[rows])
     places, seconds, found = {source: [] for source in [*sources, "merged"]}, [], []
@@ -144,15 +144,15 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     slices = {
         "all": np.ones(len(rows), bool),
         f"users with fewer than {FEW} events": counts < FEW,
-        "items without training rows": evidence.item_rows[log.item_codes[rows]] == 0,
+        "items without training rows": retrieval_index.item_rows[log.item_codes[rows]] == 0,
     }
     return {
         "targets": len(rows),
         "users": len(np.unique(users)),
         "positives_left_out_as_taken_before": repeats,
         "items": log.num_items,
-        "training": evidence.note,
-        "half_life_days": evidence.models["popularity"].half_life,
+        "training": retrieval_index.note,
+        "half_life_days": retrieval_index.models["popularity"].half_life,
         "quotas": quotas,
         "fit_seconds": fit_seconds,
         "merged_milliseconds": {f"p{q}": float(np.percentile(seconds, q) * 1000) for q in (50, 99)},

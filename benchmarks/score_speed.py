@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
     log = read_log(DataConfig(path=options.data))
     domain = Domain.from_yaml(options.domain)
     bundle = options.bundle or make_bundle(scratch / "bundle", options.base, domain, options.seed)
-    fresh, kept = Scorer.load(bundle, log, kept_bytes=0), Scorer.load(bundle, log)
+    fresh, kept = Scorer.load(bundle, log, cache_bytes=0), Scorer.load(bundle, log)
     history, candidates = pick(log, domain, fresh, options)
     prompts = independent_prompts(fresh, history, candidates)
     loaded = load_bundle(bundle)
@@ -119,8 +119,8 @@ def pick(log: BehaviorLog, domain: Domain, scorer: Scorer, options: argparse.Nam
         history: list = []
         for row in rows:
             history.append((event_of(log, domain, row), domain.labels[classes[row]]))
-            trunk = prompts.trunk(history)
-            if len(trunk.header) + sum(map(len, trunk.events)) >= options.tokens:
+            prefix = prompts.prefix(history)
+            if len(prefix.header) + sum(map(len, prefix.events)) >= options.tokens:
                 items = rng.choice(log.num_items, options.candidates, replace=False)
                 extra = {key: value for key, value in event_of(log, domain, row).items() if key != "item_id"}
                 ids = log.items.column("item_id").take(items).to_pylist()
@@ -134,8 +134,10 @@ def fresh_probe(scorer: Scorer, candidate: dict) -> np.ndarray:
 
 def independent_prompts(scorer: Scorer, history: list, candidates: list) -> list[np.ndarray]:
     prompts = scorer._current()[1]
-    trunk = prompts.trunk(history)
-    return [np.concatenate([trunk.header, *trunk.events, probe]) for probe in prompts.events(candidates, "candidates")]
+    prefix = prompts.prefix(history)
+    return [
+        np.concatenate([prefix.header, *prefix.events, probe]) for probe in prompts.events(candidates, "candidates")
+    ]
 
 
 def run(loaded, prompts: list[np.ndarray], batch: int) -> np.ndarray:

@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace) -> dict:
     torch.manual_seed(options.seed)
     classifier = load_classifier(base, domain, "lora", r=16, alpha=32).train()
     batch = StreamCollator(classifier.tokenizer.pad_token_id, options.tokens).one([window])
-    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask", "branch", "markers")}
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask", "segment", "markers")}
 
     def step(kind: str = classifier.config._attn_implementation) -> float:
         classifier.stock.set_attn_implementation(kind)
@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict:
         return time.perf_counter() - start
 
     in_blocks = classifier.config._attn_implementation == blocks.NAME and len(window) >= blocks.SHORT
-    probes = in_blocks and batch["branch"] is not None
+    probes = in_blocks and batch["segment"] is not None
     seconds, masked, rates = [], [], []
     for number in range(-1, options.rounds):  # the first is to warm up
         rates.append(max(matmul_rate(options.matmul_sizes).values()))

@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         if not name.endswith("_alone"):
             system |= speed(directory, log, options, fast)
             requests = requests_of(log, directory, options, options.requests if fast else options.slow_requests)
-            system["latency_ms"] = latency(Scorer.load(directory, log, kept_bytes=0), requests)
+            system["latency_ms"] = latency(Scorer.load(directory, log, cache_bytes=0), requests)
         systems[name] = system
         if fast and not name.endswith("_alone"):
             systems[f"{name}_int8"], answers[f"{name}_int8"] = int8(directory, log, scratch / name, requests)

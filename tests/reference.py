@@ -170,7 +170,7 @@ class NaiveStreams:
         return [self.codes[self.rows[event["row"]]["item_id"]], *self.negatives.get(event["row"], [])]
 
     def size(self, header, history, events, chosen) -> int:
-        """Tokens: header, history, each answer's event, and what joins the trunk before the last moment."""
+        """Tokens: header, history, each answer's event, and what joins the prefix before the last moment."""
         total = len(header) + sum(len(self.finished(event)) for event in history)
         total += sum(len(self.event(event["row"], item)) for event in chosen for item in self.items_of(event))
         for event in events[chosen[0]["moment"] : chosen[-1]["moment"]]:
@@ -184,12 +184,12 @@ class NaiveStreams:
         window = Window(length=self.size(header, history, events, chosen))
         for event in chosen:
             seen = history + [e for e in events[chosen[0]["moment"] : event["moment"]] if e["joins"]]
-            trunk = header + [token for earlier in seen for token in self.finished(earlier)]
+            prefix = header + [token for earlier in seen for token in self.finished(earlier)]
             for number, item in enumerate(self.items_of(event)):
                 label = list(self.domain.outcomes).index(self.domain.negatives.label) if number and (
                     self.domain.negatives.label) else 0 if number else event["label"]  # fmt: skip
                 moment = chosen_moment(events, event)
-                prompt = trunk + self.event(event["row"], item)
+                prompt = prefix + self.event(event["row"], item)
                 window.answers.append(Answer(event["row"], item, label, moment, prompt, number > 0))
         return window
 
@@ -202,7 +202,7 @@ def chosen_moment(events: list[dict], event: dict) -> int:
 def visible(stream, number: int) -> tuple[list[int], list[int]]:
     """Tokens and positions that answer `number` of a stream sees, by the documented mask, itself included."""
     query = int(stream.markers[number])
-    keys = [k for k in range(query + 1) if stream.branch[k] in (0, stream.branch[query])]
+    keys = [k for k in range(query + 1) if stream.segment[k] in (0, stream.segment[query])]
     return [int(stream.input_ids[k]) for k in keys], [int(stream.position_ids[k]) for k in keys]
 
 

@@ -185,14 +185,14 @@ def test_step_profile_counts_a_step_and_its_ceiling(monkeypatch, tiny_base, log_
     pairs = sum(key <= query for length in (3, 5) for query in range(length) for key in range(length))
     assert measuring.attention_flops([3, 5], 8, 2, training=False) == pairs * 2 * (2 * 8) * 2
     assert measuring.attention_flops([3, 5], 8, 2) == 3 * measuring.attention_flops([3, 5], 8, 2, training=False)
-    # Windows with probes go through too: what a probe sees is its window before it, not the other probes.
+    # Windows with candidates go through too: what a candidate sees is its window before it, not the other candidates.
     (tmp_path / "domain.yaml").write_text(DOMAIN.read_text() + "negatives: {per_positive: 1, label: dislike}\n")
-    probes = step_profile.main([*arguments, "--tokens", "400", "--domain", str(tmp_path / "domain.yaml")])
-    tokens = probes["tokens"]
+    candidates = step_profile.main([*arguments, "--tokens", "400", "--domain", str(tmp_path / "domain.yaml")])
+    tokens = candidates["tokens"]
     assert result["one_mask"] is None
-    fast, slow, ratio = probes["seconds"], probes["one_mask"]["seconds"], probes["one_mask"]["ratio"]
+    fast, slow, ratio = candidates["seconds"], candidates["one_mask"]["seconds"], candidates["one_mask"]["ratio"]
     assert slow["min"] / fast["max"] <= ratio["min"] <= ratio["max"] <= slow["max"] / fast["min"]
-    assert 0 < probes["flops"]["attention"] < 3 * 4 * 32 * 2 * tokens * (tokens + 1) / 2
+    assert 0 < candidates["flops"]["attention"] < 3 * 4 * 32 * 2 * tokens * (tokens + 1) / 2
     with pytest.raises(SystemExit) as ended:
         step_profile.main([*arguments, "--tokens", "1"])
     assert ended.value.code == 2 and "no window has 1 tokens or fewer" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmrec_peft import Domain
-from llmrec_peft.data.layout import TRUNK
+from llmrec_peft.data.layout import PREFIX
 from llmrec_peft.models.base import load_config, load_tokenizer
 from llmrec_peft.runs.split_streams import build_splits
 
@@ -143,10 +143,10 @@ def test_attention_counts_the_pairs_that_the_mask_allows(curves, small_log, tiny
     domain, base = Domain.from_dict({**Domain.from_yaml(DOMAIN).to_dict(), **rules}), str(tiny_base(kind))
     streams, config = build_splits(small_log(), domain, load_tokenizer(base)).train, load_config(base)
     windows = [streams[number] for number in range(len(streams))]
-    assert max(stream.branch.max() for stream in windows) > 4
+    assert max(stream.segment.max() for stream in windows) > 4
     for stream in windows:
-        query, key = stream.branch[:, None], stream.branch[None, :]
-        pairs = int(np.tril((key == TRUNK) | (key == query)).sum())
+        query, key = stream.segment[:, None], stream.segment[None, :]
+        pairs = int(np.tril((key == PREFIX) | (key == query)).sum())
         # Two layers of width 32; scores and their sum with the values, two operations each.
         assert curves.attention_of(stream.position_ids, config, training=False) == 2 * 4 * 32 * pairs
         assert curves.attention_of(stream.position_ids, config, training=True) == 3 * 2 * 4 * 32 * pairs

@@ -90,8 +90,8 @@ def test_prompts_are_what_the_windows_say_of_the_same_targets(few_shot, streams)
 def test_instruction_answers_inside_a_window_as_after_each_prompt(few_shot, streams, tiny_base, changes):
     test = streams(**changes).test
     test = StreamSubset(test, np.arange(len(test)))
-    has_probes = [bool((test[number].branch > 0).any()) for number in range(len(test))]
-    assert any(has_probes) == bool(changes)
+    has_candidates = [bool((test[number].segment > 0).any()) for number in range(len(test))]
+    assert any(has_candidates) == bool(changes)
     model, tokenizer = few_shot.load_instruction(str(tiny_base("llama")), r=4, alpha=8)
     with torch.no_grad():
         for value in model.parameters():

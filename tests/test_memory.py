@@ -14,7 +14,7 @@ from llmrec_peft.memory import MemoryConfig, estimate_memory
 from llmrec_peft.memory.__main__ import main
 from llmrec_peft.memory.estimate import tensors_in
 from llmrec_peft.memory.meta_model import bytes_of, empty_classifier, weights
-from llmrec_peft.memory.trace import StorageMeter, branch_of, trace_optimizer, trace_passes
+from llmrec_peft.memory.trace import StorageMeter, segment_of, trace_optimizer, trace_passes
 from llmrec_peft.memory.zero_partitioning import Tensors, part_of, share_out
 from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import load_classifier
@@ -79,14 +79,14 @@ def test_an_encoder_trains_its_pooler_too(tiny_base):
     assert trace_passes(empty, config_of(tiny_base("bert"))) > 0
 
 
-def real_pass(classifier, probes: bool) -> tuple[int, int]:
+def real_pass(classifier, candidates: bool) -> tuple[int, int]:
     """(peak bytes of a real pass beyond weights and gradients, bytes that autograd's hooks see kept), on the CPU."""
     for parameter in classifier.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batch = {"input_ids": torch.zeros(ROWS, LENGTH, dtype=torch.int64), "markers": torch.arange(ROWS * TARGETS)}
-    if probes:
+    if candidates:
         batch["position_ids"] = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
-        batch["branch"] = torch.from_numpy(branch_of(LENGTH, TARGETS)).repeat(ROWS, 1)
+        batch["segment"] = torch.from_numpy(segment_of(LENGTH, TARGETS)).repeat(ROWS, 1)
     labels = torch.zeros(ROWS * TARGETS, dtype=torch.int64)
     own = [*weights(classifier, True), *weights(classifier, False)]
     there = {tensor.untyped_storage().data_ptr() for tensor in [*own, *batch.values(), labels]}
@@ -108,22 +108,22 @@ def real_pass(classifier, probes: bool) -> tuple[int, int]:
     return meter.peak - static, sum(kept.values())
 
 
-@pytest.mark.parametrize("probes", [False, True])
+@pytest.mark.parametrize("candidates", [False, True])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)
-def test_activations_are_those_of_a_real_pass(tiny_base, method, attn, probes, monkeypatch):
+def test_activations_are_those_of_a_real_pass(tiny_base, method, attn, candidates, monkeypatch):
     monkeypatch.setattr(attention, "SHORT", LENGTH)
     settings = {"method": method, "attn": attn}
-    config = config_of(tiny_base("llama"), probes=probes, **settings)
+    config = config_of(tiny_base("llama"), candidates=candidates, **settings)
     classifier = loaded(tiny_base("llama"), **settings)
-    peak, saved = real_pass(classifier, probes)
+    peak, saved = real_pass(classifier, candidates)
     traced = trace_passes(empty_classifier(config), config)
     assert traced == pytest.approx(peak, abs=64)
     assert saved < traced
-    if probes and attn == "sdpa":  # on a CPU they go through in blocks, on a GPU by the kernel
-        config = config_of(tiny_base("llama"), probes=probes, **{**settings, "device": "gpu"})
+    if candidates and attn == "sdpa":  # on a CPU they go through in blocks, on a GPU by the kernel
+        config = config_of(tiny_base("llama"), candidates=candidates, **{**settings, "device": "gpu"})
         classifier.stock.set_attn_implementation("sdpa")
-        peak, _ = real_pass(classifier, probes)
+        peak, _ = real_pass(classifier, candidates)
         assert trace_passes(empty_classifier(config), config) == pytest.approx(peak, abs=64)
         assert abs(peak - traced) > 1000
 
@@ -132,7 +132,7 @@ def test_checkpointing_leaves_less_to_keep(tiny_base):
     settings = {"method": "lora", "activation_checkpointing": True}
     config = config_of(tiny_base("llama"), **settings)
     traced = trace_passes(empty_classifier(config), config)
-    peak, saved = real_pass(loaded(tiny_base("llama"), **settings), probes=False)
+    peak, saved = real_pass(loaded(tiny_base("llama"), **settings), candidates=False)
     # The real pass keeps the state of the random numbers of each of the two layers: 5,056 bytes.
     assert traced == pytest.approx(peak, rel=0.03)
     whole = config_of(tiny_base("llama"), method="lora")

@@ -11,7 +11,7 @@ import pytest
 from llmrec_peft import BehaviorLog, Domain
 from llmrec_peft.evaluation.baselines import past_rates
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.runs.split_streams import build_splits
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -51,7 +51,7 @@ def test_features_are_counts_of_what_may_be_known(by, negatives, module, small_l
     domain = Domain.from_dict({**DOMAIN, "split": {"by": by, "valid": 0.2, "test": 0.2},
                                "negatives": {"per_positive": negatives}})  # fmt: skip
     log = small_log()
-    streams, marks = build_splits(log, domain, tiny_tokenizer), signs(log, domain)
+    streams, marks = build_splits(log, domain, tiny_tokenizer), feedback(log, domain)
     train = streams.splits.train.rows
     counts = features.CountFeatures(log, domain, train, by)
     rates = past_rates(log.user_codes, log.item_codes, log.timestamps, marks, train_rows=train, by=by)

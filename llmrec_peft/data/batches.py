@@ -2,7 +2,7 @@
 
 import numpy as np
 
-PAD = -1  # branch of padding: no token sees it
+PAD = -1  # segment of padding: no token sees it
 
 
 def plan_micro_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:

@@ -17,20 +17,20 @@ def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "ri
         mask: give the 2-D mask always, as bidirectional models need it.
 
     Returns:
-        input_ids, position_ids int64 [B, L]; attention_mask int64 [B, L] or None; branch int64 [B, L], or None where no
-        stream has a probe, so that plain causal attention serves; markers (flat index b * L + l), labels, groups (list
-        numbers, from 0), targets int64 [T].
+        input_ids, position_ids int64 [B, L]; attention_mask int64 [B, L] or None; segment int64 [B, L], or None where
+        no stream has a candidate, so that plain causal attention serves; markers (flat index b * L + l), labels, groups
+        (list numbers, from 0), targets int64 [T].
     """
     length = max(len(stream) for stream in streams)
     shape = (len(streams), length)
     ids, positions = np.full(shape, pad_token_id, np.int64), np.zeros(shape, np.int64)
-    branch, seen = np.full(shape, PAD, np.int64), np.zeros(shape, np.int64)
+    segment, seen = np.full(shape, PAD, np.int64), np.zeros(shape, np.int64)
     markers, lists = [], []
     for row, stream in enumerate(streams):
         begin = length - len(stream) if padding_side == "left" else 0
         span = slice(begin, begin + len(stream))
         ids[row, span], positions[row, span] = stream.input_ids, stream.position_ids
-        branch[row, span], seen[row, span] = stream.branch, 1
+        segment[row, span], seen[row, span] = stream.segment, 1
         markers.append(stream.markers + row * length + begin)
         # One list of a log may be cut over two windows; within a batch each window's part is its own.
         lists.append(np.stack([np.full_like(stream.lists, row), stream.lists]))
@@ -41,7 +41,7 @@ def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "ri
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
         "attention_mask": torch.from_numpy(seen) if needs_mask else None,
-        "branch": torch.from_numpy(branch) if (branch > 0).any() else None,
+        "segment": torch.from_numpy(segment) if (segment > 0).any() else None,
         "markers": torch.from_numpy(np.concatenate(markers).astype(np.int64)),
         "labels": torch.from_numpy(np.concatenate([stream.labels for stream in streams]).astype(np.int64)),
         "groups": torch.from_numpy(groups.astype(np.int64)),

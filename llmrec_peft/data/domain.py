@@ -84,7 +84,7 @@ class StreamRule:
     max_length: int = of_number(1024, 8, MAX_COUNT)
     """Tokens in a window, at most; the oldest history events are left out first, whole."""
     history_labels: list[str] | None = None
-    """Labels whose events later events may see; all if not given. Others are probes and leave no trace."""
+    """Labels whose events later events may see; all if not given. Others are candidates and leave no trace."""
 
 
 @dataclass
@@ -263,7 +263,7 @@ class Domain:
 
         context, targets: its windows. There is no header, and no column beside the item.
         """
-        # An event stands as a probe and once more on the trunk, with its outcome; its negatives stand once.
+        # An event stands as a candidate and once more on the prefix, with its outcome; its negatives stand once.
         most = 1 + 2 * context + targets * (3 + self.negatives.per_positive)
         stream = dataclasses.replace(self.stream, context=context, targets=targets, max_length=max(8, most))
         return dataclasses.replace(self, event=ITEM_EVENT, header="", marker="", stream=stream)

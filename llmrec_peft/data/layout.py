@@ -1,10 +1,10 @@
-"""One window as tokens: the trunk, and the probes that hang off it."""
+"""One window as tokens: the prefix, and the candidates that hang off it."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-TRUNK = 0  # branch of the header and of the events that later ones see
+PREFIX = 0  # segment of the header and of the events that later ones see
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Stream:
 
     Attributes:
         input_ids: int32 [L].
-        position_ids: int32 [L]; a probe's positions go on from the trunk point that it hangs off.
-        branch: int32 [L]; 0 for the trunk, a new number for each probe.
+        position_ids: int32 [L]; a candidate's positions go on from the prefix point that it hangs off.
+        segment: int32 [L]; 0 for the prefix, a new number for each candidate.
         markers: int64 [T]; index of each answer's token.
         labels: int64 [T]; class numbers.
         lists: int64 [T]; targets with one number are alternatives at one moment.
@@ -23,7 +23,7 @@ class Stream:
 
     input_ids: np.ndarray
     position_ids: np.ndarray
-    branch: np.ndarray
+    segment: np.ndarray
     markers: np.ndarray
     labels: np.ndarray
     lists: np.ndarray
@@ -34,8 +34,8 @@ class Stream:
 
     def independent(self, number: int, suffix: np.ndarray) -> "Stream":
         """The prompt of one target by itself: what it sees of this stream, and nothing else."""
-        end, branch = self.markers[number], self.branch[self.markers[number]]
-        seen = np.flatnonzero((self.branch[: end + 1] == TRUNK) | (self.branch[: end + 1] == branch))
+        end, segment = self.markers[number], self.segment[self.markers[number]]
+        seen = np.flatnonzero((self.segment[: end + 1] == PREFIX) | (self.segment[: end + 1] == segment))
         one = slice(number, number + 1)
         ids = np.concatenate([self.input_ids[seen], suffix])
         return Stream(ids, np.arange(len(ids), dtype=np.int32), np.zeros(len(ids), np.int32),
@@ -45,33 +45,33 @@ class Stream:
 class StreamBuilder:
     """Lays tokens down in order; L grows."""
 
-    def __init__(self, trunk: list[np.ndarray]):
+    def __init__(self, prefix: list[np.ndarray]):
         self.pieces: list[np.ndarray] = []
-        self.branches: list[int] = []
+        self.segments: list[int] = []
         self.starts: list[int] = []
         self.length = 0  # tokens laid down
-        self.point = 0  # trunk tokens laid down, the next trunk position
-        self.probes = 0
-        for ids in trunk:
-            self.trunk(ids)
+        self.point = 0  # prefix tokens laid down, the next prefix position
+        self.candidates = 0
+        for ids in prefix:
+            self.prefix(ids)
 
-    def trunk(self, *parts: np.ndarray) -> int:
-        """Lay parts on the trunk; returns the index of the last token."""
+    def prefix(self, *parts: np.ndarray) -> int:
+        """Lay parts on the prefix; returns the index of the last token."""
         for ids in parts:
             self.pieces.append(ids)
-            self.branches.append(TRUNK)
+            self.segments.append(PREFIX)
             self.starts.append(self.point)
             self.point += len(ids)
             self.length += len(ids)
         return self.length - 1
 
-    def probe(self, event: np.ndarray, marker: np.ndarray) -> int:
-        """Hang an event with its marker off the trunk as it is now; returns the index of the last token."""
-        self.probes += 1
+    def candidate(self, event: np.ndarray, marker: np.ndarray) -> int:
+        """Hang an event with its marker off the prefix as it is now; returns the index of the last token."""
+        self.candidates += 1
         position = self.point
         for ids in (event, marker):
             self.pieces.append(ids)
-            self.branches.append(self.probes)
+            self.segments.append(self.candidates)
             self.starts.append(position)
             position += len(ids)
             self.length += len(ids)
@@ -81,8 +81,8 @@ class StreamBuilder:
         sizes = np.array([len(ids) for ids in self.pieces])
         ends = np.cumsum(sizes)
         positions = np.arange(self.length) + np.repeat(np.array(self.starts) - (ends - sizes), sizes)
-        branch = np.repeat(np.array(self.branches, np.int32), sizes)
-        return np.concatenate(self.pieces).astype(np.int32), positions.astype(np.int32), branch
+        segment = np.repeat(np.array(self.segments, np.int32), sizes)
+        return np.concatenate(self.pieces).astype(np.int32), positions.astype(np.int32), segment
 
 
 def window_start(events: int, window: int, stride: int) -> int:

@@ -1,4 +1,4 @@
-"""From a log to token streams: windows, trunk, probes, and the independent prompts that they must equal."""
+"""From a log to token streams: windows, prefix, candidates, and the independent prompts that they must equal."""
 
 import logging
 
@@ -59,8 +59,8 @@ class StreamDataset(torch.utils.data.Dataset):
         joins = np.array([joining is None or label in joining for label in domain.labels])
         self._joins = joins[self._classes] & (self._classes >= 0)
         self._group = self._groups()
-        # An event that is alone at its moment is answered on the trunk; events that share one are answered as probes.
-        self._on_trunk = self._joins & (np.bincount(self._group, minlength=len(self._kept))[self._group] == 1)
+        # An event alone at its moment is predicted on the prefix; events that share one are predicted as candidates.
+        self._on_prefix = self._joins & (np.bincount(self._group, minlength=len(self._kept))[self._group] == 1)
         self._negatives = self._sample(split, seed, classes, source)
         self._read_texts()
         self._number_targets()
@@ -264,8 +264,8 @@ class StreamDataset(torch.utils.data.Dataset):
         would follow the last answer is not laid down.
         """
         positions, first = self._target_positions, self._group[self._target_positions]
-        # An event that is answered on the trunk only adds its outcome there; one that was a probe is laid down again.
-        joining = np.where(self._on_trunk & self._is_target, self._word_lengths(), history)
+        # An event predicted on the prefix only adds its outcome there; one that was a candidate is laid down again.
+        joining = np.where(self._on_prefix & self._is_target, self._word_lengths(), history)
         until, answers = _sums(answer + joining), _sums(answer)
         ends = until[first] + answers[positions + 1] - answers[first]
         return ends - answer[positions], ends
@@ -326,34 +326,34 @@ class StreamDataset(torch.utils.data.Dataset):
             position = stop
         targets = np.arange(self.target_offsets[number], self.target_offsets[number + 1])
         order = np.array([markers[target] for target in targets])
-        ids, places, branch = build.arrays()
-        return Stream(ids, places, branch, order, self.target_labels[targets], self.target_lists[targets], targets)
+        ids, places, segment = build.arrays()
+        return Stream(ids, places, segment, order, self.target_labels[targets], self.target_lists[targets], targets)
 
     def _join(self, build: StreamBuilder, position: int) -> None:
-        """Lay a finished event on the trunk, if its label lets later events see it."""
+        """Lay a finished event on the prefix, if its label lets later events see it."""
         if self._joins[position]:
             word = self.vocabulary.outcomes[self._classes[position]]
-            build.trunk(self._events[self._text[position]], self.vocabulary.marker, word)
+            build.prefix(self._events[self._text[position]], self.vocabulary.marker, word)
 
     def _moment(self, build: StreamBuilder, members: range, markers: dict[int, int], is_last: bool) -> None:
         """Lay down the events of one moment: answers first, then what later moments see."""
         marker = self.vocabulary.marker
-        on_trunk = bool(self._on_trunk[members[0]])
+        on_prefix = bool(self._on_prefix[members[0]])
         for position in members:
             if not self._is_target[position]:
                 continue
             index = int(np.searchsorted(self._target_positions, position))
             target = int(self._first[index])
-            if not on_trunk:
-                markers[target] = build.probe(self._events[self._text[position]], marker)
+            if not on_prefix:
+                markers[target] = build.candidate(self._events[self._text[position]], marker)
             for text in self._negative_text[index]:
                 if text >= 0:
                     target += 1
-                    markers[target] = build.probe(self._events[text], marker)
-            if on_trunk:
-                markers[int(self._first[index])] = build.trunk(self._events[self._text[position]], marker)
+                    markers[target] = build.candidate(self._events[text], marker)
+            if on_prefix:
+                markers[int(self._first[index])] = build.prefix(self._events[self._text[position]], marker)
                 if not is_last:
-                    build.trunk(self.vocabulary.outcomes[self._classes[position]])
+                    build.prefix(self.vocabulary.outcomes[self._classes[position]])
                 return
         if not is_last:
             for position in members:
@@ -379,9 +379,9 @@ class StreamDataset(torch.utils.data.Dataset):
         return int(self.target_offsets[-1])
 
     @property
-    def has_probes(self) -> bool:
-        """Whether any target is answered off the trunk, as a candidate that the others must not see."""
-        return bool((self._negatives >= 0).any() or not self._on_trunk[self._target_positions].all())
+    def has_candidates(self) -> bool:
+        """Whether any target is answered off the prefix, as a candidate that the others must not see."""
+        return bool((self._negatives >= 0).any() or not self._on_prefix[self._target_positions].all())
 
     def limited(self, targets: int | None, seed: int = 0) -> "torch.utils.data.Subset | StreamDataset":
         """Whole windows drawn at random until they hold at least so many targets; all for None."""
@@ -464,8 +464,8 @@ def build_streams(
         tokenizer: the base model's.
         seed: of the sampled negatives, fixed for good by it.
         source: rows whose items and counts negatives are drawn from, for splits by user the training rows.
-        unlabelled: rows of the split that the domain leaves out are targets too, with class -1: probes that no later
-            event sees. A teacher can answer them; a loss to labels cannot.
+        unlabelled: rows of the split that the domain leaves out are targets too, with class -1: candidates that no
+            later event sees. A teacher can answer them; a loss to labels cannot.
 
     Raises:
         StreamError: an event that does not fit a window, or a marker or an outcome without tokens.

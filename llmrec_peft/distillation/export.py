@@ -32,7 +32,7 @@ from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.files import plain, write_json
-from llmrec_peft.merging.synthetic_inputs import SampleStreams
+from llmrec_peft.merging.synthetic_inputs import SyntheticStreams
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import fits
@@ -199,16 +199,16 @@ def _check_streams(streams: Any, student: str | Path, manifest: Mapping[str, Any
 
 
 class _Graph(nn.Module):
-    """From tokens [B, L] to logits [T, C]; the mask is made inside, of `branch`."""
+    """From tokens [B, L] to logits [T, C]; the mask is made inside, of `segment`."""
 
     def __init__(self, classifier: BehaviorClassifier) -> None:
         super().__init__()
         self.classifier = classifier
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, branch: torch.Tensor, markers: torch.Tensor
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment: torch.Tensor, markers: torch.Tensor
     ) -> torch.Tensor:
-        hidden = self.classifier.hidden_states(input_ids, position_ids, markers, branch=branch)
+        hidden = self.classifier.hidden_states(input_ids, position_ids, markers, segment=segment)
         return self.classifier.head(hidden.float())
 
 
@@ -219,13 +219,13 @@ def _write_graph(classifier: BehaviorClassifier, path: Path, opset: int) -> None
     rows, length = 2, 7
     ids = torch.zeros(rows, length, dtype=torch.int64)
     positions = torch.arange(length).expand(rows, -1).contiguous()
-    branch = torch.tensor([[0, 0, 0, 0, 0, 1, 2]] * rows)
+    segment = torch.tensor([[0, 0, 0, 0, 0, 1, 2]] * rows)
     markers = torch.tensor([3, 5, 6, 13])
     batch, tokens, answers = (torch.export.Dim(name) for name in ("batch", "length", "answers"))
     shapes = [{0: batch, 1: tokens}] * 3 + [{0: answers}]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Graph(classifier).eval(), (ids, positions, branch, markers), dynamo=True, opset_version=opset,
+            _Graph(classifier).eval(), (ids, positions, segment, markers), dynamo=True, opset_version=opset,
             input_names=list(INPUTS), output_names=[OUTPUT], dynamic_shapes=shapes, external_data=False, verbose=False,
         )  # fmt: skip
         program.save(str(path), external_data=False)
@@ -350,7 +350,7 @@ def _answered(streams: Any, vocabulary: Vocabulary, loaded: Bundle) -> tuple[Any
         parent = getattr(streams, "parent", streams)
         return streams, f"{parent.name} of {parent.log.name}"
     if not vocabulary.reads_ids:
-        return SampleStreams(vocabulary.domain, loaded.tokenizer), "samples"
+        return SyntheticStreams(vocabulary.domain, loaded.tokenizer), "samples"
     return IdSamples(vocabulary, loaded.tokenizer), "samples"
 
 
@@ -370,13 +370,13 @@ class IdSamples:
             markers = []
             room = (stream.max_length - build.length) // 2 - 1
             for _ in range(max(1, min(stream.context + stream.targets, room, 40))):
-                markers.append(build.trunk(rng.choice(items, 1).astype(np.int32), vocabulary.marker))
-                build.trunk(vocabulary.outcomes[rng.integers(len(vocabulary.outcomes))])
-            markers += [build.probe(rng.choice(items, 1).astype(np.int32), vocabulary.marker) for _ in range(4)]
-            ids, positions, branch = build.arrays()
+                markers.append(build.prefix(rng.choice(items, 1).astype(np.int32), vocabulary.marker))
+                build.prefix(vocabulary.outcomes[rng.integers(len(vocabulary.outcomes))])
+            markers += [build.candidate(rng.choice(items, 1).astype(np.int32), vocabulary.marker) for _ in range(4)]
+            ids, positions, segment = build.arrays()
             numbers = np.arange(len(markers)) + sum(len(made.markers) for made in self._streams)
             labels = np.arange(len(markers)) % len(vocabulary.outcomes)
-            self._streams.append(Stream(ids, positions, branch, np.array(markers), labels, numbers, numbers))
+            self._streams.append(Stream(ids, positions, segment, np.array(markers), labels, numbers, numbers))
         self.lengths = np.array([len(made) for made in self._streams])
 
     def __len__(self) -> int:

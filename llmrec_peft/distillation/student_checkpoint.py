@@ -28,7 +28,7 @@ PACKAGES = ("llmrec_peft", "torch", "transformers", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
+class StudentMetadata:
     """How a student was made.
 
     Attributes:
@@ -47,7 +47,7 @@ def save_student(
     directory: str | Path,
     classifier: BehaviorClassifier,
     domain: Mapping[str, Any],
-    lesson: Lesson,
+    lesson: StudentMetadata,
     *,
     calibration: Mapping[str, Any] | None = None,
     counts: Mapping[str, Any] | None = None,

@@ -321,7 +321,7 @@ ROW_TOKENS = 512
 
 
 class ItemStreams:
-    """Items by themselves, as probes on the domain's header: answer n is that of item n.
+    """Items by themselves, as candidates on the domain's header: answer n is that of item n.
 
     lengths: int64 [rows], tokens of each.
     """
@@ -346,10 +346,10 @@ class ItemStreams:
     def __getitem__(self, row: int) -> Stream:
         items = np.arange(self._bounds[row], self._bounds[row + 1])
         build, none = StreamBuilder([self._lead]), self._lead[:0]
-        lay = build.trunk if len(items) == 1 else lambda event: build.probe(event, none)
+        lay = build.prefix if len(items) == 1 else lambda event: build.candidate(event, none)
         markers = np.array([lay(self._events[item]) for item in items])
-        ids, positions, branch = build.arrays()
-        return Stream(ids, positions, branch, markers, np.zeros_like(items), items, items)
+        ids, positions, segment = build.arrays()
+        return Stream(ids, positions, segment, markers, np.zeros_like(items), items, items)
 
 
 def item_content(

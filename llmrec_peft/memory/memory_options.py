@@ -42,8 +42,8 @@ class MemoryConfig(ModelOptions):
     """Tokens of a stream; a longer one than micro_tokens goes through alone."""
     targets: int = number(30, 1, MAX_TOKENS)
     """Answers in a stream, as domain.stream.targets."""
-    probes: bool = False
-    """Streams have probes, and with them a mask [rows, 1, length, length]."""
+    candidates: bool = False
+    """Streams have candidates, and with them a mask [rows, 1, length, length]."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Products in bfloat16 by autocast: the launcher's --mixed_precision bf16, or zero3_bf16.yaml."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"

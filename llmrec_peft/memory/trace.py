@@ -122,9 +122,9 @@ def _micro_batch(classifier: BehaviorClassifier, config: MemoryConfig) -> dict[s
     if classifier.encoder:
         return {**batch, "attention_mask": torch.ones(shape, dtype=torch.int64)}
     batch["markers"] = torch.zeros(answers, dtype=torch.int64)
-    if config.probes:
+    if config.candidates:
         batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)
-        batch["branch"] = torch.zeros(shape, dtype=torch.int64)
+        batch["segment"] = torch.zeros(shape, dtype=torch.int64)
     return batch
 
 
@@ -174,24 +174,24 @@ def _like_state(state: Any, fake: Any) -> Any:
     return made
 
 
-def branch_of(length: int, probes: int) -> np.ndarray:
-    """Branch numbers, int64 [length], of a row that is trunk to a half and `probes` probes of like sizes after it."""
+def segment_of(length: int, candidates: int) -> np.ndarray:
+    """Segments, int64 [length], of a row: half of it prefix, then `candidates` candidates of like sizes."""
     places = np.arange(length)
-    return np.where(places < length // 2, 0, 1 + (places - length // 2) * probes // (length - length // 2))
+    return np.where(places < length // 2, 0, 1 + (places - length // 2) * candidates // (length - length // 2))
 
 
 @contextlib.contextmanager
 def _places_known(config: MemoryConfig) -> Iterator[None]:
-    """Tell Transformers that no rows are packed, and attention in blocks where probes lie: both read values.
+    """Tell Transformers that no rows are packed, and attention in blocks where candidates lie: both read values.
 
-    `BehaviorClassifier` gives positions 0, 1, 2, ... to rows without probes, and a mask to others.
+    `BehaviorClassifier` gives positions 0, 1, 2, ... to rows without candidates, and a mask to others.
     """
     from transformers import masking_utils
 
-    def lay_out(mask: torch.Tensor, branch: torch.Tensor, *_rest: Any) -> None:
-        if branch.shape[1] >= attention.SHORT:
-            row = branch_of(branch.shape[1], config.targets)
-            mask.layouts = [attention.Layout(row) for _ in range(len(branch))]
+    def lay_out(mask: torch.Tensor, segment: torch.Tensor, *_rest: Any) -> None:
+        if segment.shape[1] >= attention.SHORT:
+            row = segment_of(segment.shape[1], config.targets)
+            mask.layouts = [attention.Layout(row) for _ in range(len(segment))]
 
     packed, layouts = masking_utils.find_packed_sequence_indices, attention.lay_out
     masking_utils.find_packed_sequence_indices = lambda *_args, **_kwargs: None

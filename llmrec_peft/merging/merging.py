@@ -39,7 +39,7 @@ from llmrec_peft.data.tokens import UNKNOWN_ITEM
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.merging.synthetic_inputs import SampleStreams
+from llmrec_peft.merging.synthetic_inputs import SyntheticStreams
 from llmrec_peft.merging.unload import fold
 from llmrec_peft.models.predict import Predictions, predict
 from llmrec_peft.models.selftest import hides_candidates
@@ -226,7 +226,7 @@ def _streams(adapted: Bundle, settings: MergeSettings) -> tuple[Any, bool]:
                 "is not measured without a log; give streams, or data.path to recipes/merge.py"
             )
         alone = not hides_candidates(adapted.classifier)
-        return SampleStreams(domain, adapted.tokenizer, independent=alone), False
+        return SyntheticStreams(domain, adapted.tokenizer, independent=alone), False
     return IndependentPrompts(streams) if encoder and not isinstance(streams, IndependentPrompts) else streams, True
 
 
@@ -250,7 +250,7 @@ class _Prompts:
             self._rows, self.texts = [whole[number] for number in range(min(_STOCK_PROMPTS, len(whole)))], None
         else:
             domain = Domain.of_manifest(merged.domain, source="the bundle's domain")
-            samples = SampleStreams(domain, merged.tokenizer, independent=True)
+            samples = SyntheticStreams(domain, merged.tokenizer, independent=True)
             # Of different lengths, and different places in their windows.
             numbers = np.linspace(0, len(samples) - 1, min(_STOCK_PROMPTS, len(samples))).round().astype(int)
             self._rows = [samples[number] for number in numbers]

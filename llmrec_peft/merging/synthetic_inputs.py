@@ -13,17 +13,17 @@ from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.data.tokens import Vocabulary
 
 WINDOWS, EVENTS, PROBES = 6, 6, 3
-"""Streams, events on the trunk of each, and probes that hang off its end."""
+"""Streams, events on the prefix of each, and candidates that hang off its end."""
 TOKENS = 384
 """Tokens of a stream, at most, where the domain allows more."""
 _SYLLABLES = ("ba", "kel", "no", "ri", "sto", "um", "va", "zin", "tor", "mi", "lue", "par", "sh", "ond", "ex", "qua")
 
 
-class SampleStreams:
-    """A few streams with history, several answers each and probes, always the same for a domain and a tokenizer.
+class SyntheticStreams:
+    """A few streams with history, several answers each and candidates, always the same for a domain and a tokenizer.
 
-    Answers are read after each trunk event, each of which sees all before it, and in the probes. Labels are made up,
-    so no metric of them means anything. `independent` gives each answer a row of its own, as encoders need it.
+    Predictions are read after each prefix event, each of which sees all before it, and in the candidates. Labels are
+    made up, so no metric of them means anything. `independent` gives each answer a row of its own, as encoders need it.
 
     Attributes:
         texts: by target number, the whole prompt as text, up to its marker.
@@ -65,15 +65,15 @@ class SampleStreams:
             self.texts.append(prompt)
             if place < EVENTS:
                 text = prompt + words[label]
-                markers.append(build.trunk(event, vocabulary.marker))
-                build.trunk(vocabulary.outcomes[label])
+                markers.append(build.prefix(event, vocabulary.marker))
+                build.prefix(vocabulary.outcomes[label])
             else:
-                markers.append(build.probe(event, vocabulary.marker))
+                markers.append(build.candidate(event, vocabulary.marker))
             labels.append(label)
-        ids, positions, branch = build.arrays()
+        ids, positions, segment = build.arrays()
         count = len(markers)
         numbers = np.arange(first, first + count)
-        return Stream(ids, positions, branch, np.array(markers), np.array(labels), numbers, numbers)
+        return Stream(ids, positions, segment, np.array(markers), np.array(labels), numbers, numbers)
 
     def _header(self) -> tuple[str, np.ndarray]:
         """A header's text, and its tokens."""

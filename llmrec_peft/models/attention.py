@@ -1,13 +1,13 @@
-"""Attention of rows with probes, in blocks that leave out what the mask forbids, for float32 on a CPU.
+"""Attention of rows with candidates, in blocks that leave out what the mask forbids, for float32 on a CPU.
 
-PyTorch's kernel computes every score under a mask and throws the forbidden ones away: those of each probe with every
-other. Here the tokens are laid out trunk first, and a block of queries meets the trunk up to the last point that one of
-them hangs off and its own tokens, and nothing else. The formulas are those of Vaswani et al., 2017, arXiv 1706.03762,
-section 3.2.1; the backward pass computes the weights W again, and with G the gradient of the answers
+PyTorch's kernel computes every score under a mask and throws the forbidden ones away: those of each candidate with
+every other. Here the tokens are laid out prefix first, and a block of queries meets the prefix up to the last point
+that one of them hangs off and its own tokens, and nothing else. The formulas are those of Vaswani et al., 2017, arXiv
+1706.03762, section 3.2.1; the backward pass computes the weights W again, and with G the gradient of the answers
 
     W = softmax(Q K^T + mask),  dV = W^T G,  dW = G V^T,  dS = W * (dW - rowsum(W * dW)),  dQ = dS K,  dK = dS^T Q
 
-Batches without probes, short rows, other types of numbers and other devices keep Transformers' sdpa.
+Batches without candidates, short rows, other types of numbers and other devices keep Transformers' sdpa.
 
 Shape letters: B rows, L tokens of a row, P tokens before them, H heads, h key heads, g = H / h heads that share one, D
 head width; laid out, n queries and m keys; of a block, t queries and c keys.
@@ -31,14 +31,14 @@ _LATER = torch.ones(STEP, STEP, dtype=torch.bool).triu_(1)
 
 
 class Block(NamedTuple):
-    """Queries first:last. They look at the keys 0:trunk and at those of the tokens start:last, in this order.
+    """Queries first:last. They look at the keys 0:prefix and at those of the tokens start:last, in this order.
 
     `hidden`, bool [t, at most c], says which of the last of these keys each query must not see.
     """
 
     first: int
     last: int
-    trunk: int
+    prefix: int
     start: int
     hidden: torch.Tensor
 
@@ -47,38 +47,38 @@ class Layout:
     """How the tokens of one row are laid out, and in which blocks they are answered.
 
     Args:
-        branch: int [L]; 0 for the trunk, a number for each probe, -1 for tokens that nobody sees or reads.
-        seen: bool [P], which earlier tokens are there; they belong to the trunk.
+        segment: int [L]; 0 for the prefix, a number for each candidate, -1 for tokens that nobody sees or reads.
+        seen: bool [P], which earlier tokens are there; they belong to the prefix.
 
     Attributes:
-        tokens: int64 [n], places in the row, trunk first; None where that is the row itself.
+        tokens: int64 [n], places in the row, prefix first; None where that is the row itself.
         keys: int64 [m], places in earlier and new tokens together; None where that is all of them.
         past: earlier tokens that are there; query i is key past + i.
     """
 
-    def __init__(self, branch: np.ndarray, seen: np.ndarray | None = None) -> None:
+    def __init__(self, segment: np.ndarray, seen: np.ndarray | None = None) -> None:
         before = np.empty(0, np.int64) if seen is None else np.flatnonzero(seen)
-        trunk, probes = np.flatnonzero(branch == 0), np.flatnonzero(branch > 0)
-        tokens = np.concatenate([trunk, probes])
+        prefix, candidates = np.flatnonzero(segment == 0), np.flatnonzero(segment > 0)
+        tokens = np.concatenate([prefix, candidates])
         places = np.concatenate([before, tokens + (0 if seen is None else len(seen))])
         self.past = len(before)
         self.tokens = self.keys = None
-        if len(tokens) < len(branch) or (np.diff(tokens) != 1).any():
+        if len(tokens) < len(segment) or (np.diff(tokens) != 1).any():
             self.tokens = torch.from_numpy(tokens)
-        if len(places) < len(branch) + (0 if seen is None else len(seen)) or (np.diff(places) != 1).any():
+        if len(places) < len(segment) + (0 if seen is None else len(seen)) or (np.diff(places) != 1).any():
             self.keys = torch.from_numpy(places)
-        points = np.searchsorted(trunk, probes)  # trunk tokens before each token of a probe
-        self.blocks = _trunk_blocks(self.past, len(trunk))
-        self.blocks += _probe_blocks(self.past, len(trunk), points, branch[probes])
+        points = np.searchsorted(prefix, candidates)  # prefix tokens before each token of a candidate
+        self.blocks = _prefix_blocks(self.past, len(prefix))
+        self.blocks += _candidate_blocks(self.past, len(prefix), points, segment[candidates])
 
 
-def _trunk_blocks(past: int, length: int) -> list[Block]:
+def _prefix_blocks(past: int, length: int) -> list[Block]:
     ends = [(first, min(first + STEP, length)) for first in range(0, length, STEP)]
     return [Block(first, last, past + first, first, _LATER[: last - first, : last - first]) for first, last in ends]
 
 
-def _probe_blocks(past: int, trunk: int, points: np.ndarray, numbers: np.ndarray) -> list[Block]:
-    """Whole probes, as many as fit in STEP tokens and hang off points less than STEP apart; a longer one is cut."""
+def _candidate_blocks(past: int, prefix: int, points: np.ndarray, numbers: np.ndarray) -> list[Block]:
+    """Whole candidates, as many as fit in STEP tokens and hang off points less than STEP apart; a longer one is cut."""
     if not len(numbers):
         return []
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
@@ -97,7 +97,7 @@ def _probe_blocks(past: int, trunk: int, points: np.ndarray, numbers: np.ndarray
             later = np.arange(start, last) > np.arange(first, last)[:, None]
             beyond = np.arange(at.min(), at.max()) >= at
             hidden = torch.from_numpy(np.concatenate([beyond, apart | later], axis=1))
-            blocks.append(Block(trunk + first, trunk + last, past + int(at.max()), trunk + start, hidden))
+            blocks.append(Block(prefix + first, prefix + last, past + int(at.max()), prefix + start, hidden))
     return blocks
 
 
@@ -150,15 +150,15 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, block: Block) -> torch.T
 
 def _looked_at(tensor: torch.Tensor, block: Block, past: int) -> torch.Tensor:
     """Keys or values of a block, [h, c, D]."""
-    if block.trunk == past + block.start:
+    if block.prefix == past + block.start:
         return tensor[:, : past + block.last]
-    return torch.cat([tensor[:, : block.trunk], tensor[:, past + block.start : past + block.last]], 1)
+    return torch.cat([tensor[:, : block.prefix], tensor[:, past + block.start : past + block.last]], 1)
 
 
 def _add(total: torch.Tensor, block: Block, past: int, part: torch.Tensor) -> None:
     """Add to those of a block's keys or values, [h, c, D], in `total`."""
-    total[:, : block.trunk] += part[:, : block.trunk]
-    total[:, past + block.start : past + block.last] += part[:, block.trunk :]
+    total[:, : block.prefix] += part[:, : block.prefix]
+    total[:, past + block.start : past + block.last] += part[:, block.prefix :]
 
 
 def block_attention(
@@ -183,16 +183,16 @@ def block_attention(
 
 
 def lay_out(
-    mask: torch.Tensor, branch: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: torch.Tensor | None
+    mask: torch.Tensor, segment: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: torch.Tensor | None
 ) -> None:
     """Let the 4-D mask of `BehaviorClassifier` carry its rows' layouts; who does not know them reads the mask itself.
 
     They differ in what nobody reads: a pad sees itself by the mask, and is left out of the layout. Short rows, and
     tensors of other devices or of a tracer, whose values cannot be read, carry none.
     """
-    if type(branch) is not torch.Tensor or branch.device.type != "cpu" or branch.shape[1] < SHORT:
+    if type(segment) is not torch.Tensor or segment.device.type != "cpu" or segment.shape[1] < SHORT:
         return
-    rows = branch if attention_mask is None else branch.masked_fill(attention_mask == 0, -1)
+    rows = segment if attention_mask is None else segment.masked_fill(attention_mask == 0, -1)
     seen = [None] * len(rows) if past_seen is None else past_seen.numpy()
     mask.layouts = [Layout(row, before) for row, before in zip(rows.numpy(), seen, strict=True)]
 

@@ -99,7 +99,7 @@ class BehaviorClassifier(nn.Module):
         position_ids: torch.Tensor | None = None,
         markers: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        branch: torch.Tensor | None = None,
+        segment: torch.Tensor | None = None,
         **ignored: Any,
     ) -> torch.Tensor:
         """Logits of the markers, float32 [T, C] in class order.
@@ -109,19 +109,20 @@ class BehaviorClassifier(nn.Module):
             position_ids: positions, int64 [B, L]; those of pad tokens do not matter.
             markers: flat index b * L + l of each marker's last token, int64 [T].
             attention_mask: None, or int64 [B, L] with 0 at pad tokens; needed with left padding and for encoders.
-            branch: None for rows without probes, or int64 [B, L]: 0 for the trunk, a number for each probe, -1 at pads.
+            segment: None for rows without candidates, or int64 [B, L]: 0 for the prefix, a number for each candidate,
+                -1 at pads.
             ignored: other columns of the batch (labels, groups), which the loss reads.
 
-        Raises ModelError where the rows cannot give these answers: an encoder with probes or with two markers in a
-        row, flash attention with probes, plain rows whose positions do not count from 0.
+        Raises ModelError where the rows cannot give these answers: an encoder with candidates or with two markers in a
+        row, flash attention with candidates, plain rows whose positions do not count from 0.
         """
         if markers is None:
             raise ModelError(
                 "forward needs markers, the flat index b * L + l of each answer; pass the collator's batch"
             )
         if self.encoder:
-            return self._encoder_logits(input_ids, markers, attention_mask, branch)
-        return self._head_logits(self.head_inputs(input_ids, position_ids, markers, attention_mask, branch))
+            return self._encoder_logits(input_ids, markers, attention_mask, segment)
+        return self._head_logits(self.head_inputs(input_ids, position_ids, markers, attention_mask, segment))
 
     def head_inputs(
         self,
@@ -129,13 +130,13 @@ class BehaviorClassifier(nn.Module):
         position_ids: torch.Tensor | None,
         markers: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        branch: torch.Tensor | None = None,
+        segment: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What `forward` gives to the head of a decoder: [T, H]; arguments as `forward`'s."""
         # Packed tokens outnumber the answers, and only these are read behind the last layer.
         alone = markers if self._last_layer.runs_once else None
         with self._last_layer.answers(alone):
-            return self.hidden_states(input_ids, position_ids, markers, attention_mask, branch)
+            return self.hidden_states(input_ids, position_ids, markers, attention_mask, segment)
 
     def hidden_states(
         self,
@@ -143,20 +144,20 @@ class BehaviorClassifier(nn.Module):
         position_ids: torch.Tensor | None,
         markers: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        branch: torch.Tensor | None = None,
+        segment: torch.Tensor | None = None,
         past: Any = None,
         past_seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the head reads: the last hidden state at each marker [T, H], of a decoder; arguments as `forward`'s.
 
         `past` is a cache of Transformers that holds keys and values of P tokens before these, and takes theirs in; all
-        rows of `branch` see those that `past_seen`, bool [B, P], says.
+        rows of `segment` see those that `past_seen`, bool [B, P], says.
         """
         mask, positions = attention_mask, position_ids
-        if branch is not None:
-            mask = self._branch_mask(branch, attention_mask, past_seen)
+        if segment is not None:
+            mask = self._segment_mask(segment, attention_mask, past_seen)
             if self.config._attn_implementation == attention.NAME:
-                attention.lay_out(mask, branch, attention_mask, past_seen)
+                attention.lay_out(mask, segment, attention_mask, past_seen)
         elif attention_mask is None:
             positions = _plain_positions(input_ids, position_ids, markers)
         backbone = backbone_of(self.stock)
@@ -177,11 +178,11 @@ class BehaviorClassifier(nn.Module):
         input_ids: torch.Tensor,
         markers: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        branch: torch.Tensor | None,
+        segment: torch.Tensor | None,
     ) -> torch.Tensor:
-        if branch is not None:
+        if segment is not None:
             raise ModelError(
-                f"base {self.config.model_type} reads both ways and cannot hide probes from each other; "
+                f"base {self.config.model_type} reads both ways and cannot hide candidates from each other; "
                 "use it for pointwise records, or use a decoder"
             )
         rows = markers // input_ids.shape[1]
@@ -199,34 +200,34 @@ class BehaviorClassifier(nn.Module):
             hook.remove()
         return self._head_logits(read[0]).index_select(0, rows)
 
-    def _branch_mask(
-        self, branch: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: torch.Tensor | None = None
+    def _segment_mask(
+        self, segment: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """4-D mask [B, 1, L, P + L] of allow(q, k) = k <= q and (branch[k] == 0 or branch[k] == branch[q]).
+        """4-D mask [B, 1, L, P + L] of allow(q, k) = k <= q and (segment[k] == 0 or segment[k] == segment[q]).
 
-        The P tokens before these are trunk, as far as `past_seen` [B, P] says that they are there.
+        The P tokens before these are prefix, as far as `past_seen` [B, P] says that they are there.
 
         A pad token (-1) sees itself alone, so that its softmax has a term, and no real token sees it. The mask goes to
         every layer unchanged: boolean for sdpa, additive in the model's dtype for eager.
         """
         kind = self.config._attn_implementation
         if kind not in ("sdpa", attention.NAME, "eager"):
-            raise ModelError(f"attention {kind!r} cannot hide probes from each other; set model.attn to sdpa")
+            raise ModelError(f"attention {kind!r} cannot hide candidates from each other; set model.attn to sdpa")
         if attention_mask is not None:
-            branch = branch.masked_fill(attention_mask == 0, -1)
-        length = branch.shape[1]
-        query, key = branch[:, :, None], branch[:, None, :]
-        order = torch.arange(length, device=branch.device)
+            segment = segment.masked_fill(attention_mask == 0, -1)
+        length = segment.shape[1]
+        query, key = segment[:, :, None], segment[:, None, :]
+        order = torch.arange(length, device=segment.device)
         allow = (key == 0) | ((key == query) & (key > 0))
         allow = (allow & (order[None, :] <= order[:, None])) | (order[None, :] == order[:, None])
         if past_seen is not None:
-            earlier = past_seen[:, None, :].expand(-1, length, -1) & (branch >= 0)[:, :, None]
+            earlier = past_seen[:, None, :].expand(-1, length, -1) & (segment >= 0)[:, :, None]
             allow = torch.cat([earlier, allow], dim=2)
         allow = allow[:, None]
         if kind != "eager":
             return allow
         dtype = self.stock.dtype
-        additive = torch.zeros(allow.shape, dtype=dtype, device=branch.device)
+        additive = torch.zeros(allow.shape, dtype=dtype, device=segment.device)
         return additive.masked_fill_(~allow, torch.finfo(dtype).min)
 
     def trainable_parameters(self) -> tuple[int, int]:
@@ -276,7 +277,7 @@ class BehaviorClassifier(nn.Module):
 
 
 def _plain_positions(input_ids: torch.Tensor, position_ids: torch.Tensor | None, markers: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2, ... for rows without probes or left padding.
+    """0, 1, 2, ... for rows without candidates or left padding.
 
     Pad tokens on the right may carry any position; passed on, they would make Transformers look for packed sequences
     and build a mask, where plain causal attention needs none.
@@ -285,8 +286,8 @@ def _plain_positions(input_ids: torch.Tensor, position_ids: torch.Tensor | None,
     plain = torch.arange(length, device=input_ids.device)[None, :]
     if position_ids is not None and not torch.equal(position_ids.flatten()[markers], markers % length):
         raise ModelError(
-            "rows without branch and attention_mask must have positions 0, 1, 2, ... up to their last marker; "
-            "pass branch for probes and attention_mask for left padding"
+            "rows without segment and attention_mask must have positions 0, 1, 2, ... up to their last marker; "
+            "pass segment for candidates and attention_mask for left padding"
         )
     return plain
 

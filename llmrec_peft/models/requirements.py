@@ -185,6 +185,6 @@ def check_layout(base: str, model: nn.Module) -> None:
         raise ModelError(f"base {base}: the head of {kind} is not a linear layer without bias; use another base")
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         raise ModelError(
-            f"base {base}: {type(backbone).__name__} takes no position_ids, which streams with probes need; "
+            f"base {base}: {type(backbone).__name__} takes no position_ids, which streams with candidates need; "
             "use a decoder with rotary or learned positions"
         )

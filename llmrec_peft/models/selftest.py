@@ -24,8 +24,8 @@ from llmrec_peft.models.stock_parts import backbone_of, head_of
 if TYPE_CHECKING:
     from llmrec_peft.models.classifier import BehaviorClassifier
 
-TRUNK, PROBES, REST = 4, (3, 4), 2
-"""Tokens of the rows: of the trunk, of each candidate that hangs off it, and of the trunk beyond them."""
+PREFIX, PROBES, REST = 4, (3, 4), 2
+"""Tokens of the rows: of the prefix, of each candidate that hangs off it, and of the prefix beyond them."""
 TOLERANCE = 1e-3
 """Largest difference that passes in float32, as a share of the spread of different prompts. Right answers differ by
 1e-7 to 2e-5, and linear attention is off by 3e-3 (weights that nobody trained) to 5."""
@@ -60,7 +60,7 @@ def check_streams(classifier: BehaviorClassifier, streams: Any) -> None:
     check_prefixes(classifier)
     if parent is streams or not hasattr(streams, "streams"):  # not prompts, each alone in its row
         reason = candidates_of(domain)
-        if reason is None and getattr(parent, "has_probes", False):
+        if reason is None and getattr(parent, "has_candidates", False):
             reason = "targets without a label are answered too"
         if reason is not None:
             check_candidates(classifier, reason)
@@ -87,7 +87,7 @@ def check_prefixes(classifier: BehaviorClassifier) -> None:
 def check_candidates(classifier: BehaviorClassifier, reason: str, *, cache: bool = False) -> None:
     """Raise ModelError unless the base hides candidates from each other, by its layers' kinds and by measurement.
 
-    reason: what asks for candidates. cache: they also go on from keys and values of a trunk that ran before.
+    reason: what asks for candidates. cache: they also go on from keys and values of a prefix that ran before.
     """
     if classifier.encoder:
         return  # refused where it matters: it answers each prompt alone
@@ -177,12 +177,12 @@ def _quietly(classifier: BehaviorClassifier) -> Iterator[None]:
 
 
 def _pieces(classifier: BehaviorClassifier) -> tuple[list[int], list[list[int]], list[int]]:
-    """Tokens of trunk, candidates and the rest of the trunk: always the same, none of them the pad token."""
+    """Tokens of prefix, candidates and the rest of the prefix: always the same, none of them the pad token."""
     config = classifier.config.get_text_config()
     vocabulary = [token for token in range(min(config.vocab_size, 4096)) if token != config.pad_token_id]
     draw = random.Random(0)
-    tokens = [draw.choice(vocabulary) for _ in range(TRUNK + sum(PROBES) + REST)]
-    first, second = TRUNK, TRUNK + PROBES[0]
+    tokens = [draw.choice(vocabulary) for _ in range(PREFIX + sum(PROBES) + REST)]
+    first, second = PREFIX, PREFIX + PROBES[0]
     return tokens[:first], [tokens[first:second], tokens[second:-REST]], tokens[-REST:]
 
 
@@ -218,48 +218,48 @@ def _alone(classifier: BehaviorClassifier, prompts: list[list[int]]) -> torch.Te
 
 def _prefixes(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Two rows of different lengths, one padded on the right, each read at two places."""
-    trunk, _, rest = pieces
-    whole = trunk + rest
-    ids = _padded(classifier, [trunk, whole])
-    ends = torch.tensor([1, len(trunk) - 1, len(whole) + 2, 2 * len(whole) - 1], device=ids.device)
+    prefix, _, rest = pieces
+    whole = prefix + rest
+    ids = _padded(classifier, [prefix, whole])
+    ends = torch.tensor([1, len(prefix) - 1, len(whole) + 2, 2 * len(whole) - 1], device=ids.device)
     found = classifier.head_inputs(ids, None, ends)
-    return found, _alone(classifier, [trunk[:2], trunk, whole[:3], whole])
+    return found, _alone(classifier, [prefix[:2], prefix, whole[:3], whole])
 
 
 def _candidates(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row: a trunk, two candidates off it, and more of the trunk."""
-    trunk, (one, two), rest = pieces
-    places = [0] * len(trunk) + [1] * len(one) + [2] * len(two) + [0] * len(rest)
-    point = len(trunk)
+    """One row: a prefix, two candidates off it, and more of the prefix."""
+    prefix, (one, two), rest = pieces
+    places = [0] * len(prefix) + [1] * len(one) + [2] * len(two) + [0] * len(rest)
+    point = len(prefix)
     positions = [*range(point), *(point + n for part in (one, two, rest) for n in range(len(part)))]
     first = point + len(one)
     ends = torch.tensor([first - 1, first + len(two) - 1, len(places) - 1], device=classifier.device)
     found = classifier.head_inputs(
-        _rows(classifier, trunk + one + two + rest), _rows(classifier, positions), ends,
-        branch=_rows(classifier, places),
+        _rows(classifier, prefix + one + two + rest), _rows(classifier, positions), ends,
+        segment=_rows(classifier, places),
     )  # fmt: skip
-    return found, _alone(classifier, [trunk + one, trunk + two, trunk + rest])
+    return found, _alone(classifier, [prefix + one, prefix + two, prefix + rest])
 
 
 def _continued(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The trunk first, and the candidates on its keys and values, as a scorer answers them."""
+    """The prefix first, and the candidates on its keys and values, as a scorer answers them."""
     from transformers import DynamicCache
 
-    trunk, (one, two), _ = pieces
-    past, point = DynamicCache(), len(trunk)
+    prefix, (one, two), _ = pieces
+    past, point = DynamicCache(), len(prefix)
     last = torch.tensor([point - 1], device=classifier.device)
-    branch = torch.zeros_like(_rows(classifier, trunk))
+    segment = torch.zeros_like(_rows(classifier, prefix))
     begin = _rows(classifier, list(range(point)))
-    classifier.hidden_states(_rows(classifier, trunk), begin, last, branch=branch, past=past)
+    classifier.hidden_states(_rows(classifier, prefix), begin, last, segment=segment, past=past)
     found = classifier.hidden_states(
         _rows(classifier, one + two),
         _rows(classifier, [point + n for part in (one, two) for n in range(len(part))]),
         torch.tensor([len(one) - 1, len(one) + len(two) - 1], device=classifier.device),
-        branch=_rows(classifier, [1] * len(one) + [2] * len(two)),
+        segment=_rows(classifier, [1] * len(one) + [2] * len(two)),
         past=past,
-        past_seen=torch.ones_like(branch, dtype=torch.bool),
+        past_seen=torch.ones_like(segment, dtype=torch.bool),
     )
-    return found, _alone(classifier, [trunk + one, trunk + two])
+    return found, _alone(classifier, [prefix + one, prefix + two])
 
 
 _MEASUREMENTS: dict[str, tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], str]] = {

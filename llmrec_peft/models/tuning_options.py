@@ -75,7 +75,7 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen base weights; the head is always float32. Method full needs float32."""
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel; flash_attention_2 serves streams without probes only."""
+    """Attention kernel; flash_attention_2 serves streams without candidates only."""
     head_init: Literal["words", "zero", "random"] = "words"
     """Start of the head: the outcome words' rows of the language-model head (an encoder's starts at random, and a base
     that is a classifier of these labels keeps its own), zero, or random."""

@@ -24,7 +24,7 @@ from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.distillation.distill_trainer import DistillTrainer, layer_map
 from llmrec_peft.distillation.pruning import check_prunable
-from llmrec_peft.distillation.student_checkpoint import Lesson, save_student
+from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
 from llmrec_peft.distillation.students import (
     NO_SHALLOW,
     chosen_layers,
@@ -50,11 +50,11 @@ from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
 from llmrec_peft.recipes.train import check_classes, fit
 from llmrec_peft.runs.launch_checks import check_launch, common_facts, flatten
 from llmrec_peft.runs.output_paths import check_output, writing
-from llmrec_peft.runs.outputs import Costs
+from llmrec_peft.runs.outputs import Timings
 from llmrec_peft.runs.run_directory import prepare_run
 from llmrec_peft.runs.split_streams import SplitStreams, build_splits, check_split, read_log, split_of, streams_of
 from llmrec_peft.runs.trainer_setup import build_loss, training_arguments
-from llmrec_peft.training.distributed import check_same, joined, together, uses_fsdp
+from llmrec_peft.training.distributed import check_ranks_equal, distributed_session, raise_on_all_ranks, uses_fsdp
 
 
 def distill(config: DistillConfig | None = None, **options: Any) -> dict[str, Any]:
@@ -79,12 +79,12 @@ def distill(config: DistillConfig | None = None, **options: Any) -> dict[str, An
         config = read_config(DistillConfig, arguments)
     elif options:
         raise ConfigError(f"distill takes a configuration or its keys, not both; leave {min(options)} out")
-    with joined() as state:
+    with distributed_session() as state:
         return _distill(config, state)
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class TeacherOutputs:
     """What a teacher gave: its answers to the training targets, and what it makes of each item."""
 
     answers: TeacherAnswers | None = None
@@ -93,8 +93,8 @@ class Knowledge:
 
 def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
-    costs, student = Costs(), config.student
-    with together():
+    timings, student = Timings(), config.student
+    with raise_on_all_ranks():
         manifest = read_answering(config.teacher)
         domain = config.domain
         run = prepare_run(config)
@@ -109,8 +109,8 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         check_output(kept, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
         if asks:
             check_kept(kept, manifest, [other for _, other in layers])
-    check_same(common_facts(config), "start every process with the same settings and versions")
-    with together(), costs.timed("reading"):
+    check_ranks_equal(common_facts(config), "start every process with the same settings and versions")
+    with raise_on_all_ranks(), timings.timed("reading"):
         show(f"reading {config.data.path}", flush=True)
         log = read_log(config.data)
         splits = split_of(log, domain)
@@ -120,7 +120,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             _check_content(config.teacher_domain, log)
     with scratch_directory(Path(tempfile.gettempdir(), "llmrec-student")) as start:
         # All that the log can be refused for comes before the teacher's answers, which take the longest.
-        with together(), writing(start, "the student's start"):
+        with raise_on_all_ranks(), writing(start, "the student's start"):
             base = _source(config, manifest, log, domain, start)
             tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
             streams = build_splits(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
@@ -129,14 +129,14 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             loss = build_loss(config.train, streams, len(domain.labels))
         for name, counts in streams.counts().items():
             show(f"{name}: {counts['targets']:,} targets of {counts['users']:,} users in {counts['streams']:,} streams")
-        teacher, given = None, Knowledge()
+        teacher, given = None, TeacherOutputs()
         if asks or student.kind == "shallow" or (student.kind == "ids" and student.content):
             show(f"loading the teacher {config.teacher}", flush=True)
-            with together():
+            with raise_on_all_ranks():
                 teacher = _teacher(config, state)
-            with costs.timed("asking the teacher"), writing(kept, "answers.path"):
+            with timings.timed("asking the teacher"), writing(kept, "answers.path"):
                 given = _ask(config, teacher, log, splits, [other for _, other in layers], kept, state)
-        with together():
+        with raise_on_all_ranks():
             if student.kind == "shallow":
                 with writing(start, "the student's start"):
                     start_shallow(teacher.classifier, chosen, start, student.mlp, student.heads_kept)
@@ -152,13 +152,13 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             if given.content is not None:
                 _read_content(classifier, given.content, streams, config)
         show(classifier.summary())
-        lesson = Lesson(student, config.loss, _told(manifest, given), chosen)
+        lesson = StudentMetadata(student, config.loss, _told(manifest, given), chosen)
 
         def save(model: BehaviorClassifier, mapping: dict[str, Any], **facts: Any) -> None:
             save_student(run.path("student"), model, mapping, lesson, **facts)
 
         return fit(
-            run, arguments, classifier, streams, loss, fingerprint, costs, save, kind=DistillTrainer,
+            run, arguments, classifier, streams, loss, fingerprint, timings, save, kind=DistillTrainer,
             train=_windows(streams.train, given, config), teacher=given.answers, distill_loss=config.loss,
             layers=[own for own, _ in layers],
         )  # fmt: skip
@@ -181,7 +181,7 @@ def _teacher(config: DistillConfig, state: PartialState) -> Bundle:
 
 def _ask(
     config: DistillConfig, teacher: Bundle, log: BehaviorLog, splits, layers: list[int], kept: Path, state: PartialState
-) -> Knowledge:
+) -> TeacherOutputs:
     """The teacher's answers to training targets, and its representations of the items, as far as they are wanted."""
     domain, answers, content = config.teacher_domain, None, None
     if config.loss.needs_teacher:
@@ -192,7 +192,7 @@ def _ask(
         )
     if config.student.kind == "ids" and config.student.content:
         content = _content(teacher, domain, log, kept, config.answers.batch_tokens)
-    return Knowledge(answers, content)
+    return TeacherOutputs(answers, content)
 
 
 def _content(teacher: Bundle, domain: Domain, log: BehaviorLog, kept: Path, batch_tokens: int) -> np.ndarray:
@@ -228,7 +228,7 @@ def _check_content(domain: Domain, log: BehaviorLog) -> None:
         )
 
 
-def _told(manifest: dict[str, Any], given: Knowledge) -> dict[str, Any] | None:
+def _told(manifest: dict[str, Any], given: TeacherOutputs) -> dict[str, Any] | None:
     """What a student says of its teacher."""
     if given.answers is None and given.content is None:
         return None
@@ -327,7 +327,7 @@ def _source(config: DistillConfig, manifest: dict[str, Any], log: BehaviorLog, d
     return str(directory)
 
 
-def _check_targets(streams: SplitStreams, given: Knowledge) -> None:
+def _check_targets(streams: SplitStreams, given: TeacherOutputs) -> None:
     """The teacher's answers are found by target number, which both count alike."""
     count = streams.train.num_targets
     if given.answers is not None and len(given.answers.logits) != count:
@@ -337,7 +337,7 @@ def _check_targets(streams: SplitStreams, given: Knowledge) -> None:
         )
 
 
-def _windows(train: StreamDataset, given: Knowledge, config: DistillConfig) -> StreamDataset | StreamSubset:
+def _windows(train: StreamDataset, given: TeacherOutputs, config: DistillConfig) -> StreamDataset | StreamSubset:
     """The windows that are trained on."""
     if given.answers is None or not config.answers.only:
         return train

@@ -19,7 +19,7 @@ from llmrec_peft.models.predict import predict
 from llmrec_peft.recipes.ranking import Lists, check_ranking, rank
 from llmrec_peft.runs.results import check_results, write_results
 from llmrec_peft.runs.split_streams import check_split, read_log, split_of, streams_of
-from llmrec_peft.training.distributed import joined, together
+from llmrec_peft.training.distributed import distributed_session, raise_on_all_ranks
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -31,13 +31,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         LLMRecError: with one line on what cannot be used.
     """
-    with joined() as state:
+    with distributed_session() as state:
         return _evaluate(config, state)
 
 
 def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
-    with together():
+    with raise_on_all_ranks():
         manifest = read_answering(config.bundle)
         domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
         if config.output_dir is not None:

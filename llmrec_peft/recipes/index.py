@@ -25,14 +25,14 @@ from llmrec_peft.evaluation.predictions import metric_names, users_of
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.predict import Predictions, predict
 from llmrec_peft.retrieval.fusion import GATES, Features, Fusion
-from llmrec_peft.retrieval.histories import signs
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, Evidence
+from llmrec_peft.retrieval.histories import feedback
+from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
 from llmrec_peft.retrieval.retrieval_index import MANIFEST as EVIDENCE_MANIFEST
 from llmrec_peft.runs.output_paths import check_output
 from llmrec_peft.runs.results import cell, check_results, print_cells, write_results
 from llmrec_peft.runs.split_streams import check_split, limited, read_log, split_of, streams_of
 from llmrec_peft.scoring.scorer import adapter_of
-from llmrec_peft.training.distributed import joined, together
+from llmrec_peft.training.distributed import distributed_session, raise_on_all_ranks
 
 NAMES = ("auc", "gauc", "logloss", "ece")
 SPLITS = ("valid", "test")
@@ -69,13 +69,13 @@ def index(config: IndexConfig) -> dict[str, Any]:
     Raises:
         LLMRecError: with one line on what cannot be used.
     """
-    with joined() as state:
+    with distributed_session() as state:
         return _index(config, state)
 
 
 def _index(config: IndexConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
-    with together():
+    with raise_on_all_ranks():
         manifest = read_answering(config.bundle)
         domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
         place = Path(config.retrieval or Path(config.bundle) / DIRECTORY)
@@ -85,7 +85,7 @@ def _index(config: IndexConfig, state: PartialState) -> dict[str, Any]:
         for name in SPLITS:
             check_split(splits, name, manifest["counts"].get("split"))
         show("fitting what the training rows say of the items", flush=True)
-        evidence = _evidence(splits, domain, config.seed) if state.is_main_process else None
+        retrieval_index = _retrieval_index(splits, domain, config.seed) if state.is_main_process else None
         show(f"loading {config.bundle}", flush=True)
         bundle = load_answering(
             config.bundle, base=config.base, dtype=config.dtype, attn=config.attn,
@@ -103,16 +103,16 @@ def _index(config: IndexConfig, state: PartialState) -> dict[str, Any]:
         )
         for name, part in chosen.items()
     }  # fmt: skip
-    with together():
+    with raise_on_all_ranks():
         if not state.is_main_process:
             return {}
         calibration = Calibration.from_dict(bundle.calibration)
-        parts = {name: _part(streams[name], predictions[name], calibration, evidence) for name in SPLITS}
-        kept = evidence
+        parts = {name: _part(streams[name], predictions[name], calibration, retrieval_index) for name in SPLITS}
+        kept = retrieval_index
         if config.refit:
             show("fitting again, on all rows, for serving", flush=True)
-            kept = _refitted(evidence, splits, domain)
-        return _measure_and_save(config, place, domain, kept, parts, adapter_of(manifest), evidence.note)
+            kept = _refitted(retrieval_index, splits, domain)
+        return _measure_and_save(config, place, domain, kept, parts, adapter_of(manifest), retrieval_index.note)
 
 
 def _check_places(config: IndexConfig, place: Path) -> None:
@@ -140,23 +140,25 @@ def _check_places(config: IndexConfig, place: Path) -> None:
         check_results(Path(config.output_dir), inputs | {"bundle": config.bundle, "retrieval": str(place)})
 
 
-def _evidence(splits: Splits, domain: Domain, seed: int) -> Evidence:
+def _retrieval_index(splits: Splits, domain: Domain, seed: int) -> RetrievalIndex:
     log = splits.train.log
-    return Evidence.fit(log, splits.train.rows, signs(log, domain), seed=seed, timed=domain.split.by == "time")
+    return RetrievalIndex.fit(log, splits.train.rows, feedback(log, domain), seed=seed, timed=domain.split.by == "time")
 
 
-def _refitted(evidence: Evidence, splits: Splits, domain: Domain) -> Evidence:
+def _refitted(retrieval_index: RetrievalIndex, splits: Splits, domain: Domain) -> RetrievalIndex:
     """The models of all rows, so that recent items and tastes are known where nothing is measured any more."""
     log = splits.train.log
-    return evidence.refit(log, np.concatenate([splits[name].rows for name in ("train", *SPLITS)]), signs(log, domain))
+    return retrieval_index.refit(
+        log, np.concatenate([splits[name].rows for name in ("train", *SPLITS)]), feedback(log, domain)
+    )
 
 
 def _part(
-    streams: StreamDataset, predictions: Predictions, calibration: Calibration, evidence: Evidence
+    streams: StreamDataset, predictions: Predictions, calibration: Calibration, retrieval_index: RetrievalIndex
 ) -> _Part:  # fmt: skip
     log, targets = streams.log, predictions.targets
-    features = evidence.target_features(
-        log, signs(log, streams.domain), streams.target_rows[targets], streams.target_items[targets]
+    features = retrieval_index.target_features(
+        log, feedback(log, streams.domain), streams.target_rows[targets], streams.target_items[targets]
     )
     return _Part(streams, predictions, calibration.shift(predictions.logits), features)
 
@@ -206,7 +208,7 @@ def _measure_and_save(
     config: IndexConfig,
     place: Path,
     domain: Domain,
-    kept: Evidence,
+    kept: RetrievalIndex,
     parts: Mapping[str, _Part],
     adapter: str | None,
     measured: Mapping[str, Any],

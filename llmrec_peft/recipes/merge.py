@@ -13,7 +13,7 @@ from llmrec_peft.merging.weighted import combine_bundles
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.runs import output_paths as places
 from llmrec_peft.runs.split_streams import check_split, read_log, split_of, streams_of
-from llmrec_peft.training.distributed import joined
+from llmrec_peft.training.distributed import distributed_session
 
 
 def merge(config: MergeConfig) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     Raises:
         LLMRecError: with one line on what cannot be merged.
     """
-    with joined() as state:
+    with distributed_session() as state:
         if state.num_processes > 1:
             raise ConfigError(f"merging takes one process, not {state.num_processes}; launch it with --num_processes 1")
         return _merge(config)

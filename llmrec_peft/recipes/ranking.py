@@ -19,15 +19,15 @@ from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant
 from llmrec_peft.retrieval.collaborative import Popularity
-from llmrec_peft.retrieval.histories import Histories, signs
+from llmrec_peft.retrieval.histories import Histories, feedback
 from llmrec_peft.retrieval.recommender import Recommender, excluded_labels
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, Evidence, choose_half_life
+from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex, choose_half_life
 from llmrec_peft.retrieval.retriever import Candidates
 from llmrec_peft.runs.logged_events import LoggedEvents
 from llmrec_peft.runs.results import cell, print_cells
 from llmrec_peft.scoring.prompts import Event
 from llmrec_peft.scoring.scorer import Scorer
-from llmrec_peft.training.distributed import together
+from llmrec_peft.training.distributed import raise_on_all_ranks
 
 PLACES = 10
 AT_ONCE, CANDIDATES_AT_ONCE = 32, 20_000
@@ -56,11 +56,11 @@ class Lists:
         """
         self.log, self.domain, self.options, self.name = splits.train.log, domain, options, name
         self.splits = splits
-        self.logged, self.signs = LoggedEvents(self.log, domain), signs(self.log, domain)
+        self.logged, self.feedback = LoggedEvents(self.log, domain), feedback(self.log, domain)
         excluded = [domain.labels.index(label) for label in excluded_labels(domain)]
         self._excluding = np.isin(self.logged.classes, excluded)
         taken = splits[name].rows
-        taken = taken[self.signs[taken] == 1]
+        taken = taken[self.feedback[taken] == 1]
         if not len(taken):
             raise DataError(
                 f"{name} of log {self.log.name!r} has no positive, so there is nothing to rank; give more data, or "
@@ -96,14 +96,14 @@ class Lists:
         """Of the training rows."""
         rows = self.splits.train.rows
         timed = self.domain.split.by == "time" and self.log.dated
-        return Popularity(choose_half_life(self.log, rows, self.signs) if timed else None).fit(
-            self.log, rows, self.signs
+        return Popularity(choose_half_life(self.log, rows, self.feedback) if timed else None).fit(
+            self.log, rows, self.feedback
         )
 
     @cached_property
     def _counts(self) -> np.ndarray:
         rows = self.splits.train.rows
-        return np.bincount(self.log.item_codes[rows[self.signs[rows] == 1]], minlength=self.log.num_items)
+        return np.bincount(self.log.item_codes[rows[self.feedback[rows] == 1]], minlength=self.log.num_items)
 
     def _keys(self, rows: np.ndarray) -> np.ndarray:
         return self.log.user_codes[rows].astype(np.int64) * self.log.num_items + self.log.item_codes[rows]
@@ -132,7 +132,7 @@ class Lists:
         user = self.log.user_codes[row]
         own = slice(self.log.user_offsets[user], self.log.user_offsets[user + 1])
         times, moment = self.log.timestamps[own], self.log.timestamps[row]
-        gone = (self._excluding[own] & (times < moment)) | ((self.signs[own] == 1) & (times == moment))
+        gone = (self._excluding[own] & (times < moment)) | ((self.feedback[own] == 1) & (times == moment))
         items = np.unique(self.log.item_codes[own][gone])
         return items[items != self.log.item_codes[row]].astype(np.int64)
 
@@ -164,7 +164,7 @@ class Lists:
 
     def past(self, rows: np.ndarray) -> Histories:
         """What the users of targets did strictly before."""
-        return Histories.before(self.log, self.signs, self.log.user_codes[rows], self.log.timestamps[rows])
+        return Histories.before(self.log, self.feedback, self.log.user_codes[rows], self.log.timestamps[rows])
 
 
 def check_ranking(config: EvaluateConfig) -> None:
@@ -188,18 +188,18 @@ def rank(config: EvaluateConfig, lists: Lists, state: PartialState) -> tuple[dic
         LLMRecError: as `Scorer.load` and `Scorer.score_many`, and for retrieval that has seen the split.
     """
     options = config.ranking
-    with together():
+    with raise_on_all_ranks():
         scorer = Scorer.load(
             config.bundle, lists.log, config.base, dtype=config.dtype, attn=config.attn or "sdpa",
             device=None if state.device.type == "cpu" else str(state.device),
-            kept_bytes=0,  # no answer depends on what was asked before it
+            cache_bytes=0,  # no answer depends on what was asked before it
             retrieval=options.retrieval, trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
-        if scorer.evidence is not None:
-            _check_evidence(scorer.evidence, lists)
+        if scorer.retrieval_index is not None:
+            _check_retrieval_index(scorer.retrieval_index, lists)
         if state.is_main_process:
             print(f"ranking {len(lists):,} positives of {config.split}", flush=True)
-    with together():
+    with raise_on_all_ranks():
         places = _places(scorer, lists, config.batch_tokens, state)
     if state.num_processes > 1:
         places = gather_object(places)
@@ -214,12 +214,12 @@ def rank(config: EvaluateConfig, lists: Lists, state: PartialState) -> tuple[dic
     return found, _table(lists, systems, sizes)
 
 
-def _check_evidence(evidence: Evidence, lists: Lists) -> None:
+def _check_retrieval_index(retrieval_index: RetrievalIndex, lists: Lists) -> None:
     """Refuse evidence of rows that are not the training's: it would know what it is to be measured on."""
     if lists.name == "train":
         return
     log, rows = lists.log, lists.splits[lists.name].rows
-    said = evidence.note
+    said = retrieval_index.note
     if lists.domain.split.by == "time":
         first = log.timestamps[rows].min()
         if said["last_time"] < first:
@@ -227,7 +227,7 @@ def _check_evidence(evidence: Evidence, lists: Lists) -> None:
         what = f"goes up to time {said['last_time']}, but {lists.name} begins at {first}"
     else:
         train = lists.splits.train.rows
-        train = train[lists.signs[train] >= 0]
+        train = train[lists.feedback[train] >= 0]
         if (said["rows"], said["users"]) == (len(train), len(np.unique(log.user_codes[train]))):
             return
         what = f"is of {said['rows']} rows of {said['users']} users, which are not the {len(train)} training rows"
@@ -294,9 +294,9 @@ def _placed(lists: Lists, recommender: Recommender, one: _Asked, probabilities: 
     negative, places = lists.domain.negative_class, {"size": len(one.codes)}
     behind = None if one.order is None else (int(np.flatnonzero(one.order == one.codes[0])[0]), 1)
     answers = {LLM: probabilities}
-    fusion, evidence = recommender.fusion, recommender.evidence
-    if fusion is not None and evidence is not None and fusion.strength is not None:
-        features = evidence.features(one.past, np.zeros(len(one.scored), np.int64), one.scored)
+    fusion, retrieval_index = recommender.fusion, recommender.retrieval_index
+    if fusion is not None and retrieval_index is not None and fusion.strength is not None:
+        features = retrieval_index.features(one.past, np.zeros(len(one.scored), np.int64), one.scored)
         answers[FUSED] = fusion.apply(np.log(np.maximum(probabilities, 1e-300)), features)
     for system, p in answers.items():
         # What retrieval did not name comes after all that it named, in its own order.

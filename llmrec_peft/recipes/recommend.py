@@ -28,7 +28,7 @@ from llmrec_peft.runs.shards import DIRECTORY as PARTS
 from llmrec_peft.runs.shards import ERRORS, RESULT, Parts, check_results
 from llmrec_peft.runs.split_streams import read_log
 from llmrec_peft.scoring.scorer import Scorer
-from llmrec_peft.training.distributed import check_same, joined, together
+from llmrec_peft.training.distributed import check_ranks_equal, distributed_session, raise_on_all_ranks
 
 # Settings that say where things lie: what lies there counts, by its digest.
 PLACES = ("bundle", "data.", "output_dir", "users", "retrieval", "candidates", "base")
@@ -62,31 +62,31 @@ def recommend(config: RecommendConfig) -> None:
     Raises:
         LLMRecError: with one line on what cannot be used, or on the user who cannot be answered.
     """
-    with joined() as state:
+    with distributed_session() as state:
         _recommend(config, state)
 
 
 def _recommend(config: RecommendConfig, state: PartialState) -> None:
     show = print if state.is_main_process else (lambda *_, **__: None)
-    with together():
+    with raise_on_all_ranks():
         job = _read(config, state, show)
-    check_same(job.facts, "give all processes the same settings, files and versions")
+    check_ranks_equal(job.facts, "give all processes the same settings, files and versions")
     parts = Parts(Path(config.output_dir), job.facts, job.users.ids, config.chunk)
-    with together():
+    with raise_on_all_ranks():
         if state.is_main_process:
             parts.prepare()
-    with together():
+    with raise_on_all_ranks():
         check_shared(parts.settings, state)
         pending = parts.pending(errors=config.on_error == "skip")
     users = sum(len(parts.rows(number)) for number in pending)
     earlier = f", {len(job.users) - users:,} of them answered by an earlier run" if users < len(job.users) else ""
     show(f"{len(job.users):,} users in {len(parts):,} parts{earlier}; the log knows {job.users.known:,}", flush=True)
     start = time.perf_counter()
-    with together():
+    with raise_on_all_ranks():
         own = pending[state.process_index :: state.num_processes]
         _answer_parts(job, parts, own, bar=state.is_main_process and bool(own))
     seconds = time.perf_counter() - start
-    with together():
+    with raise_on_all_ranks():
         if state.is_main_process:
             rows, errors = parts.join(job.schema)
             show(f"{users:,} users in {seconds:.1f} s: {users / max(seconds, 1e-9):.1f} users/s")
@@ -127,12 +127,12 @@ def _read(config: RecommendConfig, state: PartialState, show) -> _Job:
         config.base,
         dtype=config.dtype,
         device=None if state.device.type == "cpu" else str(state.device),
-        kept_bytes=0,  # what a part answers, to the last bit, must not depend on the parts before it
+        cache_bytes=0,  # what a part answers, to the last bit, must not depend on the parts before it
         retrieval=config.retrieval,
         trust_remote_code=config.trust_remote_code,
     )
-    recommender = Recommender(scorer, scorer.evidence, scorer.fusion, quotas=config.quotas or None)
-    if scorer.evidence is None and candidates is None:
+    recommender = Recommender(scorer, scorer.retrieval_index, scorer.fusion, quotas=config.quotas or None)
+    if scorer.retrieval_index is None and candidates is None:
         show(f"no retrieval: the model ranks all {log.num_items:,} items for each user", flush=True)
     return _Job(config, recommender, users, candidates, facts)
 
@@ -159,9 +159,9 @@ def _facts(
     """All that the answers depend on, by name."""
     settings = flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
     facts = {key: repr(value) for key, value in settings.items() if not key.startswith(PLACES) and key not in FREE}
-    evidence = Path(config.retrieval or Path(config.bundle) / EVIDENCE) / EVIDENCE_MANIFEST
+    retrieval_index = Path(config.retrieval or Path(config.bundle) / EVIDENCE) / EVIDENCE_MANIFEST
     facts["the bundle"] = digest(manifest)
-    facts["the retrieval"] = sha256(evidence) if evidence.is_file() else "none"
+    facts["the retrieval"] = sha256(retrieval_index) if retrieval_index.is_file() else "none"
     facts["the log"] = users.log_fingerprint()
     facts["the list of users"] = users.fingerprint()
     facts["the list of candidates"] = "none" if candidates is None else table_fingerprint(pa.table({"id": candidates}))

@@ -522,11 +522,11 @@ def _newest(histories: Histories, count: int) -> Histories:
     return _only(histories, kept)
 
 
-def _blocks(costs: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
+def _blocks(timings: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of runs with a sum of costs of at most `limit`, or of one."""
-    sums = np.concatenate([[0], np.cumsum(costs)])
+    sums = np.concatenate([[0], np.cumsum(timings)])
     start = 0
-    while start < len(costs):
+    while start < len(timings):
         stop = max(start + 1, int(np.searchsorted(sums, sums[start] + limit, "right")) - 1)
         yield start, stop
         start = stop

@@ -99,7 +99,7 @@ def user_items(users: np.ndarray, items: np.ndarray, positive: np.ndarray, shape
     return matrix
 
 
-def signs(log: BehaviorLog, domain: Domain) -> np.ndarray:
+def feedback(log: BehaviorLog, domain: Domain) -> np.ndarray:
     """int8 [rows]: 0 for the domain's negative class, 1 for any other, -1 for rows that its label rule leaves out."""
     classes = domain.classes(log)
     return np.where(classes < 0, -1, classes != domain.negative_class).astype(np.int8)

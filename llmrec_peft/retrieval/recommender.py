@@ -13,7 +13,7 @@ from llmrec_peft.data.tables import shorten
 from llmrec_peft.errors import ConfigError, DataError, LLMRecError, input_errors
 from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.histories import Histories
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.retrieval.retriever import SOURCES, Retriever
 from llmrec_peft.scoring.bank import BATCH_TOKENS
 from llmrec_peft.scoring.chunks import PART
@@ -84,13 +84,13 @@ class Recommender:
     def __init__(
         self,
         scorer: Any,
-        evidence: Evidence | None = None,
+        retrieval_index: RetrievalIndex | None = None,
         fusion: Fusion | None = None,
         *,
         embeddings: np.ndarray | None = None,
         quotas: Mapping[str, float] | None = None,
     ) -> None:
-        if evidence is None and (embeddings is not None or quotas):
+        if retrieval_index is None and (embeddings is not None or quotas):
             raise ConfigError(
                 "quotas and embeddings are for retrieval, which needs evidence; give it, or leave them out"
             )
@@ -100,12 +100,14 @@ class Recommender:
             raise DataError("recommending needs an item table; give items= to Scorer.load")
         self.catalogue = catalogue
         self.ids: list[str] = catalogue.table.column("item_id").to_pylist()
-        self.evidence = None if evidence is None else evidence.for_items(catalogue.table.column("item_id"))
+        self.retrieval_index = (
+            None if retrieval_index is None else retrieval_index.for_items(catalogue.table.column("item_id"))
+        )
         self.retriever: Retriever | None = None
-        if self.evidence is not None:
+        if self.retrieval_index is not None:
             # An event that is the item's id alone has no text.
-            by_text = None if scorer.domain.event_columns == ["item_id"] else scorer.text_vectors
-            self.retriever = Retriever(self.evidence, by_text if embeddings is None else embeddings, quotas)
+            by_text = None if scorer.domain.event_columns == ["item_id"] else scorer.embed_items
+            self.retriever = Retriever(self.retrieval_index, by_text if embeddings is None else embeddings, quotas)
 
     def recommend(
         self,
@@ -192,7 +194,7 @@ class Recommender:
 
     def _ranked(self, choice: _Choice, found: np.ndarray, k: int) -> list[Recommendation]:
         """The k best of a choice by its probabilities [candidates, labels], fused where a fusion was fitted."""
-        if self.fusion is not None and self.evidence is not None and len(found):
+        if self.fusion is not None and self.retrieval_index is not None and len(found):
             parts = range(0, len(found), PART)
             found = np.concatenate([self._fused(choice, found, slice(part, part + PART)) for part in parts])
         scores = 1 - found[:, self.scorer.domain.negative_class]
@@ -204,7 +206,7 @@ class Recommender:
 
     def _fused(self, choice: _Choice, found: np.ndarray, part: slice) -> np.ndarray:
         codes = choice.codes[part]
-        features = self.evidence.features(choice.history, np.zeros(len(codes), np.int64), codes)
+        features = self.retrieval_index.features(choice.history, np.zeros(len(codes), np.int64), codes)
         return self.fusion.apply(np.log(np.maximum(found[part], 1e-300)), features)
 
     # -- candidates ----------------------------------------------------------------------------

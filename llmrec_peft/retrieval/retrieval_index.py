@@ -53,7 +53,7 @@ EVENTS = 2_000_000  # history events gathered at a time
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RetrievalIndex:
     """Collaborative models of one log.
 
     models: by name. item_ids: of the item table whose codes they speak. item_rows: int64 [items], labelled training
@@ -118,7 +118,7 @@ class Evidence:
         """Items of the table."""
         return len(self.item_ids)
 
-    def for_items(self, item_ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> Evidence:
+    def for_items(self, item_ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> RetrievalIndex:
         """This evidence in the codes of another item table: items move, new ones are unknown, missing ones go."""
         ids = _strings(item_ids)
         if ids.equals(self.item_ids):
@@ -278,10 +278,10 @@ class Evidence:
                 f"the fusion in {directory} was fitted with adapter weights {said[:16]}..., and these are "
                 f"{adapter[:16]}...; fit it again, or restore the bundle"
             )
-        evidence = cls._built(path, load_file(arrays), manifest)
-        if fusion is not None and fusion.names != evidence.feature_names:
+        retrieval_index = cls._built(path, load_file(arrays), manifest)
+        if fusion is not None and fusion.names != retrieval_index.feature_names:
             raise BundleError(f"{path} has a fusion of other features than its models give; fit it again")
-        return evidence, fusion
+        return retrieval_index, fusion
 
     @classmethod
     def _built(cls, path: Path, tensors: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> Self:

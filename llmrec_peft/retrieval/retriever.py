@@ -17,7 +17,7 @@ import numpy as np
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.retrieval.collaborative import best, inside
 from llmrec_peft.retrieval.histories import Histories
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 
 SOURCES = ("cooccurrence", "factors", "text", "popularity", "fresh")
 """Sources by name; of equal claims the earlier one goes first."""
@@ -60,22 +60,22 @@ class Retriever:
 
     def __init__(
         self,
-        evidence: Evidence,
+        retrieval_index: RetrievalIndex,
         embeddings: np.ndarray | Callable[[], np.ndarray] | None = None,
         quotas: Mapping[str, float] | None = None,
     ) -> None:
-        self.evidence, self._embeddings = evidence, embeddings
-        self.quotas = _check_quotas(quotas, embeddings is not None, evidence)
+        self.retrieval_index, self._embeddings = retrieval_index, embeddings
+        self.quotas = _check_quotas(quotas, embeddings is not None, retrieval_index)
         if not callable(embeddings):
             _ = self._text  # what is wrong with them is said at once
         # The newest first, as tables grow at their end.
-        self._fresh = np.flatnonzero(evidence.item_rows == 0)[::-1]
+        self._fresh = np.flatnonzero(retrieval_index.item_rows == 0)[::-1]
 
     @cached_property
     def _text(self) -> TextNeighbours | None:
         given = self._embeddings
         found = given() if callable(given) else given
-        return None if found is None else TextNeighbours(found, self.evidence.num_items)
+        return None if found is None else TextNeighbours(found, self.retrieval_index.num_items)
 
     def retrieve(self, history: Histories, k: int, exclude: Sequence[int] | np.ndarray = ()) -> Candidates:
         """At most k candidates for the one user of `history`, none of `exclude` (item codes).
@@ -90,7 +90,9 @@ class Retriever:
         sources = np.array([SOURCES.index(name) for name in names], np.int64)[sources]
         items, sources = items[:k], sources[:k]
         if len(items) < k:
-            rest = self._rest(np.concatenate([items, inside(exclude, self.evidence.num_items)]))[: k - len(items)]
+            rest = self._rest(np.concatenate([items, inside(exclude, self.retrieval_index.num_items)]))[
+                : k - len(items)
+            ]
             items = np.concatenate([items, rest])
             sources = np.concatenate([sources, np.full(len(rest), len(SOURCES))])
         return Candidates(items, sources)
@@ -101,11 +103,11 @@ class Retriever:
             return np.empty(0, np.int64) if self._text is None else self._text.top(history, k, exclude)
         if name == "fresh":
             return self._fresh_items(history, k, exclude)
-        return self.evidence.models[name].top(history, k, exclude)
+        return self.retrieval_index.models[name].top(history, k, exclude)
 
     def _fresh_items(self, history: Histories, k: int, exclude) -> np.ndarray:
         """Items without training rows: nearest in text first if there is a taste, else the table's newest first."""
-        left = self._fresh[~np.isin(self._fresh, inside(exclude, self.evidence.num_items))]
+        left = self._fresh[~np.isin(self._fresh, inside(exclude, self.retrieval_index.num_items))]
         if self._text is None or not len(left):
             return left[:k]
         scores = self._text.scores(history)
@@ -115,10 +117,10 @@ class Retriever:
 
     def _rest(self, taken: np.ndarray) -> np.ndarray:
         """All other items: those most met in training first, then the newest of the table."""
-        left = np.ones(self.evidence.num_items, bool)
+        left = np.ones(self.retrieval_index.num_items, bool)
         left[taken] = False
         left = np.flatnonzero(left)[::-1]
-        return left[np.argsort(-self.evidence.item_rows[left], kind="stable")]
+        return left[np.argsort(-self.retrieval_index.item_rows[left], kind="stable")]
 
 
 class TextNeighbours:
@@ -198,8 +200,8 @@ def _interleave(lists: Sequence[np.ndarray], shares: Sequence[float]) -> tuple[n
     return items[kept].astype(np.int64), numbers[kept]
 
 
-def _check_quotas(quotas: Mapping[str, float] | None, text: bool, evidence: Evidence) -> dict[str, float]:
-    have = {name for name in SOURCES if name in evidence.models or name == "fresh" or (name == "text" and text)}
+def _check_quotas(quotas: Mapping[str, float] | None, text: bool, retrieval_index: RetrievalIndex) -> dict[str, float]:
+    have = {name for name in SOURCES if name in retrieval_index.models or name == "fresh" or (name == "text" and text)}
     if quotas is None:
         return {name: share for name, share in QUOTAS.items() if name in have}
     for name, share in quotas.items():

@@ -13,7 +13,7 @@ from llmrec_peft.documents import parse_yaml
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.models.base import check_quantization
 from llmrec_peft.models.tuning_options import QloraOptions
-from llmrec_peft.training.distributed import on_cpu, processes, uses_fsdp
+from llmrec_peft.training.distributed import on_cpu, partial_state, uses_fsdp
 
 PACKAGES = (
     "llmrec_peft", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers", "numpy",
@@ -59,7 +59,7 @@ def launch_of(arguments: TrainingArguments) -> str:
         kind = f"DeepSpeed ZeRO-{arguments.deepspeed_plugin.zero_stage}"
     else:
         kind = "FSDP" if uses_fsdp() else "DDP"
-    number = processes().num_processes
+    number = partial_state().num_processes
     return f"{number} processes with {kind}" if number > 1 or kind != "DDP" else "1 process"
 
 

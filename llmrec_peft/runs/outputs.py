@@ -28,7 +28,7 @@ from llmrec_peft.training.trainer import BehaviorTrainer
 
 
 @dataclass
-class Costs:
+class Timings:
     """Seconds that the parts of a run took."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def save_run(
     streams: SplitStreams,
     before: Answers | None,
     after: Answers,
-    costs: Costs,
+    timings: Timings,
     save: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle, predictions.parquet, report.md and metrics.json, in this order; returns the metrics.
@@ -88,7 +88,7 @@ def save_run(
     calibration = calibrate(run, after.valid)
     names = metric_names(streams.train, run.config.evaluation.metrics)
     metrics = _metrics(streams, names, before, after, calibration)
-    cost = _cost(trainer, costs)
+    cost = _cost(trainer, timings)
     state = trainer.model.trainable_state_dict()  # gathered, where the processes hold a part each
     if not trainer.is_world_process_zero():
         return metrics
@@ -148,8 +148,8 @@ def _metrics(
     return found | {"baselines_test": {}}
 
 
-def _cost(trainer: BehaviorTrainer, costs: Costs) -> dict[str, float | str]:
-    found: dict[str, float | str] = {f"{name}, seconds": value for name, value in costs.seconds.items()}
+def _cost(trainer: BehaviorTrainer, timings: Timings) -> dict[str, float | str]:
+    found: dict[str, float | str] = {f"{name}, seconds": value for name, value in timings.seconds.items()}
     seen = torch.tensor(trainer.targets_seen, device=trainer.args.device)
     targets = int(trainer.accelerator.reduce(seen, "sum"))
     # Both are 0 where a resumed run had no step left to take.

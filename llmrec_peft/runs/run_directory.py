@@ -14,7 +14,7 @@ from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.files import sweep, write_json, write_text
 from llmrec_peft.runs.launch_checks import check_shared, flatten
 from llmrec_peft.runs.output_paths import check_output, writing
-from llmrec_peft.training.distributed import processes, together
+from llmrec_peft.training.distributed import partial_state, raise_on_all_ranks
 from llmrec_peft.training.resume import check_checkpoint, last_checkpoint, unfinished_checkpoints
 
 # What a training recipe leaves in its output directory, and nothing else of it is ever deleted.
@@ -53,7 +53,7 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
         ConfigError: the batch does not divide over the ranks, a tracker does not exist, the output directory cannot be
             written or holds somebody else's files, or a run to resume is not there or was started with other settings.
     """
-    state = processes()
+    state = partial_state()
     ranks = state.num_processes
     if config.train.batch_size % ranks:
         raise ConfigError(
@@ -123,17 +123,17 @@ def begin_run(run: Run, fingerprint: str, launch: str) -> None:
         ConfigError: on every process, if the directory cannot be written or is not shared by all, or if a resumed run
             would train on other streams than before or be split over other processes.
     """
-    state, checkpoints = processes(), run.path("checkpoints")
-    with together():
+    state, checkpoints = partial_state(), run.path("checkpoints")
+    with raise_on_all_ranks():
         if run.config.train.resume:
             _check_resumed(run, checkpoints, fingerprint, launch)
-    with together():
+    with raise_on_all_ranks():
         if state.is_main_process:
             with writing(run.directory):
                 _make_ready(run, checkpoints)
                 write_text(config_to_yaml(_settings(run.config)), run.path(SETTINGS))
                 write_json({"streams": fingerprint, "launch": launch}, checkpoints / "streams.json")
-    with together():
+    with raise_on_all_ranks():
         check_shared(run.path(SETTINGS), state)
 
 

@@ -13,7 +13,7 @@ from llmrec_peft.evaluation.predictions import measure, metric_names
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.runs.run_directory import Run
 from llmrec_peft.runs.split_streams import SplitStreams, limited
-from llmrec_peft.training.distributed import device_arguments, processes
+from llmrec_peft.training.distributed import device_arguments, partial_state
 from llmrec_peft.training.losses import BehaviorLoss, balanced_weights
 from llmrec_peft.training.trainer import BehaviorTrainer, StopEarly
 
@@ -38,7 +38,7 @@ def training_arguments(run: Run) -> TrainingArguments:
         output_dir=str(run.path("checkpoints")),
         max_steps=train.max_steps,
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size // processes().num_processes,
+        per_device_train_batch_size=train.batch_size // partial_state().num_processes,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         optim=OPTIMIZERS[train.optimizer],

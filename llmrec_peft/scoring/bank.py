@@ -28,8 +28,8 @@ from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.scoring.chunks import Wanted, probabilities
 from llmrec_peft.scoring.engine import Engine
 from llmrec_peft.scoring.item_table import Catalogue
-from llmrec_peft.scoring.loaded_adapter import Base, Member, load_member, precision_of
-from llmrec_peft.scoring.prefix_cache import KeptTrunks
+from llmrec_peft.scoring.loaded_adapter import Base, LoadedAdapter, load_adapter, precision_of
+from llmrec_peft.scoring.prefix_cache import PrefixCache
 from llmrec_peft.scoring.prompts import Prompts
 from llmrec_peft.scoring.versions import Stamp, Versions, check_name, holds, stamp_of
 from llmrec_peft.serving.request_rules import check_count, check_list, listed_requests
@@ -90,7 +90,7 @@ class DomainBank:
         *,
         fallback: str | None = None,
         max_bytes: int | None = None,
-        kept_bytes: int = 0,
+        cache_bytes: int = 0,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attn: Literal["sdpa", "eager"] = "sdpa",
         device: str | None = None,
@@ -104,7 +104,7 @@ class DomainBank:
             items: from a domain's name to its item table (see `Catalogue.read`); domains left out take mappings only.
             fallback: the domain that answers for names that the bank does not have; None: they are an error.
             max_bytes: bundles in memory take no more; those not used for the longest are read again when asked for.
-            kept_bytes: memory for the keys and values of histories, which later requests go on from; 0 for none.
+            cache_bytes: memory for the keys and values of histories, which later requests go on from; 0 for none.
             dtype: number format of the base; by default that of the first bundle, with its 4-bit storage if any.
             attn: attention kernel.
             device: where the base goes, such as "cuda"; by default the CPU. Never run on a GPU.
@@ -133,7 +133,7 @@ class DomainBank:
             first = Path(next(iter(bundles.values())))
             precision = precision_of(first, check_bundle(first)[0]) | ({"dtype": dtype} if dtype else {})
         loaded, classifier = load_base(str(base), precision, attn, trust_remote_code, device)
-        kept = KeptTrunks(kept_bytes) if kept_bytes else None
+        kept = PrefixCache(cache_bytes) if cache_bytes else None
         engine = Engine(classifier, loaded.tokenizer.pad_token_id, kept)
         bank = cls(loaded, engine, fallback=fallback, max_bytes=max_bytes, any_dtype=dtype is not None)
         for name, directory in bundles.items():
@@ -234,7 +234,7 @@ class DomainBank:
 
         self._entry(name)
 
-        def current() -> tuple[Member, Prompts]:
+        def current() -> tuple[LoadedAdapter, Prompts]:
             with self._lock:
                 entry = self._entry(name)
                 member = self._versions.get(entry.stamp)
@@ -242,25 +242,25 @@ class DomainBank:
 
         return Scorer(self._engine, current)
 
-    def _read(self, directory: Path, catalogue: Catalogue, old: Prompts | None = None) -> tuple[_Entry, Member]:
+    def _read(self, directory: Path, catalogue: Catalogue, old: Prompts | None = None) -> tuple[_Entry, LoadedAdapter]:
         mark = stamp_of(directory)
         member = self._member(directory, mark)
         same = old is not None and old.vocabulary.domain == member.domain
         return _Entry(directory, mark, old if same else Prompts(member.vocabulary, catalogue)), member
 
-    def _member(self, directory: Path, mark: Stamp) -> Member:
+    def _member(self, directory: Path, mark: Stamp) -> LoadedAdapter:
         """The bundle in memory, or read where it is not there; who uses it puts it into memory."""
         with self._lock:
             found = self._versions.get(mark)
         if found is not None:
             return found
-        member = load_member(directory, self._base, any_dtype=self._any_dtype)
+        member = load_adapter(directory, self._base, any_dtype=self._any_dtype)
         if not holds(directory, mark):
             raise BundleError(f"bundle {directory} was changed while it was read; call swap once it is whole")
         self._engine.install(member.deltas)
         return member
 
-    def _read_again(self, entry: _Entry) -> Member:
+    def _read_again(self, entry: _Entry) -> LoadedAdapter:
         """The entry's very version, which has left memory; it is there again only where a domain uses it still."""
         if not holds(entry.directory, entry.stamp):
             raise BundleError(
@@ -326,7 +326,7 @@ class DomainBank:
         ]
         return probabilities(self._engine, wanted, batch_tokens)
 
-    def _choose(self, requests: Sequence[Request]) -> list[tuple[Request, _Entry, Member]]:
+    def _choose(self, requests: Sequence[Request]) -> list[tuple[Request, _Entry, LoadedAdapter]]:
         """The version of a bundle that answers each request: one a domain for all of this call."""
         check_list("requests", requests)
         for number, request in enumerate(requests):
@@ -348,7 +348,7 @@ class DomainBank:
                     f"request {number} is of domain {shorten(name)}, which is not in the bank; use one of "
                     f"{listed(known)}, or give the bank a fallback"
                 )
-        read: dict[Stamp, Member] = {}
+        read: dict[Stamp, LoadedAdapter] = {}
         for name, entry in entries.items():
             if held[name] is None:
                 held[name] = read.get(entry.stamp) or self._read_again(entry)

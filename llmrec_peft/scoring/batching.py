@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmrec_peft.scoring.engine import Engine, Progress, Task
-from llmrec_peft.scoring.loaded_adapter import Member
-from llmrec_peft.scoring.prompts import Event, Prompts, Trunk
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
+from llmrec_peft.scoring.prompts import Event, Prefix, Prompts
 
 
 @dataclass(frozen=True)
 class Ask:
     """One history and its candidates, as tokens, and the bundle that answers."""
 
-    member: Member
-    trunk: Trunk
+    member: LoadedAdapter
+    prefix: Prefix
     probes: list[np.ndarray]
     dropped: np.ndarray
 
 
-def ask(member: Member, prompts: Prompts, trunk: Trunk, candidates: Sequence[Event], first: int = 0) -> Ask:
+def ask(member: LoadedAdapter, prompts: Prompts, prefix: Prefix, candidates: Sequence[Event], first: int = 0) -> Ask:
     """Candidates after a history, as tokens; messages count them from `first`.
 
     Raises:
@@ -30,15 +30,15 @@ def ask(member: Member, prompts: Prompts, trunk: Trunk, candidates: Sequence[Eve
         StreamError: a candidate that does not fit the window.
     """
     probes = prompts.events(candidates, "candidates", first)
-    return Ask(member, trunk, probes, prompts.dropped(trunk, probes, first))
+    return Ask(member, prefix, probes, prompts.dropped(prefix, probes, first))
 
 
 @dataclass
 class _Shared:
-    """The task of one trunk: its different probes, by their tokens."""
+    """The task of one prefix: its different probes, by their tokens."""
 
-    trunk: tuple[np.ndarray, ...]
-    member: Member
+    prefix: tuple[np.ndarray, ...]
+    member: LoadedAdapter
     probes: list[np.ndarray] = field(default_factory=list)
     numbers: dict[bytes, int] = field(default_factory=dict)
 
@@ -63,15 +63,15 @@ class Plan:
     def __init__(self) -> None:
         self.candidates = self.probes = 0
         self._shared: dict[tuple[int, bytes], _Shared] = {}
-        self._places: list[tuple[Member, np.ndarray, list[tuple[_Shared, np.ndarray, np.ndarray]]]] = []
+        self._places: list[tuple[LoadedAdapter, np.ndarray, list[tuple[_Shared, np.ndarray, np.ndarray]]]] = []
 
     def add(self, one: Ask, out: np.ndarray) -> None:
         """Gather an ask; its calibrated probabilities go into `out`, float64 [candidates, labels]."""
         own = []
         for count in np.unique(one.dropped):
-            trunk = one.trunk.tail(int(count))
-            key = (id(one.member), np.concatenate(trunk).tobytes())
-            part = self._shared.setdefault(key, _Shared(trunk, one.member))
+            prefix = one.prefix.tail(int(count))
+            key = (id(one.member), np.concatenate(prefix).tobytes())
+            part = self._shared.setdefault(key, _Shared(prefix, one.member))
             numbers, before = np.flatnonzero(one.dropped == count), len(part.probes)
             own.append((part, numbers, np.array([part.number(one.probes[n]) for n in numbers])))
             self.probes += len(part.probes) - before
@@ -84,7 +84,7 @@ class Plan:
         Raises:
             ModelError: an answer is not a finite number.
         """
-        tasks = {id(part): Task(part.member, part.trunk, part.probes) for part in self._shared.values()}
+        tasks = {id(part): Task(part.member, part.prefix, part.probes) for part in self._shared.values()}
         engine.answer(list(tasks.values()), batch_tokens, progress)
         for member, out, own in self._places:
             logits = np.empty(out.shape, np.float32)

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from llmrec_peft.errors import DataError, LLMRecError, input_errors
 from llmrec_peft.scoring.batching import Ask, Plan, ask
 from llmrec_peft.scoring.engine import Engine
-from llmrec_peft.scoring.loaded_adapter import Member
-from llmrec_peft.scoring.prompts import Event, Prompts, Trunk
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
+from llmrec_peft.scoring.prompts import Event, Prefix, Prompts
 from llmrec_peft.serving.request_rules import check_list
 
 PART = 4096
@@ -29,7 +29,7 @@ REPEATS = 64
 class Wanted:
     """One request as a caller gives it, and the bundle that answers; `name` begins its messages."""
 
-    member: Member
+    member: LoadedAdapter
     prompts: Prompts
     history: Any
     candidates: Any
@@ -42,15 +42,15 @@ class Wanted:
             check_list("candidates", self.candidates)
             return len(self.candidates)
 
-    def trunk(self) -> Trunk:
-        """The history's tokens; raises as `Prompts.trunk` does."""
+    def prefix(self) -> Prefix:
+        """The history's tokens; raises as `Prompts.prefix` does."""
         with self.named():
-            return self.prompts.trunk(self.history, self.user)
+            return self.prompts.prefix(self.history, self.user)
 
-    def ask(self, trunk: Trunk, candidates: Sequence[Event], first: int = 0) -> Ask:
+    def ask(self, prefix: Prefix, candidates: Sequence[Event], first: int = 0) -> Ask:
         """Some of its candidates, from number `first` on, as tokens; raises as `plan.ask` does."""
         with self.named():
-            return ask(self.member, self.prompts, trunk, candidates, first)
+            return ask(self.member, self.prompts, prefix, candidates, first)
 
     def pieces(self, count: int) -> Iterator[tuple[int, list[Event]]]:
         """Its candidates by `PART`, and the number of the first of each. Raises DataError for fewer than `count`."""
@@ -83,7 +83,7 @@ def probabilities(engine: Engine, wanted: Sequence[Wanted], batch_tokens: int) -
     another, so that it is encoded once for each part that they fill.
 
     Raises:
-        DataError, DomainError, StreamError: as `Prompts.trunk` and `plan.ask` do; the message names the request.
+        DataError, DomainError, StreamError: as `Prompts.prefix` and `plan.ask` do; the message names the request.
         ModelError: an answer is not a finite number.
     """
     counts = [one.count() for one in wanted]
@@ -93,7 +93,7 @@ def probabilities(engine: Engine, wanted: Sequence[Wanted], batch_tokens: int) -
     else:
         plan = Plan()
         for one, out in zip(wanted, results, strict=True):
-            plan.add(one.ask(one.trunk(), one.candidates), out)
+            plan.add(one.ask(one.prefix(), one.candidates), out)
         plan.run(engine, batch_tokens)
     return results
 
@@ -101,13 +101,13 @@ def probabilities(engine: Engine, wanted: Sequence[Wanted], batch_tokens: int) -
 def _in_parts(engine: Engine, wanted: Sequence[Wanted], results: Sequence[np.ndarray], batch_tokens: int) -> None:
     total = sum(map(len, results))
     with _bar("checking", total) as bar:
-        trunks = [_checked(one, len(out), bar) for one, out in zip(wanted, results, strict=True)]
+        prefixes = [_checked(one, len(out), bar) for one, out in zip(wanted, results, strict=True)]
     with _bar("scoring", total) as bar:
         plan = Plan()
-        for number in _order(wanted, trunks):
+        for number in _order(wanted, prefixes):
             one, out = wanted[number], results[number]
             for first, candidates in one.pieces(len(out)):
-                plan.add(one.ask(trunks[number], candidates, first), out[first : first + len(candidates)])
+                plan.add(one.ask(prefixes[number], candidates, first), out[first : first + len(candidates)])
                 if plan.probes >= PART or plan.candidates >= REPEATS * PART:
                     _run(plan, engine, batch_tokens, bar)
                     plan = Plan()
@@ -120,20 +120,20 @@ def _run(plan: Plan, engine: Engine, batch_tokens: int, bar: tqdm) -> None:
     bar.update(goal - bar.n)  # candidates that stand twice are answered once
 
 
-def _checked(one: Wanted, count: int, bar: tqdm) -> Trunk:
-    """The trunk of a request all of whose candidates can be answered after it."""
-    trunk = one.trunk()
+def _checked(one: Wanted, count: int, bar: tqdm) -> Prefix:
+    """The prefix of a request all of whose candidates can be answered after it."""
+    prefix = one.prefix()
     for first, candidates in one.pieces(count):
-        one.ask(trunk, candidates, first)
+        one.ask(prefix, candidates, first)
         bar.update(len(candidates))
-    return trunk
+    return prefix
 
 
-def _order(wanted: Sequence[Wanted], trunks: Sequence[Trunk]) -> list[int]:
+def _order(wanted: Sequence[Wanted], prefixes: Sequence[Prefix]) -> list[int]:
     """Numbers of the requests, those of one bundle and history together."""
     together: dict[tuple[int, int], list[int]] = {}
-    for number, (one, trunk) in enumerate(zip(wanted, trunks, strict=True)):
-        history = hash(np.concatenate(trunk.tail(0)).tobytes())
+    for number, (one, prefix) in enumerate(zip(wanted, prefixes, strict=True)):
+        history = hash(np.concatenate(prefix.tail(0)).tobytes())
         together.setdefault((id(one.member), history), []).append(number)
     return [number for numbers in together.values() for number in numbers]
 

@@ -21,11 +21,11 @@ from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.last_layer import LastLayer
 from llmrec_peft.models.selftest import check_candidates
-from llmrec_peft.scoring.loaded_adapter import Member
-from llmrec_peft.scoring.prefix_cache import Kept, KeptTrunks
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
+from llmrec_peft.scoring.prefix_cache import Kept, PrefixCache
 
 ROW_TOKENS = 800
-"""Tokens of one row: its new trunk tokens and as many probes as fit, at least CHUNK_TOKENS of them; the rest follow in
+"""Tokens of one row: its new prefix tokens and as many probes as fit, at least CHUNK_TOKENS of them; the rest follow in
 rows of their own."""
 CHUNK_TOKENS = 512
 """Tokens of a row of probes alone, at most."""
@@ -35,17 +35,17 @@ Progress = Callable[[int], object]
 
 @dataclass
 class Task:
-    """One trunk and the probes that hang off its end.
+    """One prefix and the probes that hang off its end.
 
     Attributes:
         member: the bundle that answers.
-        trunk: tokens of the header and of each event with its outcome; a kept trunk may end after any of them.
+        prefix: tokens of the header and of each event with its outcome; a kept prefix may end after any of them.
         probes: tokens of each candidate with its marker.
         answers: raw logits, float32 [probes, labels], as far as they are known.
     """
 
-    member: Member
-    trunk: tuple[np.ndarray, ...]
+    member: LoadedAdapter
+    prefix: tuple[np.ndarray, ...]
     probes: Sequence[np.ndarray]
     answers: np.ndarray = field(init=False)
 
@@ -55,7 +55,7 @@ class Task:
 
 @dataclass
 class _Row:
-    """Tokens that go through the base together: what the trunk has beyond `past`, and the probes first:last."""
+    """Tokens that go through the base together: what the prefix has beyond `past`, and the probes first:last."""
 
     task: Task
     past: Kept | None
@@ -65,21 +65,21 @@ class _Row:
 
     @property
     def begin(self) -> int:
-        """Trunk tokens before this row."""
+        """Prefix tokens before this row."""
         return 0 if self.past is None else self.past.length
 
     def stream(self) -> Stream:
         build = StreamBuilder([])
         build.point = self.begin
-        trunk = np.concatenate(self.task.trunk)[self.begin :]
-        if len(trunk):
-            build.trunk(trunk)
-        alone = self.last - self.first == 1  # the only probe sees all before it, as the trunk itself would
-        lay = (lambda tokens: build.trunk(tokens)) if alone else (lambda tokens: build.probe(tokens, tokens[:0]))
+        prefix = np.concatenate(self.task.prefix)[self.begin :]
+        if len(prefix):
+            build.prefix(prefix)
+        alone = self.last - self.first == 1  # the only probe sees all before it, as the prefix itself would
+        lay = (lambda tokens: build.prefix(tokens)) if alone else (lambda tokens: build.candidate(tokens, tokens[:0]))
         markers = np.array([lay(probe) for probe in self.task.probes[self.first : self.last]], np.int64)
-        ids, positions, branch = build.arrays()
+        ids, positions, segment = build.arrays()
         zeros = np.zeros(len(markers), np.int64)
-        return Stream(ids, positions, branch, markers, zeros, zeros, np.arange(self.first, self.last))
+        return Stream(ids, positions, segment, markers, zeros, zeros, np.arange(self.first, self.last))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Span:
 
     first: int
     last: int
-    member: Member
+    member: LoadedAdapter
 
 
 class Engine:
@@ -102,7 +102,7 @@ class Engine:
         kept: histories' keys and values to go on from; None to encode each history again in each call.
     """
 
-    def __init__(self, classifier: BehaviorClassifier, pad_token_id: int, kept: KeptTrunks | None = None) -> None:
+    def __init__(self, classifier: BehaviorClassifier, pad_token_id: int, kept: PrefixCache | None = None) -> None:
         if classifier.encoder:
             raise ModelError(
                 f"base {classifier.config.model_type} reads both ways and cannot share a history among candidates; "
@@ -170,7 +170,7 @@ class Engine:
             if len(task.probes):
                 row = self._first_row(task, batch_tokens)
                 (whole if row.last == len(task.probes) else long).append(row)
-        lengths = np.array([sum(map(len, row.task.trunk)) - row.begin + self._size(row) for row in whole], np.int64)
+        lengths = np.array([sum(map(len, row.task.prefix)) - row.begin + self._size(row) for row in whole], np.int64)
         progress = progress or (lambda _count: None)
         for batch in plan_micro_batches(lengths, batch_tokens):
             rows = [whole[number] for number in batch]
@@ -186,8 +186,8 @@ class Engine:
                 progress(row.last - row.first)
 
     def _first_row(self, task: Task, batch_tokens: int) -> _Row:
-        past = None if self.kept is None else self.kept.find(task.member, task.trunk)
-        new = sum(map(len, task.trunk)) - (0 if past is None else past.length)
+        past = None if self.kept is None else self.kept.find(task.member, task.prefix)
+        new = sum(map(len, task.prefix)) - (0 if past is None else past.length)
         last = self._fitting(task, 0, min(max(ROW_TOKENS - new, CHUNK_TOKENS), batch_tokens - new))
         return _Row(task, past, 0, last, keep=last < len(task.probes) or self.kept is not None)
 
@@ -207,7 +207,7 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, rows: list[_Row]) -> list[Kept | None]:
-        """One forward pass, in which the rows of one bundle stand together; returns the trunks that rows keep."""
+        """One forward pass, in which the rows of one bundle stand together; returns the prefixes that rows keep."""
         spans: list[_Span] = []
         for number, row in enumerate(rows):
             if spans and spans[-1].member is row.task.member:
@@ -217,17 +217,17 @@ class Engine:
         batch = collate([row.stream() for row in rows], self.pad_token_id)
         device = self.classifier.device
         inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "markers")}
-        branch = None if batch["branch"] is None else batch["branch"].to(device)
+        segment = None if batch["segment"] is None else batch["segment"].to(device)
         past, seen = None, None
         if any(row.keep or row.past for row in rows):
             past, seen = Kept.together([row.past for row in rows], self.classifier.device)
-            if seen is not None and branch is None:
+            if seen is not None and segment is None:
                 sizes = [len(row.stream()) for row in rows]
-                branch = _pads(sizes, inputs["input_ids"].shape[1], device)
+                segment = _pads(sizes, inputs["input_ids"].shape[1], device)
         self._active.spans, self._active.shape = spans, tuple(inputs["input_ids"].shape)
         try:
             with self._last_layer.answers(self._answers(spans, inputs)):
-                hidden = self.classifier.hidden_states(**inputs, branch=branch, past=past, past_seen=seen).float()
+                hidden = self.classifier.hidden_states(**inputs, segment=segment, past=past, past_seen=seen).float()
         finally:
             self._active.spans = ()
         self._read(rows, spans, hidden)
@@ -251,16 +251,16 @@ class Engine:
                 row.task.answers[row.first : row.last] = values[start : start + row.last - row.first]
 
     def _keep(self, row: _Row, number: int, past: Any, seen: torch.Tensor | None) -> Kept:
-        """Keys and values of a row's whole trunk."""
+        """Keys and values of a row's whole prefix."""
         width = 0 if seen is None else seen.shape[1]
-        new = sum(map(len, row.task.trunk)) - row.begin
+        new = sum(map(len, row.task.prefix)) - row.begin
         kept = Kept.cut(past, number, row.begin, width, new)
         if self.kept is not None:
-            self.kept.put(row.task.member, row.task.trunk, kept)
+            self.kept.put(row.task.member, row.task.prefix, kept)
         return kept
 
 
 def _pads(sizes: list[int], length: int, device: torch.device) -> torch.Tensor:
-    """Branch of rows that are trunk alone, int64 [B, L]: 0, and -1 at pads."""
+    """Branch of rows that are prefix alone, int64 [B, L]: 0, and -1 at pads."""
     places = torch.arange(length, device=device)[None, :]
     return torch.where(places < torch.tensor(sizes, device=device)[:, None], 0, -1)

@@ -17,7 +17,7 @@ AT_ONCE = 4096  # items
 
 
 @torch.no_grad()
-def text_vectors(catalogue: Catalogue, vocabulary: Vocabulary, weight: torch.Tensor) -> np.ndarray:
+def embed_items(catalogue: Catalogue, vocabulary: Vocabulary, weight: torch.Tensor) -> np.ndarray:
     """float16 [items, d]: mean of the token embeddings `weight` [tokens, d] over each item's text; zeros for no text.
 
     The text is what the domain's event takes from the item table, or the title where it takes nothing.

@@ -31,7 +31,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class LoadedAdapter:
     """One version of one bundle.
 
     Attributes:
@@ -87,7 +87,7 @@ def stamp(directory: Path) -> tuple[Any, ...]:
     return (os.path.realpath(directory), *((part.st_ino, part.st_size, part.st_mtime_ns) for part in found))
 
 
-def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -> Member:
+def load_adapter(directory: str | Path, base: Base, *, any_dtype: bool = False) -> LoadedAdapter:
     """Read a bundle for a base that is loaded already, with all the checks of `load_bundle`; the base is left alone.
 
     `any_dtype` lets the base be in another number format than the bundle was trained with.
@@ -104,7 +104,7 @@ def load_member(directory: str | Path, base: Base, *, any_dtype: bool = False) -
 
 def _read_member(
     directory: Path, manifest: Mapping[str, Any], entries: Mapping[str, TensorEntry], base: Base, any_dtype: bool
-) -> Member:
+) -> LoadedAdapter:
     tuning, _ = read_options(directory, manifest)
     precision = precision_of(directory, manifest)
     _check_fits(directory, manifest, base, precision | ({"dtype": base.precision["dtype"]} if any_dtype else {}))
@@ -136,7 +136,7 @@ def _read_member(
     check_positions(base.stock.config, domain.stream.max_length)
     device = next(base.stock.parameters()).device
     head = head.float().to(device)
-    return Member(
+    return LoadedAdapter(
         directory=directory,
         version=digest(manifest),  # the same weights at another scale answer otherwise
         vocabulary=Vocabulary(domain, base.tokenizer),

@@ -1,6 +1,6 @@
 """Keys and values of encoded histories, kept so that the next request goes on from them.
 
-Shape letters: N layers, h key heads, d head width, n tokens of a trunk.
+Shape letters: N layers, h key heads, d head width, n tokens of a prefix.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmrec_peft.scoring.loaded_adapter import Member
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Keys and values of one trunk: for each layer [h, n, d] of both, on the engine's device."""
+    """Keys and values of one prefix: for each layer [h, n, d] of both, on the engine's device."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
@@ -69,7 +69,7 @@ class Kept:
 
     @staticmethod
     def cut(cache: Any, row: int, begin: int, width: int, new: int) -> Kept:
-        """A row's trunk out of a cache: `begin` tokens of its past, and `new` after the `width` places of all pasts."""
+        """A row's prefix out of a cache: `begin` tokens of its past, `new` after the `width` places of all pasts."""
 
         def part(tensor: torch.Tensor) -> torch.Tensor:
             both = [tensor[row, :, :begin], tensor[row, :, width : width + new]]
@@ -79,55 +79,55 @@ class Kept:
         return Kept(tuple(part(layer.keys) for layer in layers), tuple(part(layer.values) for layer in layers))
 
 
-class KeptTrunks:
-    """The trunks asked for last, within a number of bytes; threads may share it.
+class PrefixCache:
+    """The prefixes asked for last, within a number of bytes; threads may share it.
 
-    A trunk is found by its longest beginning that ends after the header or after an event, for the same bundle.
+    A prefix is found by its longest beginning that ends after the header or after an event, for the same bundle.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._trunks: OrderedDict[bytes, tuple[Kept, list[bytes]]] = OrderedDict()
+        self._prefixes: OrderedDict[bytes, tuple[Kept, list[bytes]]] = OrderedDict()
         self._versions: dict[bytes, str] = {}
-        self._retired: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._retired: weakref.WeakSet[LoadedAdapter] = weakref.WeakSet()
         self._beginnings: dict[bytes, tuple[bytes, int]] = {}
         self._lock = threading.Lock()
         self.size = 0
 
     def __len__(self) -> int:
-        return len(self._trunks)
+        return len(self._prefixes)
 
-    def find(self, member: Member, trunk: tuple[np.ndarray, ...]) -> Kept | None:
-        """The longest beginning of a trunk that is kept, or None."""
-        digests = _digests(member, trunk)
+    def find(self, member: LoadedAdapter, prefix: tuple[np.ndarray, ...]) -> Kept | None:
+        """The longest beginning of a prefix that is kept, or None."""
+        digests = _digests(member, prefix)
         with self._lock:
             for digest, length in reversed(digests):
                 if digest in self._beginnings:
                     owner, _ = self._beginnings[digest]
-                    self._trunks.move_to_end(owner)
-                    return self._trunks[owner][0].first(length)
+                    self._prefixes.move_to_end(owner)
+                    return self._prefixes[owner][0].first(length)
         return None
 
-    def put(self, member: Member, trunk: tuple[np.ndarray, ...], kept: Kept) -> None:
-        """Keep a trunk; what it is an extension of goes, and so do those not used for the longest."""
-        digests = _digests(member, trunk)
+    def put(self, member: LoadedAdapter, prefix: tuple[np.ndarray, ...], kept: Kept) -> None:
+        """Keep a prefix; what it is an extension of goes, and so do those not used for the longest."""
+        digests = _digests(member, prefix)
         own = digests[-1][0]
         with self._lock:
-            if own in self._trunks or kept.size > self.max_bytes or member in self._retired:
+            if own in self._prefixes or kept.size > self.max_bytes or member in self._retired:
                 return
             for digest, _ in digests[:-1]:
-                if digest in self._trunks:
+                if digest in self._prefixes:
                     self._drop(digest)
-            self._trunks[own] = (kept, [digest for digest, _ in digests])
+            self._prefixes[own] = (kept, [digest for digest, _ in digests])
             self._versions[own] = member.version
             self.size += kept.size
             for digest, length in digests:
                 self._beginnings.setdefault(digest, (own, length))
             while self.size > self.max_bytes:
-                self._drop(next(iter(self._trunks)))
+                self._drop(next(iter(self._prefixes)))
 
-    def retire(self, member: Member) -> None:
-        """Forget the trunks of a version that nobody will ask again; what calls that have begun bring is not kept."""
+    def retire(self, member: LoadedAdapter) -> None:
+        """Forget the prefixes of a version that nobody will ask again; what calls that have begun bring is not kept."""
         with self._lock:
             self._retired.add(member)
             for own in [own for own, version in self._versions.items() if version == member.version]:
@@ -136,13 +136,13 @@ class KeptTrunks:
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
-            self._trunks.clear()
+            self._prefixes.clear()
             self._versions.clear()
             self._beginnings.clear()
             self.size = 0
 
     def _drop(self, own: bytes) -> None:
-        kept, digests = self._trunks.pop(own)
+        kept, digests = self._prefixes.pop(own)
         del self._versions[own]
         self.size -= kept.size
         for digest in digests:
@@ -150,10 +150,10 @@ class KeptTrunks:
                 del self._beginnings[digest]
 
 
-def _digests(member: Member, trunk: tuple[np.ndarray, ...]) -> list[tuple[bytes, int]]:
-    """Digest and length in tokens of each beginning of a trunk, shortest first."""
+def _digests(member: LoadedAdapter, prefix: tuple[np.ndarray, ...]) -> list[tuple[bytes, int]]:
+    """Digest and length in tokens of each beginning of a prefix, shortest first."""
     digest, length, found = hashlib.blake2b(member.version.encode(), digest_size=16), 0, []
-    for piece in trunk:
+    for piece in prefix:
         digest.update(np.ascontiguousarray(piece, np.int32).tobytes())
         length += len(piece)
         found.append((digest.copy().digest(), length))

@@ -26,7 +26,7 @@ KNOWN_EVENTS = 20_000
 
 
 @dataclass(frozen=True)
-class Trunk:
+class Prefix:
     """What all candidates of one request see: tokens of the header, and of each history event with its outcome."""
 
     header: np.ndarray
@@ -57,7 +57,7 @@ class Prompts:
 
     # -- what a caller gives -------------------------------------------------------------------
 
-    def trunk(self, history: Sequence[tuple[Event, str]], user: Mapping[str, Any] | None = None) -> Trunk:
+    def prefix(self, history: Sequence[tuple[Event, str]], user: Mapping[str, Any] | None = None) -> Prefix:
         """Tokens of a header and of the newest events that a window has room for by number.
 
         Args:
@@ -79,7 +79,7 @@ class Prompts:
             np.concatenate([tokens, words[self._classes[label]]])
             for tokens, (_, label) in zip(texts, seen, strict=True)
         )
-        return Trunk(np.concatenate([self.vocabulary.prefix, self._header(columns)]), events)
+        return Prefix(np.concatenate([self.vocabulary.prefix, self._header(columns)]), events)
 
     def pairs(self, history: Sequence[tuple[Event, str]]) -> list[tuple[str | dict[str, Any], str]]:
         """The entries of a history, plain; see `RequestRules.pairs`."""
@@ -159,7 +159,7 @@ class Prompts:
             )
         return {name: self.catalogue.take(name, rows) for name in names}
 
-    def dropped(self, trunk: Trunk, probes: Sequence[np.ndarray], first: int = 0) -> np.ndarray:
+    def dropped(self, prefix: Prefix, probes: Sequence[np.ndarray], first: int = 0) -> np.ndarray:
         """How many of the oldest history events each probe leaves out to fit `stream.max_length`, int64 [probes].
 
         It depends on the probe itself and on no other, so that an answer is the same whatever it is asked with.
@@ -169,6 +169,6 @@ class Prompts:
             StreamError: a probe that does not fit even without history.
         """
         return events_to_drop(
-            trunk.header, trunk.events, probes, len(self.vocabulary.suffix), self.domain.stream.max_length,
+            prefix.header, prefix.events, probes, len(self.vocabulary.suffix), self.domain.stream.max_length,
             self.domain.name, first,
         )  # fmt: skip

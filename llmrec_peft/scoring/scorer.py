@@ -21,14 +21,14 @@ from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.recommender import Recommendation, Recommender
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY as EVIDENCE
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.scoring.bank import BATCH_TOKENS, Items, load_base
 from llmrec_peft.scoring.chunks import Wanted, probabilities
 from llmrec_peft.scoring.engine import Engine
-from llmrec_peft.scoring.item_embeddings import text_vectors
+from llmrec_peft.scoring.item_embeddings import embed_items
 from llmrec_peft.scoring.item_table import Catalogue
-from llmrec_peft.scoring.loaded_adapter import Member, load_member, precision_of
-from llmrec_peft.scoring.prefix_cache import KeptTrunks
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter, load_adapter, precision_of
+from llmrec_peft.scoring.prefix_cache import PrefixCache
 from llmrec_peft.scoring.prompts import Event, Prompts
 from llmrec_peft.serving.request_rules import check_count, listed_requests
 
@@ -39,15 +39,15 @@ KEPT_BYTES = 512 * 1024**2
 class Scorer:
     """Probabilities of a domain's labels for candidates of one user after another.
 
-    It keeps the histories that it was asked for last, within `kept_bytes`: candidates of the same history, or of one
+    It keeps the histories that it was asked for last, within `cache_bytes`: candidates of the same history, or of one
     that has grown by an event, cost their own tokens alone. Threads may share one. A float32 LoRA bundle's update is
     put into the scorer's own copy of the weights, since no other bundle shares them.
     """
 
-    def __init__(self, engine: Engine, current: Callable[[], tuple[Member, Prompts]]) -> None:
+    def __init__(self, engine: Engine, current: Callable[[], tuple[LoadedAdapter, Prompts]]) -> None:
         """For `load` and `DomainBank.scorer`; `current` gives the bundle that answers, and its words."""
         self._engine, self._current = engine, current
-        self.evidence: Evidence | None = None
+        self.retrieval_index: RetrievalIndex | None = None
         self.fusion: Fusion | None = None
         self._recommender: tuple[Any, Recommender] | None = None
 
@@ -61,7 +61,7 @@ class Scorer:
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attn: Literal["sdpa", "eager"] = "sdpa",
         device: str | None = None,
-        kept_bytes: int = KEPT_BYTES,
+        cache_bytes: int = KEPT_BYTES,
         retrieval: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> Scorer:
@@ -74,7 +74,7 @@ class Scorer:
             dtype: number format of the base; by default the one that the bundle was trained with.
             attn: attention kernel.
             device: such as "cuda"; by default the CPU. Never run on a GPU.
-            kept_bytes: memory for histories; 0 encodes each history again in each call.
+            cache_bytes: memory for histories; 0 encodes each history again in each call.
             retrieval: directory of what a log says of its items (`recipes/index.py`), for `recommend`; by default
                 the one inside `directory`, if there is one.
             trust_remote_code: allow the base's own code to run.
@@ -97,7 +97,7 @@ class Scorer:
             engine = Engine(classifier.to(device) if device else classifier, tokenizer.pad_token_id)
             head = classifier.head.weight.detach().float()
             version, size = digest(bundle.manifest), head.numel() * head.element_size()
-            member = Member(directory, version, Vocabulary(domain, tokenizer), calibration, head, {}, size)
+            member = LoadedAdapter(directory, version, Vocabulary(domain, tokenizer), calibration, head, {}, size)
             check_positions(classifier.config, domain.stream.max_length)
         else:
             precision = precision_of(directory, manifest) | ({} if dtype is None else {"dtype": dtype})
@@ -106,14 +106,14 @@ class Scorer:
                 source, precision, attn, trust_remote_code, device, manifest["model_options"].get("gguf_file")
             )
             engine = Engine(classifier, loaded.tokenizer.pad_token_id)
-            member = load_member(directory, loaded, any_dtype=dtype is not None)
+            member = load_adapter(directory, loaded, any_dtype=dtype is not None)
             engine.install(member.deltas)
-        engine.kept = KeptTrunks(kept_bytes) if kept_bytes else None
+        engine.kept = PrefixCache(cache_bytes) if cache_bytes else None
         prompts = Prompts(member.vocabulary, catalogue)
         scorer = cls(engine, lambda: (member, prompts))
         place = directory / EVIDENCE if retrieval is None else Path(retrieval)
         if retrieval is not None or place.is_dir():
-            scorer.evidence, scorer.fusion = Evidence.load(place, adapter=adapter_of(manifest))
+            scorer.retrieval_index, scorer.fusion = RetrievalIndex.load(place, adapter=adapter_of(manifest))
         return scorer
 
     @property
@@ -190,15 +190,15 @@ class Scorer:
 
     def recommender(self) -> Recommender:
         """What `recommend` ranks by, with this scorer's evidence and fusion."""
-        parts = (self.catalogue, self.evidence, self.fusion)
+        parts = (self.catalogue, self.retrieval_index, self.fusion)
         if self._recommender is None or any(a is not b for a, b in zip(self._recommender[0], parts, strict=True)):
-            self._recommender = (parts, Recommender(self, self.evidence, self.fusion))
+            self._recommender = (parts, Recommender(self, self.retrieval_index, self.fusion))
         return self._recommender[1]
 
-    def text_vectors(self) -> np.ndarray:
+    def embed_items(self) -> np.ndarray:
         """Vectors of the texts of the item table, float16 [items, width of the base]; see `scoring.item_embeddings`."""
         weight = self._engine.classifier.stock.get_input_embeddings().weight
-        return text_vectors(self.catalogue, self.prompts.vocabulary, weight)
+        return embed_items(self.catalogue, self.prompts.vocabulary, weight)
 
     def _answer(self, wanted: list[Wanted], batch_tokens: int) -> list[np.ndarray]:
         check_count("batch_tokens", batch_tokens, DataError, f"leave it out for {BATCH_TOKENS}")

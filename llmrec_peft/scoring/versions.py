@@ -9,7 +9,7 @@ from typing import Any
 
 from llmrec_peft.data.tables import shorten
 from llmrec_peft.errors import BundleError, DataError
-from llmrec_peft.scoring.loaded_adapter import Member, stamp
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter, stamp
 
 Stamp = tuple[Any, ...]
 """What `member.stamp` gives for a bundle's directory; another stamp is another version."""
@@ -29,12 +29,12 @@ class Versions:
         on_drop: called with each version that leaves memory for good.
     """
 
-    def __init__(self, max_bytes: int | None = None, on_drop: Callable[[Member], None] | None = None) -> None:
+    def __init__(self, max_bytes: int | None = None, on_drop: Callable[[LoadedAdapter], None] | None = None) -> None:
         self._max_bytes, self._on_drop = max_bytes, on_drop
-        self._members: OrderedDict[Stamp, Member] = OrderedDict()
+        self._members: OrderedDict[Stamp, LoadedAdapter] = OrderedDict()
         self._ahead: set[Stamp] = set()
 
-    def get(self, stamp: Stamp) -> Member | None:
+    def get(self, stamp: Stamp) -> LoadedAdapter | None:
         """The version in memory, or None; it counts as used now."""
         if stamp not in self._members:
             return None
@@ -45,7 +45,7 @@ class Versions:
         """Bytes of a version; 0 if it is not in memory."""
         return self._members[stamp].size if stamp in self._members else 0
 
-    def put(self, stamp: Stamp, member: Member, *, ahead: bool = False) -> None:
+    def put(self, stamp: Stamp, member: LoadedAdapter, *, ahead: bool = False) -> None:
         """Keep a version for the domain that uses it; `ahead` of its first use, for the one that will."""
         self._members.setdefault(stamp, member)
         self._members.move_to_end(stamp)

@@ -15,8 +15,10 @@ from llmrec_peft.data.batches import PAD, plan_micro_batches
 from llmrec_peft.data.layout import Stream
 from llmrec_peft.errors import BundleError, ModelError
 
-INPUTS = ("input_ids", "position_ids", "branch", "markers")
-"""int64 [B, L] three times, and int64 [T], flat indices b * L + l. The graph makes the attention mask of `branch`."""
+INPUTS = ("input_ids", "position_ids", "segment", "markers")
+"""int64 [B, L] three times, and int64 [T], flat indices b * L + l. The graph makes the attention mask of `segment`."""
+OLD_INPUTS = ("input_ids", "position_ids", "branch", "markers")
+"""Names in exports of version 0.1.0."""
 OUTPUT = "logits"
 """float32 [T, C]."""
 
@@ -49,7 +51,7 @@ class Graph:
                 f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__} ({reason}); export again"
             ) from None
         names = tuple(entry.name for entry in self._session.get_inputs())
-        if names != INPUTS:
+        if names not in (INPUTS, OLD_INPUTS):
             raise BundleError(f"{path} has the inputs {names}, and {INPUTS} belong there; export again")
         outputs = {entry.name: entry.shape for entry in self._session.get_outputs()}
         shape = outputs.get(OUTPUT)
@@ -58,7 +60,7 @@ class Graph:
                 f"{path} has the outputs {outputs}, and {OUTPUT} [answers, {labels or 'labels'}] belongs there; export "
                 "again"
             )
-        self._pad = pad
+        self._pad, self._inputs = pad, names
 
     def answers(self, streams: Sequence[Stream], batch_tokens: int) -> np.ndarray:
         """Logits of all markers of all streams in order, float32 [T, C].
@@ -84,12 +86,12 @@ class Graph:
     def _run(self, streams: list[Stream]) -> np.ndarray:
         length = max(map(len, streams))
         ids = np.full((len(streams), length), self._pad, np.int64)
-        positions, branch = np.zeros_like(ids), np.full_like(ids, PAD)
+        positions, segment = np.zeros_like(ids), np.full_like(ids, PAD)
         markers = []
         for row, stream in enumerate(streams):
             size = len(stream)
             ids[row, :size], positions[row, :size] = stream.input_ids, stream.position_ids
-            branch[row, :size] = stream.branch
+            segment[row, :size] = stream.segment
             markers.append(stream.markers + row * length)
-        values = (ids, positions, branch, np.concatenate(markers).astype(np.int64))
-        return self._session.run([OUTPUT], dict(zip(INPUTS, values, strict=True)))[0]
+        values = (ids, positions, segment, np.concatenate(markers).astype(np.int64))
+        return self._session.run([OUTPUT], dict(zip(self._inputs, values, strict=True)))[0]

@@ -30,9 +30,9 @@ BATCH_TOKENS = 4096
 
 @dataclass
 class _Task:
-    """One trunk and its different probes, by their tokens."""
+    """One prefix and its different probes, by their tokens."""
 
-    trunk: np.ndarray
+    prefix: np.ndarray
     probes: list[np.ndarray] = field(default_factory=list)
     numbers: dict[bytes, int] = field(default_factory=dict)
     answers: np.ndarray | None = None
@@ -172,8 +172,8 @@ class OnnxScorer:
         for ask in asks:
             own = []
             for count in np.unique(ask.dropped):
-                trunk = ask.trunk(int(count))
-                task = tasks.setdefault(trunk.tobytes(), _Task(trunk))
+                prefix = ask.prefix(int(count))
+                task = tasks.setdefault(prefix.tobytes(), _Task(prefix))
                 numbers = np.flatnonzero(ask.dropped == count)
                 own.append((task, numbers, np.array([task.number(ask.probes[number]) for number in numbers])))
             places.append(own)
@@ -194,7 +194,7 @@ class OnnxScorer:
             task.answers = np.empty((len(task.probes), len(self.labels)), np.float32)
             for first, last in task.rows(min(PROBE_TOKENS, batch_tokens)):
                 rows.append((task, first, last))
-                tokens += len(task.trunk) + sum(map(len, task.probes[first:last]))
+                tokens += len(task.prefix) + sum(map(len, task.probes[first:last]))
                 if tokens >= 8 * batch_tokens:  # enough to find rows of like length among
                     self._pass(rows, batch_tokens)
                     rows, tokens = [], 0
@@ -203,7 +203,7 @@ class OnnxScorer:
     def _pass(self, rows: list[tuple[_Task, int, int]], batch_tokens: int) -> None:
         if not rows:
             return
-        streams = [_stream(task.trunk, task.probes[first:last]) for task, first, last in rows]
+        streams = [_stream(task.prefix, task.probes[first:last]) for task, first, last in rows]
         logits = self._graph.answers(streams, batch_tokens)
         start = 0
         for task, first, last in rows:
@@ -215,10 +215,10 @@ class OnnxScorer:
         return calibrated(logits, self._temperature, self._bias)
 
 
-def _stream(trunk: np.ndarray, probes: Sequence[np.ndarray]) -> Stream:
-    """A row: the trunk, and probes that hang off its end."""
-    build = StreamBuilder([trunk] if len(trunk) else [])
-    markers = np.array([build.probe(probe, probe[:0]) for probe in probes], np.int64)
-    ids, positions, branch = build.arrays()
+def _stream(prefix: np.ndarray, probes: Sequence[np.ndarray]) -> Stream:
+    """A row: the prefix, and probes that hang off its end."""
+    build = StreamBuilder([prefix] if len(prefix) else [])
+    markers = np.array([build.candidate(probe, probe[:0]) for probe in probes], np.int64)
+    ids, positions, segment = build.arrays()
     zeros = np.zeros(len(markers), np.int64)
-    return Stream(ids, positions, branch, markers, zeros, zeros, zeros)
+    return Stream(ids, positions, segment, markers, zeros, zeros, zeros)

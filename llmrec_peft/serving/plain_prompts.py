@@ -37,7 +37,7 @@ class Ask:
     probes: list[np.ndarray]
     dropped: np.ndarray
 
-    def trunk(self, dropped: int) -> np.ndarray:
+    def prefix(self, dropped: int) -> np.ndarray:
         """Tokens of the header and the events without the oldest `dropped`."""
         return np.concatenate([self.header, *self.events[dropped:]])
 
@@ -81,14 +81,14 @@ class Prompts:
             StreamError: a candidate that does not fit the window.
         """
         candidates, history = self._rules.events(candidates, "candidates"), self._rules.pairs(history)
-        events, header = self._trunk(history), self._header(self._rules.user(user))
+        events, header = self._prefix(history), self._header(self._rules.user(user))
         probes = self._texts(candidates, "candidates")
         suffix = len(self.words.suffix)
         return Ask(header, events, probes, events_to_drop(header, events, probes, suffix, self._max_length, self.name))
 
     # -- history -------------------------------------------------------------------------------
 
-    def _trunk(self, pairs: list[tuple[Event, str]]) -> tuple[np.ndarray, ...]:
+    def _prefix(self, pairs: list[tuple[Event, str]]) -> tuple[np.ndarray, ...]:
         # Also before the window: whether an id is known must not depend on how much came after it.
         ids = [event for event, _ in pairs if isinstance(event, str)]
         if self._is_text_of_ids():
@@ -209,7 +209,7 @@ def events_to_drop(
     """
     sizes = np.array([0, *map(len, events)])
     total = np.cumsum(sizes)
-    rest = len(header) + total[-1] - total  # tokens of the trunk without the oldest 0, 1, 2, ... events
+    rest = len(header) + total[-1] - total  # tokens of the prefix without the oldest 0, 1, 2, ... events
     lengths = np.fromiter(map(len, probes), np.int64, len(probes)) + suffix
     over = np.flatnonzero(lengths + rest[-1] > limit)
     if len(over):

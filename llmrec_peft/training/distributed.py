@@ -47,7 +47,7 @@ def device_arguments() -> dict[str, Any]:
     return {"use_cpu": True} if on_cpu() else {}
 
 
-def processes() -> PartialState:
+def partial_state() -> PartialState:
     """State of this launch: rank, number of processes, device. The first call joins the processes.
 
     Raises:
@@ -81,12 +81,12 @@ def _require_deepspeed() -> None:
 
 
 @contextmanager
-def joined() -> Iterator[PartialState]:
+def distributed_session() -> Iterator[PartialState]:
     """Join the processes, and part from them when all is done.
 
     After an error they are left as they are: a process that waits for one that has failed would wait for ever.
     """
-    state = processes()
+    state = partial_state()
     yield state
     state.wait_for_everyone()
     _part(state)
@@ -104,13 +104,13 @@ def _part(state: PartialState) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """What fails on one process fails on all when the block ends, so that none waits for one that has gone.
 
     Raises:
         LLMRecError: the process's own error, or else that of the first process that has one, with its rank.
     """
-    state = processes()
+    state = partial_state()
     own: Exception | None = None
     try:
         yield
@@ -137,9 +137,9 @@ def together() -> Iterator[None]:
     raise shared from own
 
 
-def check_same(facts: Mapping[str, str], advice: str) -> None:
+def check_ranks_equal(facts: Mapping[str, str], advice: str) -> None:
     """Raise ConfigError, on every process, where a fact is not the same on all of them."""
-    with together():
+    with raise_on_all_ranks():
         found = gather_object([dict(facts)])
         for rank, other in enumerate(found):
             for name in sorted(found[0].keys() | other.keys()):

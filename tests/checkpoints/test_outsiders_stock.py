@@ -287,8 +287,8 @@ def test_a_base_without_sdpa_merges_and_loads_again(kind, tmp_path):
 @pytest.mark.parametrize("name", ["T5Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer"])
 def test_classes_that_make_their_own_post_processor(name, tmp_path):
     """T5's puts `</s>` back whenever it is loaded; Llama's, Qwen's and GPT-2's go by what was saved."""
-    signs = sorted({*"abcdefghijklmnopqrstuvwxyz", *map(chr, range(33, 127)), "▁", "Ġ", "Ċ", "\n"})
-    words = ["<pad>", "</s>", "<unk>", "<s>", "<|endoftext|>", *signs]
+    feedback = sorted({*"abcdefghijklmnopqrstuvwxyz", *map(chr, range(33, 127)), "▁", "Ġ", "Ċ", "\n"})
+    words = ["<pad>", "</s>", "<unk>", "<s>", "<|endoftext|>", *feedback]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
     options = {"vocab": vocabulary, "merges": [], "add_eos_token": True, "pad_token": "<pad>"}
     if name == "T5Tokenizer":

@@ -10,15 +10,15 @@ from llmrec_peft.data.collator import PAD, StreamCollator, collate, plan_micro_b
 from llmrec_peft.data.streams import Stream
 
 
-def stream(length, *, probe=0, seed=0, markers=None, target=0):
-    """A stream of random tokens whose last `probe` tokens are a probe."""
+def stream(length, *, candidate=0, seed=0, markers=None, target=0):
+    """A stream of random tokens whose last `candidate` tokens are a candidate."""
     rng = np.random.default_rng([seed, length])
-    branch = np.zeros(length, np.int32)
-    if probe:
-        branch[-probe:] = 1
+    segment = np.zeros(length, np.int32)
+    if candidate:
+        segment[-candidate:] = 1
     markers = np.array([length - 1] if markers is None else markers)
     count = len(markers)
-    return Stream(rng.integers(5, 99, length).astype(np.int32), np.arange(length, dtype=np.int32), branch, markers,
+    return Stream(rng.integers(5, 99, length).astype(np.int32), np.arange(length, dtype=np.int32), segment, markers,
                   rng.integers(0, 2, count), np.arange(count) // 2, np.arange(target, target + count))  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_padding_is_under_five_percent(shape):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate_keeps_every_stream(side):
-    streams = [stream(5, target=0), stream(9, probe=3, markers=[4, 8], target=1), stream(2, target=3)]
+    streams = [stream(5, target=0), stream(9, candidate=3, markers=[4, 8], target=1), stream(2, target=3)]
     batch = collate(streams, 77, padding_side=side)
     assert batch["input_ids"].shape == (3, 9) and batch["targets"].tolist() == [0, 1, 2, 3]
     answer = 0
@@ -57,8 +57,8 @@ def test_collate_keeps_every_stream(side):
         outside[span] = False
         assert batch["input_ids"][row, span].tolist() == one.input_ids.tolist()
         assert batch["position_ids"][row, span].tolist() == one.position_ids.tolist()
-        assert batch["branch"][row, span].tolist() == one.branch.tolist()
-        assert (batch["input_ids"][row, outside] == 77).all() and (batch["branch"][row, outside] == PAD).all()
+        assert batch["segment"][row, span].tolist() == one.segment.tolist()
+        assert (batch["input_ids"][row, outside] == 77).all() and (batch["segment"][row, outside] == PAD).all()
         if side == "left":
             assert batch["attention_mask"][row].tolist() == (~outside).astype(int).tolist()
         for number in range(len(one.markers)):
@@ -70,14 +70,14 @@ def test_collate_keeps_every_stream(side):
     assert all(value is None or value.dtype == torch.int64 for value in batch.values())
 
 
-def test_plain_batches_need_no_mask_and_no_branch():
+def test_plain_batches_need_no_mask_and_no_segment():
     streams = [stream(5), stream(9), stream(2)]
     right, left = (collate(streams, 0, padding_side=side) for side in ("right", "left"))
-    assert right["branch"] is None and right["attention_mask"] is None
-    assert left["branch"] is None and left["attention_mask"].sum() == 16
+    assert right["segment"] is None and right["attention_mask"] is None
+    assert left["segment"] is None and left["attention_mask"].sum() == 16
     assert collate(streams[:1], 0, padding_side="left")["attention_mask"] is None
     assert collate(streams, 0, mask=True)["attention_mask"].sum() == 16
-    assert collate([*streams, stream(4, probe=2)], 0)["branch"] is not None
+    assert collate([*streams, stream(4, candidate=2)], 0)["segment"] is not None
 
 
 def test_lists_of_different_streams_stay_apart():

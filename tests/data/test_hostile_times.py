@@ -17,7 +17,7 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.times import check_moment
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.retrieval.collaborative import Popularity
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 
 SECONDS = np.array([1_577_934_245, 1_578_020_645, 1_578_107_045])
 DATES = ("2020-01-02 03:04:05", "2020-01-03 03:04:05", "2020-01-04 03:04:05")
@@ -165,7 +165,7 @@ def test_no_half_life_without_dates():
         with pytest.MonkeyPatch.context() as patch:
             choose = lambda *given, asked=asked: asked.append(1)  # noqa: E731
             patch.setattr("llmrec_peft.retrieval.retrieval_index.choose_half_life", choose)
-            Evidence.fit(log, np.arange(300), np.ones(300, int))
+            RetrievalIndex.fit(log, np.arange(300), np.ones(300, int))
         found[name] = len(asked)
     assert found == {"order": 0, "dated": 1} and Popularity().half_life is None
 

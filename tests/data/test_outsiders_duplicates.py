@@ -16,7 +16,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.errors import DomainError
-from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.runs.logged_events import LoggedEvents
 
 DOMAIN = {
@@ -80,7 +80,7 @@ def test_order_keeps_one_row_of_each_event(tiny_tokenizer, case, unlabelled):
 def test_all_that_reads_the_log_keeps_the_same_rows(case):
     """Collaborative models, histories of recommendations and baselines read labels by the same rule as the streams."""
     log, rows = repeating(case)
-    for classes in (domain().classes(log), signs(log, domain()), LoggedEvents(log, domain()).classes):
+    for classes in (domain().classes(log), feedback(log, domain()), LoggedEvents(log, domain()).classes):
         assert (classes[rows] >= 0).sum(1).tolist() == [1] * 4
         assert (classes[rows[:, KEPT[case]]] >= 0).all()
         assert (classes[log.item_codes != 5] >= 0).all()

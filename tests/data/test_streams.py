@@ -98,7 +98,7 @@ def check(split, streams, domain, tokenizer, unlabelled=False):
             assert streams.target_labels[target] == answer.label and streams.sampled[target] == answer.sampled
             assert moments.setdefault(answer.moment, int(stream.lists[number])) == stream.lists[number]
         seen += stream.targets.tolist()
-        check_probes(stream)
+        check_candidates(stream)
     assert seen == list(range(streams.num_targets))
     assert len(set(moments.values())) == len(moments)
     own = streams.target_rows[~streams.sampled].tolist()
@@ -107,12 +107,12 @@ def check(split, streams, domain, tokenizer, unlabelled=False):
     return naive
 
 
-def check_probes(stream):
-    """Each probe is one unbroken run that holds exactly one answer, at its end."""
-    for branch in set(stream.branch.tolist()) - {0}:
-        places = np.flatnonzero(stream.branch == branch)
+def check_candidates(stream):
+    """Each candidate is one unbroken run that holds exactly one answer, at its end."""
+    for segment in set(stream.segment.tolist()) - {0}:
+        places = np.flatnonzero(stream.segment == segment)
         assert places.tolist() == list(range(places[0], places[-1] + 1))
-        assert [m for m in stream.markers.tolist() if stream.branch[m] == branch] == [places[-1]]
+        assert [m for m in stream.markers.tolist() if stream.segment[m] == segment] == [places[-1]]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,7 +126,7 @@ def test_streams_are_the_plain_reading_of_the_log(case, small_log, tiny_tokenize
 @pytest.mark.parametrize("case", ["order", "isolate", "tight", "likes alone", "three labels, isolate", "by user",
                                   "negatives", "negatives, isolate"])  # fmt: skip
 def test_rows_without_a_label_can_be_asked_about(case, small_tables, tiny_tokenizer):
-    """They are probes of class -1, and every other answer is what it was."""
+    """They are candidates of class -1, and every other answer is what it was."""
     interactions, items = small_tables
     rng = np.random.default_rng(7)
     ratings = pa.array(interactions["rating"].to_numpy(), mask=rng.random(len(interactions)) < 0.3)
@@ -197,17 +197,17 @@ def test_an_isolated_basket_sees_nothing_of_itself(small_tables, tiny_tokenizer)
     compared = 0
     for stream in (streams[n] for n in range(len(streams))):
         for alike in (np.flatnonzero(stream.lists == number) for number in set(stream.lists.tolist())):
-            starts = {stream.position_ids[stream.branch == stream.branch[m]][0] for m in stream.markers[alike]}
+            starts = {stream.position_ids[stream.segment == stream.segment[m]][0] for m in stream.markers[alike]}
             if len(alike) > 1:
                 compared += 1
-                assert len(starts) == 1 and (stream.branch[stream.markers[alike]] > 0).all()
+                assert len(starts) == 1 and (stream.segment[stream.markers[alike]] > 0).all()
     assert compared > 10
 
 
-def test_order_without_negatives_is_a_trunk_alone(small_log, tiny_tokenizer):
+def test_order_without_negatives_is_a_prefix_alone(small_log, tiny_tokenizer):
     for _, streams in parts(small_log(), Domain.from_dict(BASE), tiny_tokenizer):
         for stream in (streams[n] for n in range(len(streams))):
-            assert not stream.branch.any()
+            assert not stream.segment.any()
             assert stream.position_ids.tolist() == list(range(len(stream)))
 
 
@@ -353,7 +353,7 @@ def test_independent_prompts_are_the_plain_prompts(case, small_log, tiny_tokeniz
             for number, answer in enumerate(answers):
                 prompt = alone[number]
                 assert prompt.input_ids.tolist() == answer.prompt and prompt.labels.tolist() == [answer.label]
-                assert prompt.markers.tolist() == [len(answer.prompt) - 1] and not prompt.branch.any()
+                assert prompt.markers.tolist() == [len(answer.prompt) - 1] and not prompt.segment.any()
                 assert len(prompt) <= alone.lengths[number]
 
 

@@ -16,7 +16,7 @@ from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import export as export_module
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
 from llmrec_peft.distillation.export import export_onnx
-from llmrec_peft.distillation.student_checkpoint import Lesson, save_student
+from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
 from llmrec_peft.distillation.students import start_ids
 from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.merging.merging import merge_bundle
@@ -96,7 +96,7 @@ def test_a_student_of_item_ids(tmp_path, items):  # noqa: F811
     with torch.no_grad():
         for value in classifier.parameters():
             value.add_(0.2 * torch.randn(value.shape))
-    save_student(tmp_path / "student", classifier, domain.to_dict(), Lesson(options, LossOptions()))
+    save_student(tmp_path / "student", classifier, domain.to_dict(), StudentMetadata(options, LossOptions()))
     export_onnx(tmp_path / "student", tmp_path / "onnx")
     expected = Scorer.load(tmp_path / "student", items)
     for table in (None, items.to_pylist()):

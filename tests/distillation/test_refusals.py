@@ -7,7 +7,7 @@ import pytest
 from llmrec_peft import Domain, distill
 from llmrec_peft.config.schema import DistillConfig, read_config
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
-from llmrec_peft.distillation.student_checkpoint import Lesson, save_student
+from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
 from llmrec_peft.distillation.students import start_ids
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.classifier import load_classifier
@@ -57,7 +57,7 @@ def test_a_teacher_of_ids_has_no_student_of_texts(small_log, tiny_base, teach, o
     domain, options = Domain.from_dict(DOMAINS["movies"]).of_ids(4, 6), StudentOptions(width=16, heads=2)
     start_ids(small_log().items.column("item_id"), domain, options, 0, tmp_path / "start")
     classifier = load_classifier(str(tmp_path / "start"), domain, "full")
-    save_student(tmp_path / "student", classifier, domain.to_dict(), Lesson(options, LossOptions()))
+    save_student(tmp_path / "student", classifier, domain.to_dict(), StudentMetadata(options, LossOptions()))
     flags = {"student.kind": "small", "student.base": tiny_base()}
     with pytest.raises(ConfigError, match="student.kind small reads item texts, and teacher .* reads item ids; choose"):
         teach(tmp_path / "student", **flags)

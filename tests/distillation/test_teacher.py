@@ -77,7 +77,7 @@ def test_hidden_states_are_those_at_the_markers(taught, tmp_path):
     with torch.no_grad():
         inputs = {key: value for key, value in batch.items() if value is not None}
         top = teacher.classifier.hidden_states(
-            inputs["input_ids"], inputs["position_ids"], inputs["markers"], None, inputs.get("branch")
+            inputs["input_ids"], inputs["position_ids"], inputs["markers"], None, inputs.get("segment")
         )
     kept = found.hidden[found.rows[batch["targets"].numpy()]]
     np.testing.assert_allclose(kept[:, 1], top.numpy(), atol=5e-3, rtol=5e-3)  # float16
@@ -138,7 +138,7 @@ def test_somebody_elses_directory_is_left_alone(taught, tmp_path):
 
 
 def test_items_side_by_side_read_as_each_alone(taught, domains):
-    """One item after another as its own prompt, against all of them as probes on one header."""
+    """One item after another as its own prompt, against all of them as candidates on one header."""
     teacher, streams = taught
     vocabulary = Vocabulary(domains["movies"], teacher.tokenizer)
     columns = {name: streams.log.items.column(name).combine_chunks() for name in domains["movies"].event_columns}

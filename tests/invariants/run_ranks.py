@@ -15,7 +15,7 @@ import torch
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.models.base import load_tokenizer
-from llmrec_peft.training.distributed import joined
+from llmrec_peft.training.distributed import distributed_session
 from tests.invariants.setup_run import DOMAIN, losses_of, make_trainer, splits, trained
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     """Run the cases one after another."""
     torch.set_num_threads(1)
     base, output, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    with joined() as state:
+    with distributed_session() as state:
         tokenizer = load_tokenizer(base)
         valid = build_streams(splits().valid, Domain.from_dict(DOMAIN), tokenizer)
         for name, settings in cases:

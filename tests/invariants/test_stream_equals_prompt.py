@@ -27,8 +27,8 @@ MODELS += [
     ("mistral", "full", "eager"),
 ]
 SHAPES = {
-    "trunk": {"simultaneous": "order"},
-    "probes": {"simultaneous": "isolate", "negatives": {"per_positive": 1}},
+    "prefix": {"simultaneous": "order"},
+    "candidates": {"simultaneous": "isolate", "negatives": {"per_positive": 1}},
 }
 TOLERANCE = 1e-4
 
@@ -53,7 +53,7 @@ def make(tiny_base):
 
     def factory(kind="llama", method="lora", **options):
         torch.manual_seed(0)
-        classifier = load_classifier(str(tiny_base(kind)), domain_of("trunk"), method, **options)
+        classifier = load_classifier(str(tiny_base(kind)), domain_of("prefix"), method, **options)
         with torch.no_grad():
             for value in classifier.parameters():
                 if value.requires_grad:
@@ -118,15 +118,15 @@ def test_a_changed_history_changes_the_answer(kind, make, case):
         assert len(chosen) > 5 and gap.median() > 10 * TOLERANCE
 
 
-def test_a_probe_that_others_could_see_would_show(make, case, tiny_tokenizer):
-    """Without the mask of branches the answers differ by far more than the tolerance."""
+def test_a_candidate_that_others_could_see_would_show(make, case, tiny_tokenizer):
+    """Without the mask of segments the answers differ by far more than the tolerance."""
     classifier = make()
-    streams, prompts = case("probes")
+    streams, prompts = case("candidates")
     batch = collate(streams, tiny_tokenizer.pad_token_id)
     expected = one_by_one(classifier, [prompt for window in prompts for prompt in window])
-    open_to_all = batch["branch"].clamp(max=0)
+    open_to_all = batch["segment"].clamp(max=0)
     with torch.no_grad():
-        found = classifier(**{**batch, "branch": open_to_all})
+        found = classifier(**{**batch, "segment": open_to_all})
     assert (found - expected).abs().max() > 100 * TOLERANCE
 
 

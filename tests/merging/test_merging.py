@@ -27,7 +27,7 @@ from llmrec_peft.data.streams import build_streams
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.merging import merging as merge_module
 from llmrec_peft.merging.merging import merge_bundle
-from llmrec_peft.merging.synthetic_inputs import EVENTS, PROBES, WINDOWS, SampleStreams
+from llmrec_peft.merging.synthetic_inputs import EVENTS, PROBES, WINDOWS, SyntheticStreams
 from llmrec_peft.models.base import base_fingerprint, head_of
 from llmrec_peft.models.classifier import load_classifier
 from tests.conftest import ROOT
@@ -267,21 +267,21 @@ def test_a_tokenizer_without_a_pad_token_gets_one_that_is_saved(tiny_base, tmp_p
 # -- what answers ------------------------------------------------------------------------------
 
 
-def test_samples_have_history_several_answers_and_probes(tiny_tokenizer):
+def test_samples_have_history_several_answers_and_candidates(tiny_tokenizer):
     domain = Domain.from_dict(DOMAIN | {"header": "Viewer {name}, {age:d}:\n", "stream": {"max_length": 512}})
-    samples = SampleStreams(domain, tiny_tokenizer)
-    again = SampleStreams(domain, tiny_tokenizer)
+    samples = SyntheticStreams(domain, tiny_tokenizer)
+    again = SyntheticStreams(domain, tiny_tokenizer)
     assert len(samples) == WINDOWS and max(samples.lengths) <= 384
     whole = [stream for stream in samples if len(stream.markers) == EVENTS + PROBES]
-    assert whole and all((stream.branch[stream.markers] > 0).sum() == PROBES for stream in whole)
+    assert whole and all((stream.segment[stream.markers] > 0).sum() == PROBES for stream in whole)
     texts = [tiny_tokenizer.decode(stream.input_ids) for stream in samples]
     assert texts == [tiny_tokenizer.decode(stream.input_ids) for stream in again] and len(set(texts)) == WINDOWS
     assert all(text.startswith("Viewer ") and text.count(" ->") >= 2 for text in texts)
     targets = [number for stream in samples for number in stream.targets]
     assert targets == list(range(len(targets)))
-    alone = SampleStreams(domain, tiny_tokenizer, independent=True)
+    alone = SyntheticStreams(domain, tiny_tokenizer, independent=True)
     assert len(alone) == len(targets) and all(len(stream.markers) == 1 for stream in alone)
-    short = SampleStreams(Domain.from_dict(DOMAIN | {"stream": {"max_length": 60}}), tiny_tokenizer)
+    short = SyntheticStreams(Domain.from_dict(DOMAIN | {"stream": {"max_length": 60}}), tiny_tokenizer)
     assert max(short.lengths) <= 60
 
 
@@ -692,8 +692,8 @@ def test_a_full_disk(fill, message, bundle, tmp_path):
     """A small file system of memory, where this user may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True)
-    if probe.returncode:
+    candidate = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True)
+    if candidate.returncode:
         pytest.skip("this user may not mount a file system of its own")
     script = FULL_DISK.format(place=place, fill=fill, root=ROOT, python=sys.executable, bundle=bundle)
     done = subprocess.run(

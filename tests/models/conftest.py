@@ -1,4 +1,4 @@
-"""What the model tests share: a domain's mapping, rows with probes, and weights that training might have left."""
+"""What the model tests share: a domain's mapping, rows with candidates, and weights that training might have left."""
 
 from __future__ import annotations
 

@@ -12,18 +12,18 @@ from llmrec_peft.models.tuning_options import LoraOptions, ModelOptions
 DECODERS = ("llama", "qwen2", "mistral", "gpt2")
 
 
-def stream_with_probes(generator: torch.Generator, vocabulary: int) -> dict[str, torch.Tensor]:
-    """Two rows: trunk of 6, probes of 3 and 4, trunk of 5 more, probe of 2; the second row shorter, padded right."""
-    branch = [0] * 6 + [1] * 3 + [2] * 4 + [0] * 5 + [3] * 2
+def stream_with_candidates(generator: torch.Generator, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Two rows: prefix of 6, candidates of 3 and 4, 5 more of prefix, candidate of 2; the second row shorter."""
+    segment = [0] * 6 + [1] * 3 + [2] * 4 + [0] * 5 + [3] * 2
     positions = [*range(6), *range(6, 9), *range(6, 10), *range(6, 11), *range(11, 13)]
     short = 13
-    ids = torch.randint(5, vocabulary, (2, len(branch)), generator=generator)
-    rows = torch.tensor([branch, branch[:short] + [-1] * (len(branch) - short)])
+    ids = torch.randint(5, vocabulary, (2, len(segment)), generator=generator)
+    rows = torch.tensor([segment, segment[:short] + [-1] * (len(segment) - short)])
     ids[1, short:] = 1
-    position_ids = torch.tensor([positions, positions[:short] + [0] * (len(branch) - short)])
+    position_ids = torch.tensor([positions, positions[:short] + [0] * (len(segment) - short)])
     ends = [5, 8, 12, 17, 19]
-    markers = torch.tensor(ends + [len(branch) + end for end in ends[:3]])
-    return {"input_ids": ids, "position_ids": position_ids, "branch": rows, "markers": markers}
+    markers = torch.tensor(ends + [len(segment) + end for end in ends[:3]])
+    return {"input_ids": ids, "position_ids": position_ids, "segment": rows, "markers": markers}
 
 
 def independent_rows(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -32,17 +32,17 @@ def independent_rows(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     rows = []
     for marker in batch["markers"].tolist():
         row, end = divmod(marker, length)
-        branch = batch["branch"][row]
-        seen = [k for k in range(end + 1) if branch[k] == 0 or branch[k] == branch[end]]
+        segment = batch["segment"][row]
+        seen = [k for k in range(end + 1) if segment[k] == 0 or segment[k] == segment[end]]
         rows.append(batch["input_ids"][row, seen])
     return rows
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_probes_equal_independent_rows(kind, attn, make, shake, answer):
+def test_candidates_equal_independent_rows(kind, attn, make, shake, answer):
     classifier = shake(make(kind, attn=attn))
-    batch = stream_with_probes(torch.Generator().manual_seed(3), classifier.config.vocab_size)
+    batch = stream_with_candidates(torch.Generator().manual_seed(3), classifier.config.vocab_size)
     together = answer(classifier, batch)
     apart = [
         answer(
@@ -62,12 +62,12 @@ def test_probes_equal_independent_rows(kind, attn, make, shake, answer):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_probe_content_reaches_no_other_answer(kind, make, shake, answer):
+def test_candidate_content_reaches_no_other_answer(kind, make, shake, answer):
     classifier = shake(make(kind))
-    batch = stream_with_probes(torch.Generator().manual_seed(3), classifier.config.vocab_size)
+    batch = stream_with_candidates(torch.Generator().manual_seed(3), classifier.config.vocab_size)
     before = answer(classifier, batch)
     changed = batch["input_ids"].clone()
-    changed[0, 6:9] = 7  # the first probe of the first row
+    changed[0, 6:9] = 7  # the first candidate of the first row
     after = answer(classifier, {**batch, "input_ids": changed})
     assert not torch.allclose(before[1], after[1], atol=1e-3)
     kept = [0, 2, 3, 4, 5, 6, 7]
@@ -105,15 +105,15 @@ def test_left_and_right_padding_agree(kind, attn, make, shake, answer):
     assert torch.allclose(plain, left, atol=1e-5)
 
 
-def test_left_padded_probes(make, shake, answer):
+def test_left_padded_candidates(make, shake, answer):
     classifier = shake(make("llama"))
-    batch = stream_with_probes(torch.Generator().manual_seed(3), classifier.config.vocab_size)
-    one = {key: batch[key][:1] for key in ("input_ids", "position_ids", "branch")} | {"markers": batch["markers"][:5]}
+    batch = stream_with_candidates(torch.Generator().manual_seed(3), classifier.config.vocab_size)
+    one = {key: batch[key][:1] for key in ("input_ids", "position_ids", "segment")} | {"markers": batch["markers"][:5]}
     length = one["input_ids"].shape[1]
     padded = {
         "input_ids": torch.cat([torch.full((1, 3), 1), one["input_ids"]], 1),
         "position_ids": torch.cat([torch.zeros(1, 3, dtype=torch.long), one["position_ids"]], 1),
-        "branch": torch.cat([torch.zeros(1, 3, dtype=torch.long), one["branch"]], 1),
+        "segment": torch.cat([torch.zeros(1, 3, dtype=torch.long), one["segment"]], 1),
         "attention_mask": torch.cat([torch.zeros(1, 3), torch.ones(1, length)], 1).long(),
         "markers": one["markers"] + 3,
     }
@@ -140,14 +140,14 @@ def test_encoder_equals_the_stock_model(make, shake, answer):
     assert torch.equal(reversed_rows, stock[[2, 0]])
 
 
-def test_encoder_refuses_two_markers_in_a_row_and_probes(make):
+def test_encoder_refuses_two_markers_in_a_row_and_candidates(make):
     classifier = make("bert", "head")
     ids = torch.full((2, 4), 6)
     mask = torch.ones_like(ids)
     with pytest.raises(ModelError, match="several markers"):
         classifier(ids, markers=torch.tensor([1, 3]), attention_mask=mask)
-    with pytest.raises(ModelError, match="cannot hide probes"):
-        classifier(ids, markers=torch.tensor([3]), attention_mask=mask, branch=torch.zeros_like(ids))
+    with pytest.raises(ModelError, match="cannot hide candidates"):
+        classifier(ids, markers=torch.tensor([3]), attention_mask=mask, segment=torch.zeros_like(ids))
 
 
 def test_plain_rows_build_no_mask(make, monkeypatch, prompt):
@@ -173,11 +173,11 @@ def test_plain_rows_refuse_positions_that_do_not_count(make, prompt):
         classifier(prompt["input_ids"], prompt["position_ids"] + 3, prompt["markers"])
 
 
-def test_probes_need_a_kernel_that_takes_a_mask(make, prompt):
+def test_candidates_need_a_kernel_that_takes_a_mask(make, prompt):
     classifier = make("llama")
     classifier.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="set model.attn to sdpa"):
-        classifier(**prompt, branch=torch.zeros_like(prompt["input_ids"]))
+        classifier(**prompt, segment=torch.zeros_like(prompt["input_ids"]))
 
 
 def test_no_logits_of_vocabulary_size(make, prompt):

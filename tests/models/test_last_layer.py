@@ -9,11 +9,11 @@ from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.last_layer import TOKENWISE
 from llmrec_peft.scoring.adapter_layers import Bias
 from llmrec_peft.scoring.engine import Engine, Task
-from llmrec_peft.scoring.loaded_adapter import Member
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
 
 
-def member_of(hidden: int, deltas: dict) -> Member:
-    member = Member.__new__(Member)
+def member_of(hidden: int, deltas: dict) -> LoadedAdapter:
+    member = LoadedAdapter.__new__(LoadedAdapter)
     head = torch.randn(2, hidden, generator=torch.Generator().manual_seed(1))
     vocabulary = type("Words", (), {"domain": type("Named", (), {"labels": ["a", "b"]})})
     for name, value in {"deltas": deltas, "head": head, "directory": "x", "vocabulary": vocabulary}.items():
@@ -21,12 +21,12 @@ def member_of(hidden: int, deltas: dict) -> Member:
     return member
 
 
-def tasks_of(member: Member, count: int) -> list[Task]:
+def tasks_of(member: LoadedAdapter, count: int) -> list[Task]:
     rng = np.random.default_rng(0)
     sizes = ((3, 4, 5), (2, 6))[:count]
     return [
-        Task(member, tuple(rng.integers(5, 50, n) for n in trunk), [rng.integers(5, 50, n) for n in (3, 1, 6)])
-        for trunk in sizes
+        Task(member, tuple(rng.integers(5, 50, n) for n in prefix), [rng.integers(5, 50, n) for n in (3, 1, 6)])
+        for prefix in sizes
     ]
 
 
@@ -52,7 +52,7 @@ def test_answers_alone_equal_the_whole_layer(kind, rows, tiny_base, domain, monk
     torch.testing.assert_close(answers[0], answers[1], atol=1e-6, rtol=1e-5)
     assert answers[0].std() > 0.01
     assert set(seen) == ({"mlp"} if kind == "gpt2" else set(TOKENWISE))
-    assert all(sizes == [3 * rows, 22] for sizes in seen.values())  # 3 + 4 + 5 tokens, then probes of 3 + 1 + 6
+    assert all(sizes == [3 * rows, 22] for sizes in seen.values())  # 3 + 4 + 5 tokens, then candidates of 3 + 1 + 6
 
 
 def test_a_bundle_that_changes_the_last_layer_sees_all_of_it(tiny_base, domain):

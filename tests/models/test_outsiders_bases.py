@@ -116,7 +116,7 @@ def alone(classifier, event: dict) -> np.ndarray:
 def test_family(family, base_of, streams_of, tmp_path):
     """Trains; stream and bank = prompts alone, also after a swap."""
     base, streams = base_of(family), streams_of(CANDIDATES)
-    assert streams.has_probes
+    assert streams.has_candidates
     bundles, classifiers = [], []
     for seed in (0, 1):
         torch.manual_seed(seed)

@@ -21,7 +21,7 @@ from llmrec_peft import BehaviorLog, files
 from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.files import move_into_place, replacing, scratch_directory, sweep, write_text
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.output_paths import check_output, check_output_file
 from llmrec_peft.runs.results import check_results, write_results
 from llmrec_peft.scoring.bank import DomainBank
@@ -255,14 +255,14 @@ def test_a_full_disk_at_the_end_of_a_measurement_is_one_line(name, trained, data
     out, place = tmp_path / "out", tmp_path / "retrieval"
     flags = ["--bundle", str(trained("head") / "bundle"), "--data.path", str(data), "--output_dir", str(out)]
     flags += ["--retrieval", str(place), "--bootstrap", "0"] if name == "index" else []
-    write, save = files.write_parquet, Evidence.save
+    write, save = files.write_parquet, RetrievalIndex.save
 
     def full(*args, **options):
         with file_size_limit(200):
             return (write if isinstance(args[0], pa.Table) else save)(*args, **options)
 
     monkeypatch.setattr(sys.modules["llmrec_peft.runs.results"], "write_parquet", full)
-    monkeypatch.setattr(Evidence, "save", full)
+    monkeypatch.setattr(RetrievalIndex, "save", full)
     assert "cannot be written" in refused(recipe(name), flags, capfd)
     assert not place.exists() and not (out / "metrics.json").exists()
     assert not list(tmp_path.rglob(".*")) and not list(out.rglob("*.parquet"))
@@ -363,7 +363,7 @@ def _writer(what: str, trained, data):
         return lambda place: write_results(place, {"test": {"targets": 1}}, {"predictions": table, "ranking": table})
     log = BehaviorLog.read(data)
     if what == "evidence":
-        found = Evidence.fit(log, np.arange(len(log)), np.ones(len(log), np.int64))
+        found = RetrievalIndex.fit(log, np.arange(len(log)), np.ones(len(log), np.int64))
         return found.save
     bundle = load_bundle(trained("head") / "bundle")
     return lambda place: save_bundle(place, bundle.classifier, bundle.tokenizer, bundle.domain)

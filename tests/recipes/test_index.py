@@ -27,8 +27,8 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import BundleError, ConfigError
 from llmrec_peft.evaluation.bootstrap import differences
 from llmrec_peft.merging.merging import merge_bundle
-from llmrec_peft.retrieval.histories import Histories, signs
-from llmrec_peft.retrieval.retrieval_index import ARRAYS, DIRECTORY, Evidence
+from llmrec_peft.retrieval.histories import Histories, feedback
+from llmrec_peft.retrieval.retrieval_index import ARRAYS, DIRECTORY, RetrievalIndex
 from llmrec_peft.retrieval.retrieval_index import MANIFEST as EVIDENCE
 from tests.recipes.test_merge import refused
 from tests.support.logs import DOMAIN, noisy_bundle, tables, write_log
@@ -83,23 +83,23 @@ def weights_digest(bundle: Path) -> str:
 def test_what_is_kept_and_what_is_said_of_it(fuse, bundle, log, recipe, tmp_path, capfd):
     out = fuse(bundle, "--valid_targets", "null", "--test_targets", "null")
     printed = capfd.readouterr().out
-    evidence, fusion = Evidence.load(bundle / DIRECTORY, adapter=weights_digest(bundle))
+    retrieval_index, fusion = RetrievalIndex.load(bundle / DIRECTORY, adapter=weights_digest(bundle))
     assert fusion.strength is not None and fusion.positive == (False, True)
     with pytest.raises(BundleError, match="fitted with adapter weights"):
-        Evidence.load(bundle / DIRECTORY, adapter="0" * 64)
+        RetrievalIndex.load(bundle / DIRECTORY, adapter="0" * 64)
     # The kept fusion gives the fused answers from the bundle's own, with histories strictly before each target.
     table, metrics = predictions(out), metrics_of(out)
     domain, behaviour = Domain.from_dict(DOMAIN), BehaviorLog.read(log)
-    labels, rows = signs(behaviour, domain), behaviour.interactions.to_pandas()
+    labels, rows = feedback(behaviour, domain), behaviour.interactions.to_pandas()
     splits = behaviour.split(by="time", valid=0.15, test=0.2)
-    assert evidence.note["rows"] == len(splits.train.rows) and len(table) == len(splits.test.rows)
+    assert retrieval_index.note["rows"] == len(splits.train.rows) and len(table) == len(splits.test.rows)
     assert set(table["split"]) == {"test"}
     for _, target in table.iloc[::29].iterrows():
         earlier = rows[(rows["user_id"] == target["user_id"]) & (rows["timestamp"] < target["timestamp"])].index
         past = Histories.of(behaviour.item_codes[earlier], labels[earlier] == 1)
         code = np.array([behaviour.item_index(target["item_id"])])
         logits = np.log(target[["p_llm_dislike", "p_llm_like"]].to_numpy(float))[None]
-        fused = fusion.apply(logits, evidence.features(past, np.array([0]), code))[0]
+        fused = fusion.apply(logits, retrieval_index.features(past, np.array([0]), code))[0]
         assert fused == pytest.approx(target[["p_fused_dislike", "p_fused_like"]].to_numpy(float), abs=1e-6)
     # The bundle's own are those that `evaluate` gives, calibrated.
     recipe("evaluate")(["--bundle", str(bundle), "--data.path", str(log), "--output_dir", str(tmp_path / "alone")])
@@ -112,7 +112,7 @@ def test_what_is_kept_and_what_is_said_of_it(fuse, bundle, log, recipe, tmp_path
         auc = roc_auc_score(truth, table[f"p_{system}_like"])
         assert metrics["test"][system]["auc"]["value"] == pytest.approx(auc, abs=1e-12)
         assert re.search(rf"^{system} +{auc:.4f} \[", printed, flags=re.M)
-    scores = set(evidence.feature_names) - {"log_user_events", "log_item_rows"}
+    scores = set(retrieval_index.feature_names) - {"log_user_events", "log_item_rows"}
     assert set(metrics["test"]) == {*answers, *scores} and set(metrics["fused_minus"]) == set(metrics["test"]) - {
         "fused"
     }
@@ -171,7 +171,7 @@ def test_refitted_for_serving_the_fusion_stays(fuse, sound, log, tmp_path, recip
         found[name] = metrics_of(
             fuse(sound, "--retrieval", str(place), "--test_targets", "20", *flags, out=f"{name}-o")
         )
-        kept[name] = Evidence.load(place)
+        kept[name] = RetrievalIndex.load(place)
     (once, fusion), (again, same) = kept["once"], kept["again"]
     assert same == fusion and fusion.strength is not None
     assert found["again"]["test"] == found["once"]["test"] and found["again"]["evidence"] == once.note
@@ -190,8 +190,8 @@ def test_too_few_targets_leave_the_answers_alone(fuse, bundle, capfd):
     np.testing.assert_allclose(table["p_fused_like"], table["p_llm_like"], rtol=0, atol=1e-15)
     assert 50 <= len(table) < 50 + 4
     assert metrics_of(out)["test"]["llm"]["auc"]["low"] is None and "[" not in printed.split("fusion:")[0]
-    evidence, fusion = Evidence.load(bundle / DIRECTORY)
-    assert fusion.strength is None and evidence.models.keys() >= {"popularity", "rates"}
+    retrieval_index, fusion = RetrievalIndex.load(bundle / DIRECTORY)
+    assert fusion.strength is None and retrieval_index.models.keys() >= {"popularity", "rates"}
 
 
 FEW = ("--valid_targets", "120", "--test_targets", "40")
@@ -207,7 +207,7 @@ def test_a_bundle_with_it_inside_is_still_one(fuse, bundle, log, recipe, tiny_ba
     # Again: what was there is replaced.
     (bundle / DIRECTORY / EVIDENCE).write_text("{}")
     fuse(bundle, *FEW)
-    Evidence.load(bundle / DIRECTORY)
+    RetrievalIndex.load(bundle / DIRECTORY)
     _push(bundle, tmp_path, monkeypatch)
     # Another run in its place takes its evidence with it, which was fitted with other weights.
     noisy_bundle(bundle, tiny_base("llama"), seed=6)
@@ -218,8 +218,8 @@ def test_a_merged_model_has_a_fusion_of_its_own(fuse, bundle, log, recipe, tmp_p
     fuse(bundle, *FEW)
     merge_bundle(bundle, tmp_path / "merged")
     out = fuse(tmp_path / "merged", *FEW, out="merged-out")
-    _, fusion = Evidence.load(tmp_path / "merged" / DIRECTORY, adapter=weights_digest(bundle))
-    _, own = Evidence.load(bundle / DIRECTORY)
+    _, fusion = RetrievalIndex.load(tmp_path / "merged" / DIRECTORY, adapter=weights_digest(bundle))
+    _, own = RetrievalIndex.load(bundle / DIRECTORY)
     assert fusion.weights == pytest.approx(own.weights, abs=1e-3)
     assert Scorer.load(tmp_path / "merged", BehaviorLog.read(log)).fusion == fusion
     fused = predictions(tmp_path / "out")["p_fused_like"].to_numpy()

@@ -17,9 +17,9 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.recipes.ranking import Lists
-from llmrec_peft.retrieval.histories import signs
+from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.retrieval.recommender import Recommender
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, Evidence
+from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
 from llmrec_peft.runs.split_streams import split_of
 from tests.recipes.test_merge import refused
 from tests.support.logs import DOMAIN, TWINS, noisy_bundle, tables, write_log
@@ -170,7 +170,7 @@ def test_a_pool_is_ranked_as_it_is_served(rank, fused, data):
     assert set(found["fused_minus"]) == {"llm", "retrieval", "popularity"}
     log = BehaviorLog.read(data)
     rows, scorer = log.interactions.to_pandas(), Scorer.load(fused, log)
-    alone = Recommender(scorer, scorer.evidence)
+    alone = Recommender(scorer, scorer.retrieval_index)
     inside = 0
     for _, target in table.iterrows():
         history, candidates, user = asked(rows, target, [target["item_id"]])
@@ -314,9 +314,9 @@ def test_evidence_that_has_seen_the_split_is_refused(recipe, plain, data, tmp_pa
     splits = log.split(**SPLIT)
     flags = ["--bundle", str(plain), "--data.path", str(data), "--limit", "4", "--ranking.candidates", "5"]
     flags += ["--ranking.targets", "2", "--ranking.retrieval", str(tmp_path / "kept")]
-    Evidence.fit(log, np.arange(len(log)), signs(log, domain)).save(tmp_path / "kept")
+    RetrievalIndex.fit(log, np.arange(len(log)), feedback(log, domain)).save(tmp_path / "kept")
     assert "but test begins at" in refused(recipe("evaluate"), flags, capfd)
-    Evidence.fit(log, np.concatenate([splits.train.rows, splits.valid.rows]), signs(log, domain)).save(
+    RetrievalIndex.fit(log, np.concatenate([splits.train.rows, splits.valid.rows]), feedback(log, domain)).save(
         tmp_path / "kept"
     )
     assert "but valid begins at" in refused(recipe("evaluate"), [*flags, "--split", "valid"], capfd)
@@ -327,12 +327,12 @@ def test_a_split_by_user_needs_evidence_of_its_training_users(recipe, tiny_base,
     domain = Domain.from_dict({**DOMAIN, "split": {"by": "user", "valid": 0.3, "test": 0.3}})
     bundle = noisy_bundle(tmp_path / "bundle", tiny_base("llama"), domain=domain.to_dict())
     log = BehaviorLog.read(data)
-    splits, labels = split_of(log, domain), signs(log, domain)
+    splits, labels = split_of(log, domain), feedback(log, domain)
     flags = ["--bundle", str(bundle), "--data.path", str(data), "--limit", "4", "--ranking.candidates", "all"]
     flags += ["--ranking.targets", "3", "--ranking.pool", "5", "--output_dir", str(tmp_path / "out")]
-    Evidence.fit(log, np.arange(len(log)), labels, timed=False).save(bundle / DIRECTORY)
+    RetrievalIndex.fit(log, np.arange(len(log)), labels, timed=False).save(bundle / DIRECTORY)
     assert "which are not the" in refused(recipe("evaluate"), flags, capfd)
-    Evidence.fit(log, splits.train.rows, labels, timed=False).save(bundle / DIRECTORY)
+    RetrievalIndex.fit(log, splits.train.rows, labels, timed=False).save(bundle / DIRECTORY)
     recipe("evaluate")(flags)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["ranking"]["targets"] == 3
 

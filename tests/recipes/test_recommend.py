@@ -19,8 +19,8 @@ import torch
 from llmrec_peft import BehaviorLog, Domain, Scorer, load_classifier
 from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.files import write_parquet
-from llmrec_peft.retrieval.histories import signs
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.histories import feedback
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.shards import Parts
 from tests.conftest import ROOT
 
@@ -49,7 +49,7 @@ def domain(bundle) -> Domain:
 def retrieval(log, domain, tmp_path_factory):
     """A directory of evidence of the log."""
     directory = tmp_path_factory.mktemp("evidence") / "retrieval"
-    Evidence.fit(log, np.arange(len(log)), signs(log, domain)).save(directory)
+    RetrievalIndex.fit(log, np.arange(len(log)), feedback(log, domain)).save(directory)
     return directory
 
 

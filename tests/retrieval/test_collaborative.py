@@ -19,7 +19,7 @@ from llmrec_peft.retrieval.collaborative import (
     best,
 )
 from llmrec_peft.retrieval.factors import Penalty, Side, factorise, half_step
-from llmrec_peft.retrieval.histories import Histories, signs, user_items
+from llmrec_peft.retrieval.histories import Histories, feedback, user_items
 
 DOMAIN = Domain.from_dict(
     {
@@ -53,7 +53,7 @@ def log(small_log):
 
 @pytest.fixture
 def labels(log):
-    return signs(log, DOMAIN)
+    return feedback(log, DOMAIN)
 
 
 @pytest.fixture
@@ -87,13 +87,13 @@ def test_histories_before_are_strictly_earlier_labelled_rows_of_the_user(log, la
 
 
 def test_signs_follow_the_domains_negative_class(log):
-    assert (signs(log, DOMAIN) == DOMAIN.classes(log)).all()
+    assert (feedback(log, DOMAIN) == DOMAIN.classes(log)).all()
     content = DOMAIN.to_dict() | {"label": {"column": "behaviour", "map": {"click": "like", "skip": None}}}
-    found = signs(log, Domain.from_dict(content))
+    found = feedback(log, Domain.from_dict(content))
     clicks = np.array(log.column("behaviour").to_pylist()) == "click"
     assert (found == np.where(clicks, 1, -1)).all()
     content["negatives"] = {"per_positive": 0, "label": "like"}
-    assert (signs(log, Domain.from_dict(content))[clicks] == 0).all()
+    assert (feedback(log, Domain.from_dict(content))[clicks] == 0).all()
 
 
 def test_matrix_holds_each_pair_once_and_any_positive_wins():

@@ -18,9 +18,9 @@ from llmrec_peft import Domain, Scorer
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.simulate import simulate_shop
 from llmrec_peft.retrieval.fusion import Fusion
-from llmrec_peft.retrieval.histories import Histories, signs
+from llmrec_peft.retrieval.histories import Histories, feedback
 from llmrec_peft.retrieval.recommender import Recommender
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.logged_events import LoggedEvents
 from tests.conftest import ROOT
 from tests.support.bundles import write_bundle
@@ -40,7 +40,7 @@ class Shop:
     domain: Domain
     train: np.ndarray
     later: np.ndarray
-    evidence: Evidence
+    retrieval_index: RetrievalIndex
     scorer: Scorer
     liked: str
 
@@ -66,9 +66,9 @@ def shop(request, tiny_base, tmp_path_factory) -> Shop:
     domain = Domain.from_yaml(ROOT / "recipes" / "configs" / name / "domain.yaml")
     log = simulate_shop() if name == "shop" else BehaviorLog.read(Path(REAL) / name)
     splits = log.split(by=domain.split.by, valid=domain.split.valid, test=domain.split.test)
-    labels = signs(log, domain)
+    labels = feedback(log, domain)
     train, later = splits.train.rows, np.concatenate([splits.valid.rows, splits.test.rows])
-    evidence = Evidence.fit(log, train, labels, timed=domain.split.by == "time")
+    retrieval_index = RetrievalIndex.fit(log, train, labels, timed=domain.split.by == "time")
     # The item most taken, so that it is well known.
     liked = int(np.bincount(log.item_codes[train[labels[train] == 1]]).argmax())
     twin = log.items.slice(liked, 1).set_column(
@@ -79,13 +79,13 @@ def shop(request, tiny_base, tmp_path_factory) -> Shop:
         tmp_path_factory.mktemp(name) / "bundle", tiny_base("llama"), domain=domain.to_dict(), scale=0.3
     )
     scorer = Scorer.load(bundle, table)
-    scorer.evidence = evidence
-    return Shop(log, domain, train, later, evidence, scorer, log.items.column("item_id")[liked].as_py())
+    scorer.retrieval_index = retrieval_index
+    return Shop(log, domain, train, later, retrieval_index, scorer, log.items.column("item_id")[liked].as_py())
 
 
 def share_taken(shop: Shop, codes: np.ndarray) -> float:
     """Share of the later positives that are of these items."""
-    taken = shop.log.item_codes[shop.later[signs(shop.log, shop.domain)[shop.later] == 1]]
+    taken = shop.log.item_codes[shop.later[feedback(shop.log, shop.domain)[shop.later] == 1]]
     return float(np.isin(taken, codes).mean())
 
 
@@ -101,7 +101,7 @@ def test_a_new_user_is_led_by_what_many_take(shop):
     if len(shop.scorer.catalogue) < 21:  # all of it
         return
     assert len(led) >= 18
-    taken = shop.train[signs(shop.log, shop.domain)[shop.train] == 1]
+    taken = shop.train[feedback(shop.log, shop.domain)[shop.train] == 1]
     counts = np.bincount(shop.log.item_codes[taken], minlength=shop.log.num_items)
     codes = np.array([shop.log.item_index(entry.item_id) for entry in led])
     assert counts[codes].min() > np.median(counts)
@@ -112,16 +112,16 @@ def test_a_new_user_is_led_by_what_many_take(shop):
 
 def test_a_fusion_puts_what_a_new_user_would_take_first(shop):
     """The bundle is noise; what the fusion adds to it moves what is liked more often towards the top of the list."""
-    labels, rows = signs(shop.log, shop.domain), shop.later[:4000]
+    labels, rows = feedback(shop.log, shop.domain), shop.later[:4000]
     rows = rows[labels[rows] >= 0]
     if not (labels[rows] == 0).any():
         pytest.skip("a log of positives alone has no one to tell them from without sampling")
-    features = shop.evidence.target_features(shop.log, labels, rows)
+    features = shop.retrieval_index.target_features(shop.log, labels, rows)
     fusion = Fusion.fit(np.zeros((len(rows), 2)), features, labels[rows], shop.log.user_codes[rows])
     assert fusion.strength is not None
-    rates, worth = shop.evidence.models["rates"].item_rates(), {}
+    rates, worth = shop.retrieval_index.models["rates"].item_rates(), {}
     for name, own in (("fused", fusion), ("alone", None)):
-        recommender = Recommender(shop.scorer, shop.evidence, own)
+        recommender = Recommender(shop.scorer, shop.retrieval_index, own)
         found = recommender.recommend([], k=400, pool=400, **shop.asked)
         assert np.isfinite([entry.score for entry in found]).all()
         known = [shop.log.item_index(entry.item_id) for entry in found if entry.item_id != TWIN]

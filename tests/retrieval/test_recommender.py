@@ -14,7 +14,7 @@ from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.histories import Histories
 from llmrec_peft.retrieval.recommender import Recommender
-from llmrec_peft.retrieval.retrieval_index import Evidence
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from tests.support.requests import CALIBRATION, HISTORY, SHOP, SHOP_HISTORY, USER
 
 pytestmark = [
@@ -36,19 +36,19 @@ def scorer(bundle_of, items) -> Scorer:
 def fitted(small_log):
     """A log, the signs of its rows, and the evidence of all rows but those of HIDDEN."""
     log = small_log(users=30, events=18)
-    signs = log.column("label").to_numpy().astype(np.int8)
+    feedback = log.column("label").to_numpy().astype(np.int8)
     rows = np.flatnonzero(log.item_codes != log.item_index(HIDDEN))
-    return log, signs, Evidence.fit(log, rows, signs)
+    return log, feedback, RetrievalIndex.fit(log, rows, feedback)
 
 
 @pytest.fixture
 def fusion(fitted) -> Fusion:
     """A fusion that moves the answers."""
-    log, signs, evidence = fitted
+    log, feedback, retrieval_index = fitted
     rng = np.random.default_rng(0)
     rows = np.arange(len(log))
     logits = 0.1 * rng.normal(size=(len(rows), 2))
-    found = Fusion.fit(logits, evidence.target_features(log, signs, rows), signs, log.user_codes)
+    found = Fusion.fit(logits, retrieval_index.target_features(log, feedback, rows), feedback, log.user_codes)
     return dataclasses.replace(found, strength=1.0, bias=0.3, weights=tuple(0.3 * rng.normal(size=len(found.weights))))
 
 
@@ -123,7 +123,7 @@ def test_a_history_may_name_what_the_table_lacks(scorer, items):
 
 
 def test_retrieval_names_the_pool(scorer, fitted):
-    scorer.evidence = fitted[2]
+    scorer.retrieval_index = fitted[2]
     found = scorer.recommend(HISTORY, k=4, pool=8)
     assert len(found) == 4 and not set(by_item(found)) & MET
     pool = scorer.recommender().retriever.retrieve(
@@ -157,15 +157,15 @@ def test_a_new_item_is_reached_by_a_quota_and_scored_by_its_text(scorer, fitted,
 
 
 def test_fusion_is_applied_to_what_the_scorer_says(scorer, fitted, fusion):
-    log, _, evidence = fitted
-    scorer.evidence = evidence
+    log, _, retrieval_index = fitted
+    scorer.retrieval_index = retrieval_index
     alone = by_item(scorer.recommend(HISTORY, k=24, pool=24))
     scorer.fusion = fusion
     fused = scorer.recommend(HISTORY, k=24, pool=24)
     ids = list(alone)
     codes = np.array([log.item_index(item) for item in ids])
     past = Histories.of([3, 4, 5, 0, 6], [True, False, True, True, False])
-    features = evidence.features(past, np.zeros(len(ids), np.int64), codes)
+    features = retrieval_index.features(past, np.zeros(len(ids), np.int64), codes)
     expected = fusion.apply(np.log(scorer.score(HISTORY, ids)), features)
     np.testing.assert_allclose([by_item(fused)[item] for item in ids], expected, atol=1e-6)
     assert np.abs(expected - np.array(list(alone.values()))).max() > 0.05
@@ -183,7 +183,7 @@ def test_fusion_is_applied_to_what_the_scorer_says(scorer, fitted, fusion):
 def test_many_are_answered_as_one_by_one(parts, scorer, fitted, fusion):
     options = {"k": 7, "pool": 9 if parts != "fusion" else 3, "exclude": ["i9"]}
     if parts in ("evidence", "fusion"):
-        scorer.evidence = fitted[2]
+        scorer.retrieval_index = fitted[2]
     if parts == "fusion":
         scorer.fusion = fusion
     if parts == "candidates":
@@ -198,7 +198,7 @@ def test_many_are_answered_as_one_by_one(parts, scorer, fitted, fusion):
 
 
 def test_the_same_users_are_computed_once(bundle_of, items, monkeypatch):
-    scorer = Scorer.load(bundle_of(), items, kept_bytes=0)
+    scorer = Scorer.load(bundle_of(), items, cache_bytes=0)
     tokens = []
     classifier = scorer._engine.classifier
     run = classifier.hidden_states
@@ -288,11 +288,11 @@ def test_what_cannot_recommend_says_so(bundle_of, items):
 
 
 def test_a_scorer_takes_the_retrieval_inside_its_bundle(bundle_of, fitted, fusion):
-    log, _, evidence = fitted
+    log, _, retrieval_index = fitted
     directory = bundle_of()
-    evidence.save(directory / "retrieval", fusion=fusion)
+    retrieval_index.save(directory / "retrieval", fusion=fusion)
     scorer = Scorer.load(directory, BehaviorLog(log.interactions, log.items, name="again"))
-    assert scorer.evidence is not None and scorer.fusion == fusion
+    assert scorer.retrieval_index is not None and scorer.fusion == fusion
     by_hand = Scorer.load(directory, log.items)
-    by_hand.evidence, by_hand.fusion = evidence, fusion
+    by_hand.retrieval_index, by_hand.fusion = retrieval_index, fusion
     same(scorer.recommend(HISTORY, pool=10), by_hand.recommend(HISTORY, pool=10))

@@ -11,7 +11,7 @@ from llmrec_peft.errors import BundleError, ConfigError, DataError
 from llmrec_peft.retrieval.collaborative import DAY, ItemCooccurrence, MatrixFactorisation, Popularity
 from llmrec_peft.retrieval.fusion import Features, Fusion
 from llmrec_peft.retrieval.histories import Histories
-from llmrec_peft.retrieval.retrieval_index import ARRAYS, MANIFEST, Evidence, choose_half_life
+from llmrec_peft.retrieval.retrieval_index import ARRAYS, MANIFEST, RetrievalIndex, choose_half_life
 from llmrec_peft.retrieval.retriever import QUOTAS, SOURCES, Retriever, TextNeighbours, _interleave, recall
 
 HIDDEN = 5  # an item without training rows
@@ -34,8 +34,8 @@ def train(log):
 
 
 @pytest.fixture
-def evidence(log, labels, train):
-    return Evidence.fit(log, train, labels)
+def retrieval_index(log, labels, train):
+    return RetrievalIndex.fit(log, train, labels)
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_interleave_gives_each_list_its_share_and_each_item_once():
     assert len(_interleave([], [])[0]) == len(_interleave([np.empty(0, int)], [1.0])[0]) == 0
 
 
-def test_retrieve_excludes_fills_and_repeats_nothing(evidence, embeddings, log):
-    retriever = Retriever(evidence, embeddings)
+def test_retrieve_excludes_fills_and_repeats_nothing(retrieval_index, embeddings, log):
+    retriever = Retriever(retrieval_index, embeddings)
     exclude = [3, 9, 6, 6, -4, 9999]
     for k in (0, 1, 7, log.num_items - 3, 10**6):
         found = retriever.retrieve(PAST, k, exclude)
@@ -79,9 +79,9 @@ def test_retrieve_excludes_fills_and_repeats_nothing(evidence, embeddings, log):
         retriever.retrieve(PAST, -1)
 
 
-def test_a_single_source_is_that_source(evidence, embeddings, log):
+def test_a_single_source_is_that_source(retrieval_index, embeddings, log):
     for name in ("popularity", "cooccurrence", "factors", "text"):
-        retriever = Retriever(evidence, embeddings, {name: 1.0})
+        retriever = Retriever(retrieval_index, embeddings, {name: 1.0})
         alone = retriever.source(name, PAST, 6, [9])
         found = retriever.retrieve(PAST, 6, [9])
         assert found.items[: len(alone)].tolist() == alone.tolist()
@@ -89,29 +89,29 @@ def test_a_single_source_is_that_source(evidence, embeddings, log):
         assert (found.sources[len(alone) :] == len(SOURCES)).all()
 
 
-def test_a_new_user_gets_what_is_popular(evidence, embeddings):
-    retriever = Retriever(evidence, embeddings)
+def test_a_new_user_gets_what_is_popular(retrieval_index, embeddings):
+    retriever = Retriever(retrieval_index, embeddings)
     found = retriever.retrieve(Histories.of(), 5)
-    assert found.items.tolist() == evidence.models["popularity"].top(Histories.of(), 5).tolist()
+    assert found.items.tolist() == retrieval_index.models["popularity"].top(Histories.of(), 5).tolist()
     only_dislikes = Histories.of([3, 9], [False, False])
     assert retriever.retrieve(only_dislikes, 5).items.tolist() == found.items.tolist()
 
 
-def test_a_new_item_is_reached_by_its_text_or_as_fresh(evidence, embeddings):
+def test_a_new_item_is_reached_by_its_text_or_as_fresh(retrieval_index, embeddings):
     """Item 5 has no training row; its genre is that of items 2, 8, 11."""
     past = Histories.of([2, 8, 11])
-    near = Retriever(evidence, embeddings, {**QUOTAS, "text": 3.0}).retrieve(past, 15, past.items)
+    near = Retriever(retrieval_index, embeddings, {**QUOTAS, "text": 3.0}).retrieve(past, 15, past.items)
     assert HIDDEN in near.items and near.sources[near.items.tolist().index(HIDDEN)] == SOURCES.index("text")
-    blind = Retriever(evidence)
+    blind = Retriever(retrieval_index)
     assert HIDDEN not in blind.retrieve(past, 12, past.items).items
-    fresh = Retriever(evidence, quotas={**QUOTAS, "text": 0, "fresh": 1.0})
+    fresh = Retriever(retrieval_index, quotas={**QUOTAS, "text": 0, "fresh": 1.0})
     assert HIDDEN in fresh.retrieve(past, 12, past.items).items
     assert HIDDEN in fresh.retrieve(Histories.of(), 12).items
     assert HIDDEN not in fresh.retrieve(past, 12, [HIDDEN]).items
 
 
-def test_fresh_items_come_by_taste_and_else_the_newest_first(evidence, embeddings):
-    grown = evidence.for_items([*evidence.item_ids.to_pylist(), "new-a", "new-b", "new-c"])
+def test_fresh_items_come_by_taste_and_else_the_newest_first(retrieval_index, embeddings):
+    grown = retrieval_index.for_items([*retrieval_index.item_ids.to_pylist(), "new-a", "new-b", "new-c"])
     more = np.vstack([embeddings, np.eye(3) + 8]).astype(np.float32)
     size = grown.num_items
     for retriever in (Retriever(grown, more), Retriever(grown)):
@@ -120,7 +120,7 @@ def test_fresh_items_come_by_taste_and_else_the_newest_first(evidence, embedding
     assert order[0] == size - 3  # the first genre, as 0, 3 and 6
 
 
-def test_quotas_that_cannot_be_are_refused(evidence, embeddings):
+def test_quotas_that_cannot_be_are_refused(retrieval_index, embeddings):
     for quotas, message in (
         ({"popular": 1}, "there is no source 'popular'; use cooccurrence, factors"),
         ({"popularity": -1}, "share of popularity must be 0 or more, not -1"),
@@ -129,8 +129,8 @@ def test_quotas_that_cannot_be_are_refused(evidence, embeddings):
         ({"text": 1}, "source text has a share, but is not there"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Retriever(evidence, quotas=quotas)
-    assert Retriever(evidence).quotas.keys() == QUOTAS.keys() - {"text"}
+            Retriever(retrieval_index, quotas=quotas)
+    assert Retriever(retrieval_index).quotas.keys() == QUOTAS.keys() - {"text"}
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -165,13 +165,13 @@ def test_text_without_a_taste_names_nothing(embeddings):
     assert alike.scores(Histories.of([2])) is None
 
 
-def test_embeddings_that_cannot_be_are_refused(evidence, embeddings):
+def test_embeddings_that_cannot_be_are_refused(retrieval_index, embeddings):
     for bad in (embeddings[:-1], embeddings[:, 0], embeddings.astype(int)):
         with pytest.raises(DataError, match=r"embeddings must be floats \[24 items, d\]"):
-            Retriever(evidence, bad)
+            Retriever(retrieval_index, bad)
     embeddings[3, 1] = np.nan
     with pytest.raises(DataError, match="embeddings of items 0 to 23 hold values that are not finite"):
-        Retriever(evidence, embeddings)
+        Retriever(retrieval_index, embeddings)
 
 
 def test_recall_counts_each_relevant_item_once():
@@ -183,63 +183,66 @@ def test_recall_counts_each_relevant_item_once():
 # ---- evidence ------------------------------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_strictly_earlier_events(log, labels, train, evidence, monkeypatch):
+def test_features_are_those_of_strictly_earlier_events(log, labels, train, retrieval_index, monkeypatch):
     rows = np.setdiff1d(np.arange(len(log)), train)[::-1]
-    found = evidence.target_features(log, labels, rows)
+    found = retrieval_index.target_features(log, labels, rows)
     for place, row in enumerate(rows.tolist()):
         own = [r for r in range(len(log)) if log.user_codes[r] == log.user_codes[row]]
         past = [r for r in own if log.timestamps[r] < log.timestamps[row]]
         history = Histories.of(log.item_codes[past], labels[past] == 1)
-        one = evidence.features(history, np.array([0]), log.item_codes[[row]])
+        one = retrieval_index.features(history, np.array([0]), log.item_codes[[row]])
         assert found.values[place] == pytest.approx(one.values[0], abs=1e-5)
         assert found.values[place, -2] == pytest.approx(np.log1p(len(past)))
         assert found.values[place, -1] == pytest.approx(np.log1p((log.item_codes[train] == log.item_codes[row]).sum()))
     monkeypatch.setattr("llmrec_peft.retrieval.retrieval_index.EVENTS", 30)
-    assert evidence.target_features(log, labels, rows).values == pytest.approx(found.values, abs=1e-5)
-    others = evidence.target_features(log, labels, rows, np.full(len(rows), 7))
+    assert retrieval_index.target_features(log, labels, rows).values == pytest.approx(found.values, abs=1e-5)
+    others = retrieval_index.target_features(log, labels, rows, np.full(len(rows), 7))
     assert (others.values[:, -1] == np.log1p((log.item_codes[train] == 7).sum())).all()
 
 
-def test_the_present_and_the_future_are_in_no_feature(log, labels, train, evidence):
+def test_the_present_and_the_future_are_in_no_feature(log, labels, train, retrieval_index):
     """Labels from the target's moment on, its own among them, can be anything."""
     moment = np.sort(log.timestamps)[int(len(log) * 0.9)]
     rows = np.flatnonzero(log.timestamps == moment)
-    before = evidence.target_features(log, labels, rows)
+    before = retrieval_index.target_features(log, labels, rows)
     late = log.timestamps >= moment
     flipped = np.where(late, 1 - labels, labels).astype(np.int8)
-    again = Evidence.fit(log, train, flipped if not late[train].any() else labels)
+    again = RetrievalIndex.fit(log, train, flipped if not late[train].any() else labels)
     assert not late[train].any()
     assert (again.target_features(log, flipped, rows).values == before.values).all()
     changed = again.target_features(log, 1 - labels, rows)
     assert (changed.values != before.values).any()
 
 
-def test_empty_targets_and_other_tables(log, labels, evidence):
-    assert evidence.target_features(log, labels, np.empty(0, int)).values.shape == (0, len(evidence.feature_names))
-    small = evidence.for_items(evidence.item_ids.to_pylist()[:5])
+def test_empty_targets_and_other_tables(log, labels, retrieval_index):
+    assert retrieval_index.target_features(log, labels, np.empty(0, int)).values.shape == (
+        0,
+        len(retrieval_index.feature_names),
+    )
+    small = retrieval_index.for_items(retrieval_index.item_ids.to_pylist()[:5])
     with pytest.raises(DataError, match="has 24 items, the evidence 5; take evidence.for_items"):
         small.target_features(log, labels, np.arange(3))
 
 
-def test_evidence_follows_the_item_table(evidence):
-    ids = evidence.item_ids.to_pylist()
-    moved = evidence.for_items(["brand new", *ids[::-1]])
-    assert evidence.for_items(pa.chunked_array([ids])) is evidence
-    assert moved.item_rows.tolist() == [0, *evidence.item_rows[::-1].tolist()]
+def test_evidence_follows_the_item_table(retrieval_index):
+    ids = retrieval_index.item_ids.to_pylist()
+    moved = retrieval_index.for_items(["brand new", *ids[::-1]])
+    assert retrieval_index.for_items(pa.chunked_array([ids])) is retrieval_index
+    assert moved.item_rows.tolist() == [0, *retrieval_index.item_rows[::-1].tolist()]
     there = Histories.of(len(ids) - PAST.items, PAST.positive)
     zeros = np.zeros(len(ids), int)
-    old = evidence.features(PAST, zeros, np.arange(len(ids))).values
+    old = retrieval_index.features(PAST, zeros, np.arange(len(ids))).values
     new = moved.features(there, zeros, len(ids) - np.arange(len(ids))).values
     assert new == pytest.approx(old, abs=1e-4)
-    plain, turned = Retriever(evidence).retrieve(PAST, 8), Retriever(moved).retrieve(there, 8)
+    plain, turned = Retriever(retrieval_index).retrieve(PAST, 8), Retriever(moved).retrieve(there, 8)
     assert set((len(ids) - turned.items).tolist()) == set(plain.items.tolist())
 
 
 def test_logs_of_positives_have_no_label_factors(log, labels, train):
     only = np.where(labels == 1, 1, -1)
-    assert set(Evidence.fit(log, train, only).models) == {"popularity", "cooccurrence", "factors", "rates"}
+    assert set(RetrievalIndex.fit(log, train, only).models) == {"popularity", "cooccurrence", "factors", "rates"}
     with pytest.raises(ConfigError, match="different names"):
-        Evidence.fit(log, train, labels, [Popularity(), Popularity(3.0)])
+        RetrievalIndex.fit(log, train, labels, [Popularity(), Popularity(3.0)])
 
 
 @pytest.mark.parametrize(("drift", "wanted"), [(True, 7.0), (False, None)])
@@ -259,29 +262,29 @@ def test_half_life_follows_the_log(drift, wanted):
 
 
 @pytest.fixture
-def fusion(evidence, log, labels):
+def fusion(retrieval_index, log, labels):
     rows = np.arange(len(log))
     logits = np.random.default_rng(0).normal(size=(len(log), 2))
-    return Fusion.fit(logits, evidence.target_features(log, labels, rows), labels[rows], log.user_codes[rows])
+    return Fusion.fit(logits, retrieval_index.target_features(log, labels, rows), labels[rows], log.user_codes[rows])
 
 
-def test_saved_evidence_answers_the_same(evidence, fusion, embeddings, log, labels, tmp_path):
+def test_saved_evidence_answers_the_same(retrieval_index, fusion, embeddings, log, labels, tmp_path):
     assert fusion.strength is not None
-    place = evidence.save(tmp_path / "retrieval", fusion=fusion, adapter="a" * 64)
+    place = retrieval_index.save(tmp_path / "retrieval", fusion=fusion, adapter="a" * 64)
     assert sorted(path.name for path in place.iterdir()) == [MANIFEST, ARRAYS]
-    loaded, found = Evidence.load(place, adapter="a" * 64)
-    assert found == fusion and loaded.item_ids.equals(evidence.item_ids) and loaded.note == evidence.note
+    loaded, found = RetrievalIndex.load(place, adapter="a" * 64)
+    assert found == fusion and loaded.item_ids.equals(retrieval_index.item_ids) and loaded.note == retrieval_index.note
     rows = np.arange(0, len(log), 4)
     assert (
-        loaded.target_features(log, labels, rows).values == evidence.target_features(log, labels, rows).values
+        loaded.target_features(log, labels, rows).values == retrieval_index.target_features(log, labels, rows).values
     ).all()
-    for name, model in evidence.models.items():
+    for name, model in retrieval_index.models.items():
         assert loaded.models[name].settings() == model.settings()
         assert all((loaded.models[name].arrays[key] == value).all() for key, value in model.arrays.items())
-    one, two = (Retriever(e, embeddings).retrieve(PAST, 15) for e in (evidence, loaded))
+    one, two = (Retriever(e, embeddings).retrieve(PAST, 15) for e in (retrieval_index, loaded))
     assert (one.items == two.items).all() and (one.sources == two.sources).all()
-    evidence.save(place)
-    assert Evidence.load(place)[1] is None
+    retrieval_index.save(place)
+    assert RetrievalIndex.load(place)[1] is None
     assert [path.name for path in tmp_path.iterdir()] == ["retrieval"]
 
 
@@ -291,17 +294,17 @@ def test_item_ids_of_any_text_survive(tmp_path):
         {"user_id": ["u"] * 4, "item_id": ids, "title": ["t"] * 4, "timestamp": range(4), "label": [1] * 4}
     )
     log = BehaviorLog(table)
-    evidence = Evidence.fit(log, np.arange(4), np.ones(4, int), [Popularity()])
-    evidence.save(tmp_path / "r")
-    assert Evidence.load(tmp_path / "r")[0].item_ids.to_pylist() == evidence.item_ids.to_pylist()
+    retrieval_index = RetrievalIndex.fit(log, np.arange(4), np.ones(4, int), [Popularity()])
+    retrieval_index.save(tmp_path / "r")
+    assert RetrievalIndex.load(tmp_path / "r")[0].item_ids.to_pylist() == retrieval_index.item_ids.to_pylist()
 
 
-def test_another_adapter_is_refused_for_its_fusion_alone(evidence, fusion, tmp_path):
-    evidence.save(tmp_path / "r", fusion=fusion, adapter="a" * 64)
+def test_another_adapter_is_refused_for_its_fusion_alone(retrieval_index, fusion, tmp_path):
+    retrieval_index.save(tmp_path / "r", fusion=fusion, adapter="a" * 64)
     with pytest.raises(BundleError, match="fitted with adapter weights aaaaaaaaaaaaaaaa..., and these are bbbb"):
-        Evidence.load(tmp_path / "r", adapter="b" * 64)
-    evidence.save(tmp_path / "r", adapter="a" * 64)
-    Evidence.load(tmp_path / "r", adapter="b" * 64)
+        RetrievalIndex.load(tmp_path / "r", adapter="b" * 64)
+    retrieval_index.save(tmp_path / "r", adapter="a" * 64)
+    RetrievalIndex.load(tmp_path / "r", adapter="b" * 64)
 
 
 def edit(place, change):
@@ -360,20 +363,22 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
-def test_damaged_files_are_refused(evidence, fusion, tmp_path, damage, message):
-    place = evidence.save(tmp_path / "retrieval", fusion=fusion)
+def test_damaged_files_are_refused(retrieval_index, fusion, tmp_path, damage, message):
+    place = retrieval_index.save(tmp_path / "retrieval", fusion=fusion)
     damage(place)
     with pytest.raises(BundleError, match=message):
-        Evidence.load(place)
+        RetrievalIndex.load(place)
 
 
-def test_nothing_else_is_overwritten_and_other_features_are_not_saved(evidence, fusion, log, labels, train, tmp_path):
+def test_nothing_else_is_overwritten_and_other_features_are_not_saved(
+    retrieval_index, fusion, log, labels, train, tmp_path
+):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(BundleError, match="exists and holds no evidence, so it is not replaced"):
-        evidence.save(tmp_path / "mine")
+        retrieval_index.save(tmp_path / "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    fewer = Evidence.fit(log, train, labels, [ItemCooccurrence(), MatrixFactorisation(rank=2, rounds=1)])
+    fewer = RetrievalIndex.fit(log, train, labels, [ItemCooccurrence(), MatrixFactorisation(rank=2, rounds=1)])
     with pytest.raises(DataError, match="fusion has the features popularity"):
         fewer.save(tmp_path / "r", fusion=fusion)
     assert not (tmp_path / "r").exists()

@@ -101,7 +101,7 @@ def test_a_swap_of_a_loaded_bundle_reads_nothing(bundle_of, tiny_base, items, mo
     def refuse(*_, **__):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(module, "load_member", refuse)
+    monkeypatch.setattr(module, "load_adapter", refuse)
     answers = []
     for directory in (two, one, one):
         bank.swap("m", directory)
@@ -276,10 +276,10 @@ def test_long_histories_lose_their_oldest_events_whole(bundle_of, tiny_base, ite
     assert np.array_equal(whole, cut)
     # A candidate so long that history must go does not take it from the others.
     prompts = bank._entries["m"].prompts
-    trunk = prompts.trunk(long)
+    prefix = prompts.prefix(long)
     for words in range(5, 400, 5):
         wide = {"title": "word " * words, "genres": ""}
-        dropped = prompts.dropped(trunk, prompts.events([*MOVIES, wide], "candidates"))
+        dropped = prompts.dropped(prefix, prompts.events([*MOVIES, wide], "candidates"))
         if dropped[-1] > 1:
             break
     assert 1 < dropped[-1] < window and not dropped[:-1].any()

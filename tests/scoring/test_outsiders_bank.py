@@ -79,14 +79,14 @@ def test_a_domain_that_is_no_text_is_no_fallback_either(domain, bundle_of, tiny_
 def born(monkeypatch) -> list[weakref.ref]:
     """Weak references to all versions that banks have read since."""
     found: list[weakref.ref] = []
-    load = bank_module.load_member
+    load = bank_module.load_adapter
 
     def spy(*args, **kwargs):
         member = load(*args, **kwargs)
         found.append(weakref.ref(member))
         return member
 
-    monkeypatch.setattr(bank_module, "load_member", spy)
+    monkeypatch.setattr(bank_module, "load_adapter", spy)
     return found
 
 
@@ -99,7 +99,7 @@ def alive(born: list[weakref.ref]) -> int:
 @pytest.mark.parametrize("max_bytes", [None, 10**9])
 def test_a_version_goes_when_nobody_uses_it(max_bytes, born, bundle_of, tiny_base, items):
     versions = [bundle_of("head", seed=1), bundle_of("head", seed=2)]
-    load = {"max_bytes": max_bytes, "kept_bytes": 10**7}
+    load = {"max_bytes": max_bytes, "cache_bytes": 10**7}
     bank = DomainBank.load(tiny_base("llama"), {"m": versions[0], "n": versions[0]}, dict.fromkeys("mn", items), **load)
     bank.score([("n", HISTORY, MOVIES[:2])])
     assert alive(born) == 1 and len(bank._engine.kept) == 1
@@ -107,7 +107,7 @@ def test_a_version_goes_when_nobody_uses_it(max_bytes, born, bundle_of, tiny_bas
         bank.swap("m", versions[number % 2])
         bank.score([("m", HISTORY, MOVIES[:2])])
         assert alive(born) == 1 + number % 2  # the other domain keeps its own
-        assert len(bank._engine.kept) == 1 + number % 2, "trunks of a dropped version stay"
+        assert len(bank._engine.kept) == 1 + number % 2, "prefixes of a dropped version stay"
     bank.swap("m", versions[1])
     bank.remove("n")
     assert alive(born) == 1
@@ -144,7 +144,7 @@ def test_a_preload_waits_for_its_first_use_or_its_release(born, bundle_of, tiny_
 def test_requests_under_way_keep_their_version_and_no_other_stays(by, born, bundle_of, tiny_base, items):
     """Threads score while another swaps; each answer is one version's, and memory ends where it began."""
     versions = [bundle_of(seed=1), bundle_of("adapter", seed=2), bundle_of(seed=3, r=2)]
-    bank = DomainBank.load(tiny_base("llama"), {"m": versions[0]}, {"m": items}, kept_bytes=10**7)
+    bank = DomainBank.load(tiny_base("llama"), {"m": versions[0]}, {"m": items}, cache_bytes=10**7)
     scorer, known = bank.scorer("m"), []
     for version in versions:
         bank.swap("m", version)
@@ -183,15 +183,15 @@ def test_a_request_under_way_does_not_bring_a_version_back(born, bundle_of, tiny
     names = {"a": one, "b": two}
     bank = DomainBank.load(tiny_base("llama"), names, dict.fromkeys(names, items), max_bytes=1)
     want = alone(one, HISTORY, MOVIES[:2], items)
-    load = bank_module.load_member
+    load = bank_module.load_adapter
 
     def swapped(*args, **kwargs):
-        monkeypatch.setattr(bank_module, "load_member", load)
+        monkeypatch.setattr(bank_module, "load_adapter", load)
         bank.swap("a", three)
         return load(*args, **kwargs)
 
     assert bank.sizes()["a"] == 0
-    monkeypatch.setattr(bank_module, "load_member", swapped)
+    monkeypatch.setattr(bank_module, "load_adapter", swapped)
     got = bank.score([("a", HISTORY, MOVIES[:2])])[0]
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
     assert alive(born) == 1 and bank.sizes()["a"] > 0
@@ -200,7 +200,7 @@ def test_a_request_under_way_does_not_bring_a_version_back(born, bundle_of, tiny
 def test_the_same_weights_at_another_scale_do_not_share_histories(bundle_of, tiny_base, items):
     """What fails the same way: any two bundles whose weights' files are equal and whose settings are not."""
     names = {"a": bundle_of(seed=1, alpha=4.0), "b": bundle_of(seed=1, alpha=64.0), "c": bundle_of(seed=1, rslora=True)}
-    bank = DomainBank.load(tiny_base("llama"), names, dict.fromkeys(names, items), kept_bytes=10**7)
+    bank = DomainBank.load(tiny_base("llama"), names, dict.fromkeys(names, items), cache_bytes=10**7)
     for name, directory in names.items():
         got = bank.score([(name, HISTORY, MOVIES[:3])])[0]
         np.testing.assert_allclose(got, alone(directory, HISTORY, MOVIES[:3], items), atol=1e-5, rtol=0, err_msg=name)

@@ -97,12 +97,12 @@ def close(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 2**24])
-def test_parts_answer_as_one_pass_does(kept_bytes, bundle_of, items, small_parts):
-    scorer = Scorer.load(bundle_of(calibration=CALIBRATION), items, kept_bytes=kept_bytes)
+@pytest.mark.parametrize("cache_bytes", [0, 2**24])
+def test_parts_answer_as_one_pass_does(cache_bytes, bundle_of, items, small_parts):
+    scorer = Scorer.load(bundle_of(calibration=CALIBRATION), items, cache_bytes=cache_bytes)
     given = [MIXED, tuple(MIXED), np.array(MOVIES * 3), [f"i{n % 24}" for n in range(100)], MIXED[:8]]
     whole = [scorer.score(HISTORY, candidates) for candidates in given]
-    assert len(set(scorer.prompts.dropped(scorer.prompts.trunk(HISTORY), scorer.prompts.events(MIXED, ""))[:9])) > 1
+    assert len(set(scorer.prompts.dropped(scorer.prompts.prefix(HISTORY), scorer.prompts.events(MIXED, ""))[:9])) > 1
     for size in (1, 7, 8):
         small_parts(size)
         close([scorer.score(HISTORY, candidates) for candidates in given], whole)

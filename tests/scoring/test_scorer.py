@@ -63,11 +63,11 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 1 << 28], ids=["nothing kept", "kept"])
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 28], ids=["nothing kept", "kept"])
 @pytest.mark.parametrize(("method", "kind", "options"), METHODS)
-def test_equal_to_independent_prompts(method, kind, options, kept_bytes, bundle_of, items):
+def test_equal_to_independent_prompts(method, kind, options, cache_bytes, bundle_of, items):
     bundle = bundle_of(method, kind=kind, calibration=CALIBRATION, **options)
-    scorer = Scorer.load(bundle, items, kept_bytes=kept_bytes)
+    scorer = Scorer.load(bundle, items, cache_bytes=cache_bytes)
     expected = alone(bundle, HISTORY, MOVIES, items)
     # Whole, in rows of a few probes that go on from the history, and one probe at a time.
     for batch_tokens in (4000, 200, 1):
@@ -85,7 +85,7 @@ def test_a_merged_model(bundle_of, items, tmp_path):
 
 def test_a_scorer_of_the_bank_follows_its_swaps(bundle_of, tiny_base, items):
     one, two = bundle_of(seed=1), bundle_of("adapter", seed=2)
-    bank = DomainBank.load(tiny_base("llama"), {"m": one}, {"m": items}, kept_bytes=1 << 28)
+    bank = DomainBank.load(tiny_base("llama"), {"m": one}, {"m": items}, cache_bytes=1 << 28)
     scorer = bank.scorer("m")
     for bundle in (one, two, one):
         bank.swap("m", bundle)
@@ -121,7 +121,7 @@ def test_a_new_event_extends_the_history_that_is_kept(bundle_of, items):
     ((_, second, past),) = passes.take()
     np.testing.assert_allclose(found, alone(bundle, HISTORY[:4], MOVIES, items), atol=1e-4)
     prompts = scorer._current()[1]
-    event, probes = len(prompts.trunk(HISTORY[:4]).events[-1]), sum(map(len, prompts.events(MOVIES, "")))
+    event, probes = len(prompts.prefix(HISTORY[:4]).events[-1]), sum(map(len, prompts.events(MOVIES, "")))
     assert second == event + probes and past == first - probes
     scorer.score(HISTORY[:2], MOVIES)  # a beginning of what is kept
     ((_, third, _),) = passes.take()
@@ -146,13 +146,13 @@ def test_a_long_history_keeps_its_beginning_for_some_events(bundle_of, domains, 
     for length in range(20, 32):
         scorer.score(long[:length], MOVIES[:2])
         pasts.append(passes.take()[0][2])
-    header = len(scorer._current()[1].trunk([]).header)
+    header = len(scorer._current()[1].prefix([]).header)
     anew = [past <= header for past in pasts]  # the header is the same whatever follows
     assert sum(anew) == 5 and len(anew) == 12
 
 
 def test_what_is_the_same_is_computed_once(bundle_of, items):
-    scorer = Scorer.load(bundle_of(), items, kept_bytes=0)
+    scorer = Scorer.load(bundle_of(), items, cache_bytes=0)
     passes = Passes(scorer)
     once = scorer.score(HISTORY, MOVIES)
     (plain,) = passes.take()
@@ -171,12 +171,12 @@ def test_memory_does_not_grow_with_the_candidates(bundle_of, items, monkeypatch)
     monkeypatch.setattr(engine_module, "ROW_TOKENS", 300)
     monkeypatch.setattr(engine_module, "CHUNK_TOKENS", 120)
     bundle = bundle_of()
-    scorer = Scorer.load(bundle, items, kept_bytes=0)
+    scorer = Scorer.load(bundle, items, cache_bytes=0)
     passes = Passes(scorer)
     many = [{"title": f"Film {n}", "genres": "Drama"} for n in range(200)]
     found = scorer.score(HISTORY, many)
     shapes = passes.take()
-    history = sum(map(len, (t := scorer._current()[1].trunk(HISTORY)).events)) + len(t.header)
+    history = sum(map(len, (t := scorer._current()[1].prefix(HISTORY)).events)) + len(t.header)
     assert len(shapes) > 10 and all(rows == 1 for rows, _, _ in shapes)
     assert shapes[0][1] <= 300 and all(length <= 120 and past == history for _, length, past in shapes[1:])
     picked = [0, 7, 50, 199]

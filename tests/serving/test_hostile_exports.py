@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.models.test_hostile_bundles import SWAPS, mutate
 
 from llmrec_peft.checkpoints.sealing import sealed, sha256
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.serving import OnnxScorer
 from llmrec_peft.serving.plain_vocabulary import read_encoder
+from tests.checkpoints.test_hostile_bundles import SWAPS, mutate
 from tests.support.requests import HISTORY, MOVIES
 
 pytestmark = [

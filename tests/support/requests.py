@@ -22,13 +22,13 @@ USER = {"age": 33}
 
 
 def alone(directory, history, candidates, items=None, user=None, **options):
-    """Each candidate as a prompt of its own through the loaded bundle: plain attention, no bank, no probe."""
+    """Each candidate as a prompt of its own through the loaded bundle: plain attention, no bank, no candidate."""
     bundle = load_answering(directory, **options)
     prompts = Prompts(Vocabulary(Domain.from_dict(bundle.domain), bundle.tokenizer), Catalogue.read(items))
-    trunk = prompts.trunk(history, user)
+    prefix = prompts.prefix(history, user)
     logits = []
-    for probe in prompts.events(candidates, "candidates"):
-        ids = torch.tensor(np.concatenate([trunk.header, *trunk.events, probe]))[None].long()
+    for candidate in prompts.events(candidates, "candidates"):
+        ids = torch.tensor(np.concatenate([prefix.header, *prefix.events, candidate]))[None].long()
         with torch.no_grad():
             logits.append(bundle.classifier(ids, markers=torch.tensor([ids.shape[1] - 1])).numpy()[0])
     return Calibration.from_dict(bundle.calibration).apply(np.array(logits))

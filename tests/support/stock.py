@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from llmrec_peft.checkpoints.merged import load_answering
-from llmrec_peft.merging.synthetic_inputs import SampleStreams
+from llmrec_peft.merging.synthetic_inputs import SyntheticStreams
 from tests.conftest import SENTENCES, make_tiny_config, make_tokenizer
 
 END, START = "<|endoftext|>", "<s>"
@@ -75,7 +75,7 @@ def write_base(directory: Path, tokenizer: Any, kind: str = "llama", config: Any
 def prompts_of(bundle: Path, domain: Any, count: int = 6) -> tuple[list[str], torch.Tensor]:
     """Whole prompts as texts, and the bundle's logits at their markers, by this package."""
     loaded = load_answering(bundle)
-    samples = SampleStreams(domain, loaded.tokenizer, independent=True)
+    samples = SyntheticStreams(domain, loaded.tokenizer, independent=True)
     rows = []
     for number in range(count):
         ids = torch.from_numpy(samples[number].input_ids.astype(np.int64))[None]

@@ -126,15 +126,15 @@ def price_of(value: Any) -> float | None:
 
 def _number(text: str) -> float | None:
     """A number in ASCII digits with points and commas, or None where their meaning is open."""
-    signs = re.findall("[.,]", text)
-    if not signs:
+    feedback = re.findall("[.,]", text)
+    if not feedback:
         return float(text)
     whole, last, rest = re.fullmatch(r"(.*)([.,])([0-9]*)", text).groups()  # type: ignore[union-attr]
-    if len(signs) == 1:
+    if len(feedback) == 1:
         if len(rest) == 3 and whole not in ("", "0") and len(whole) <= 3:
             return float(whole + rest) if last == "," else None
         return float(f"{whole or 0}.{rest}") if last == "." or len(rest) < 3 or whole in ("", "0") else None
-    grouping, grouped = signs[0], whole if last != signs[0] else text
+    grouping, grouped = feedback[0], whole if last != feedback[0] else text
     if not re.fullmatch(rf"[0-9]{{1,3}}(?:{re.escape(grouping)}[0-9]{{2,3}})*{re.escape(grouping)}[0-9]{{3}}", grouped):
         return None
     return float(grouped.replace(grouping, "") + (f".{rest}" if grouped is whole else ""))
