@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llmrec_peft.errors import DataError, LLMRecError, one_line
+from llmrec_peft.messages import shortened
 
 MAX_JSON_BYTES = 64 << 20
 """Bytes of a JSON file, at most: the largest tokenizer.json in use has about 35 MB."""
@@ -274,10 +275,3 @@ def check_tree(
 def has_surrogates(text: str) -> bool:
     """Whether a text holds half of a surrogate pair, which is no character."""
     return _HALF_PAIR.search(text) is not None
-
-
-def shortened(value: object, limit: int = 100) -> str:
-    """A path or text for a one-line message, cut in its middle; characters that cannot be printed are escaped."""
-    text = str(value)
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"

@@ -20,8 +20,9 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, Literal
 
-from llmrec_peft.documents import has_surrogates, shortened
+from llmrec_peft.documents import has_surrogates
 from llmrec_peft.errors import ConfigError
+from llmrec_peft.messages import quoted
 
 MAX_TEXT = 4096
 """Characters of a text, at most, where its field says nothing else: as long as the longest path."""
@@ -98,9 +99,7 @@ def require(rule: bool, field: str, requirement: str, value: object) -> None:
     """Raise ConfigError unless a setting keeps its rule."""
     if not rule:
         key = key_of(field)
-        raise ConfigError(
-            f"{key} must be {requirement}, not {shortened(repr(value))}; change {key} in the configuration"
-        )
+        raise ConfigError(f"{key} must be {requirement}, not {quoted(value, 100)}; change {key} in the configuration")
 
 
 _section: ContextVar[str] = ContextVar("section", default="")

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.splits import LogSplit
+from llmrec_peft.data.log import BehaviorLog, LogSplit
 from llmrec_peft.errors import DataError
 
 SAMPLING = ("popularity", "uniform")

@@ -8,9 +8,10 @@ import torch
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.layout import Stream, StreamBuilder
+from llmrec_peft.data.log import LogSplit
 from llmrec_peft.data.negatives import sample_negatives
-from llmrec_peft.data.splits import LogSplit, context_only
-from llmrec_peft.data.tokens import CHUNK, TokenTable, Vocabulary
+from llmrec_peft.data.token_table import CHUNK, TokenTable
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import DataError, DomainError, StreamError
 
 _log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class StreamDataset(torch.utils.data.Dataset):
         if not len(found.rows):
             return found.rows
         classes = domain.row_labels(self.log)
-        surplus = found.surplus(classes, context_only(self.log))
+        surplus = found.surplus(classes, self.log.context_only)
         own = int(np.isin(surplus, split.rows, assume_unique=True).sum())
         drops = domain.duplicates == "drop"
         if own and (drops or domain.simultaneous == "order"):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.data.item_text import listed
 from llmrec_peft.errors import ConfigError, DataError
+from llmrec_peft.messages import listed
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from llmrec_peft.checkpoints.bundle import Bundle
 from llmrec_peft.checkpoints.manifest import digest
-from llmrec_peft.data.collator import StreamCollator, plan_micro_batches
+from llmrec_peft.data.batches import plan_micro_batches
+from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from llmrec_peft.distillation.teacher_cache import ADVICE, matrix, read_kept, write_kept

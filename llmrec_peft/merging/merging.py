@@ -35,7 +35,7 @@ from llmrec_peft.checkpoints.stock_loading import measure_stock, prepare_tokeniz
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import IndependentPrompts
-from llmrec_peft.data.tokens import UNKNOWN_ITEM
+from llmrec_peft.data.vocabulary import UNKNOWN_ITEM
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics

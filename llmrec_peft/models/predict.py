@@ -8,7 +8,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from llmrec_peft.data.collator import StreamCollator, plan_micro_batches
+from llmrec_peft.data.batches import plan_micro_batches
+from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.selftest import check_streams

@@ -9,8 +9,8 @@ import numpy as np
 
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.splits import Splits, check_leakage
+from llmrec_peft.data.leakage import check_leakage
+from llmrec_peft.data.log import BehaviorLog, Splits
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, build_streams
 from llmrec_peft.errors import DataError
 from llmrec_peft.models.base import base_fingerprint

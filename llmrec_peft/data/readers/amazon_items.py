@@ -14,8 +14,10 @@ import pyarrow as pa
 from llmrec_peft.data.memory_mapped import collect
 from llmrec_peft.data.readers.json_lines import warn_halves
 from llmrec_peft.data.readers.json_records import is_json, read_records
-from llmrec_peft.data.values import has_surrogates, replace_surrogates, shorten
+from llmrec_peft.data.values import replace_surrogates
+from llmrec_peft.documents import has_surrogates
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import quoted
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ def _batches(path: Path, key: str, texts: Mapping[str, str], schema: pa.Schema) 
     warn_halves(halves, str(path))
     if prices:
         _log.warning("%s: %d prices are not one number or may be read in two ways (first: %s); they are empty", path,
-                     len(prices), shorten(prices[0]))  # fmt: skip
+                     len(prices), quoted(prices[0]))  # fmt: skip
 
 
 def shown_text(value: Any) -> tuple[str | None, int]:

@@ -13,8 +13,9 @@ import pyarrow.csv as pacsv
 
 from llmrec_peft.data.csv_rules import NULLS, NUMBER, TEXTS, TRUTH, WHOLE, delimiter_of
 from llmrec_peft.data.readers.text_bytes import BLOCK_BYTES, UNREADABLE, check_utf8, first_line, open_text
-from llmrec_peft.data.tables import bool_numpy, offenders, shorten
+from llmrec_peft.data.tables import bool_numpy, offenders
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import quoted
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _tell_loose(column: pa.ChunkedArray, name: str, kind: pa.DataType, path: Pat
     first = int(rows[0]) if count else 0
     _log.warning(
         "%s: column %s does not hold %s alone: %d of its %d values are none, the first in row %d (%s); read as text",
-        path, name, kind, count, len(column), first, shorten(column[first].as_py()),
+        path, name, kind, count, len(column), first, quoted(column[first].as_py()),
     )  # fmt: skip
 
 

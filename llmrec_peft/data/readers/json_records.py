@@ -8,9 +8,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from llmrec_peft.data.readers.text_bytes import UNREADABLE, check_utf8, open_text
-from llmrec_peft.data.tables import shorten
 from llmrec_peft.documents import MAX_DEPTH, MAX_JSON_BYTES, check_tree, parse_json
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import quoted
 
 CHUNK = 1 << 20
 OPEN_END = "the array has no end"
@@ -34,7 +34,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             entries = tqdm(_entries(file, path), unit="record", desc=f"reading {path.name}", delay=2)
             for number, record in entries:
                 if not isinstance(record, dict):
-                    raise DataError(f"record {number} of {path} is {shorten(record)}; each must be a JSON object")
+                    raise DataError(f"record {number} of {path} is {quoted(record)}; each must be a JSON object")
                 yield record
     except UnicodeDecodeError as error:
         check_utf8(path)

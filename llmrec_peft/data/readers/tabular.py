@@ -13,8 +13,9 @@ from llmrec_peft.data.memory_mapped import BATCH_ROWS, collect
 from llmrec_peft.data.readers.csv_files import read_text_csv, typed_columns
 from llmrec_peft.data.readers.json_lines import read_jsonl
 from llmrec_peft.data.readers.mending import meeting_ids
-from llmrec_peft.data.tables import ID_TYPE, is_blank, listed
+from llmrec_peft.data.tables import ID_TYPE, is_blank
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import listed
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def suffix_of(path: Path) -> str | None:
 
 
 def read_tables(paths: Sequence[Path]) -> pa.Table:
-    """Files of one kind, parts of one table, as one Arrow table; parquet above `SPOOL_ROWS` rows is memory-mapped."""
+    """Files of one kind, parts of one table, as one Arrow table; parquet above `MAPPED_ROWS` rows is memory-mapped."""
     if all(suffix_of(path) == ".parquet" for path in paths):
         return read_parquet(paths)
     # The type of a csv column is told from all parts: a code may have its first leading zero in the last of them.

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from llmrec_peft.data.memory_mapped import collect
 from llmrec_peft.data.readers.json_records import first_keys, is_json, read_records
 from llmrec_peft.data.readers.registry import RawLog, log_name, register
-from llmrec_peft.data.tables import shorten
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import quoted
 
 BATCH_RECORDS = 10_000
 
@@ -83,7 +83,7 @@ def instruction_log(records: Iterable[dict[str, Any]], where: str, name: str) ->
         instruction, more = record.get("instruction"), record.get("input") or ""
         for key, value in (("instruction", instruction), ("input", more)):
             if not isinstance(value, str):
-                raise DataError(f"record {number} of {where} has {key} {shorten(value)}; it must be a text")
+                raise DataError(f"record {number} of {where} has {key} {quoted(value)}; it must be a text")
         title = f"{instruction}\n{more}" if more.strip() else instruction
         return {"title": _filled(title, number, where), "instruction": instruction, "input": more}
 
@@ -98,7 +98,7 @@ def _text_of(value: Any, number: int, where: str) -> str:
     if turns and all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns):
         return _filled("\n".join(f"{turn.get('role', 'user')}: {turn['content']}" for turn in turns), number, where)
     raise DataError(
-        f"record {number} of {where} has input {shorten(value)}; it must be a text or a list of role and content"
+        f"record {number} of {where} has input {quoted(value)}; it must be a text or a list of role and content"
     )
 
 
@@ -164,9 +164,9 @@ def _label_of(value: Any, kinds: set[type], number: int, key: str, where: str) -
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int | float | str) or value != value or value == "":
-        raise DataError(f"record {number} of {where} has {key} {shorten(value)}; it must be a text or a number")
+        raise DataError(f"record {number} of {where} has {key} {quoted(value)}; it must be a text or a number")
     if not isinstance(value, str) and not abs(value) < 2**63:
-        raise DataError(f"record {number} of {where} has {key} {shorten(value)}; a number has at most 64 bits")
+        raise DataError(f"record {number} of {where} has {key} {quoted(value)}; a number has at most 64 bits")
     kinds.add(type(value))
     return _filled(value, number, where).strip() if isinstance(value, str) else str(value)
 
@@ -174,4 +174,4 @@ def _label_of(value: Any, kinds: set[type], number: int, key: str, where: str) -
 def _time_of(value: Any, number: int, where: str) -> float | None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63):
         return value
-    raise DataError(f"record {number} of {where} has timestamp {shorten(value)}; it must be seconds since 1970")
+    raise DataError(f"record {number} of {where} has timestamp {quoted(value)}; it must be seconds since 1970")
