@@ -76,7 +76,7 @@ def targets_fingerprint(streams: StreamDataset) -> str:
 def texts_fingerprint(streams: StreamDataset) -> str:
     """SHA-256 of the tokens of a data set's headers and events, and of where they stand."""
     found = hashlib.sha256()
-    for array in streams.texts():
+    for array in streams.token_arrays():
         found.update(f"{array.dtype}{array.shape}".encode())
         found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
