@@ -135,7 +135,8 @@ def check_fields(options: Any, prefix: str = "", *, brief: bool = False) -> None
 
 def broken_fields(options: Any, *, brief: bool = False) -> Iterator[tuple[str, str, Any]]:
     """(name, requirement, value) of each field of a dataclass object that breaks its type or bounds."""
-    for name, (hint, metadata) in annotations_of(type(options)).items():
+    kind: type = type(options)
+    for name, (hint, metadata) in annotations_of(kind).items():
         value = getattr(options, name)
         fault = _fault(value, hint, metadata, brief)
         if fault is not None:
@@ -211,7 +212,12 @@ def _fault_of_union(value: Any, hint: Any, metadata: Any, brief: bool) -> _Fault
 
 
 def _fault_of_parts(
-    value: Any, kind: type, parts: list[tuple[Any, Any]], hint: Any, metadata: Any, brief: bool
+    value: Any,
+    kind: type[list[Any]] | type[dict[Any, Any]],
+    parts: list[tuple[Any, Any]],
+    hint: Any,
+    metadata: Any,
+    brief: bool,
 ) -> _Fault | None:
     if not isinstance(value, kind):
         return _Fault(describe(hint))

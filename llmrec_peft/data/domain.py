@@ -204,7 +204,7 @@ def _check_parts(domain: Domain) -> None:
     where = f"domain {quoted(domain.name, 100)}"
     for name, (kind, _) in annotations_of(Domain).items():
         part = getattr(domain, name)
-        if dataclasses.is_dataclass(kind) and not isinstance(part, kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(part, kind):
             raise DomainError(f"{where}: {name} must be a mapping of keys; got {quoted(part, 100)}")
     for name, mapping in {"outcomes": domain.outcomes, "label.map": domain.label.map}.items():
         keys = mapping if isinstance(mapping, dict) else [None] * (mapping is not None or name == "outcomes")
@@ -258,14 +258,14 @@ def _check_rules(domain: Domain) -> None:
     where = f"domain '{domain.name}'"
     label, labels = domain.label, domain.labels
     numbers = {"label.above": label.above, "split.valid": domain.split.valid, "split.test": domain.split.test}
-    for key, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise DomainError(f"{where}: {key} must be a number; got {value!r}")
+    for key, number in numbers.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise DomainError(f"{where}: {key} must be a number; got {number!r}")
     if label.above is not None and (label.map is not None or len(labels) != 2):
         raise DomainError(f"{where}: label.above needs two outcomes and no map; got {len(labels)} and {label.map}")
-    for value, name in (label.map or {}).items():
+    for spelling, name in (label.map or {}).items():
         if name is not None and name not in labels:
-            raise DomainError(f"{where}: label.map sends '{value}' to '{name}'; the labels are {', '.join(labels)}")
+            raise DomainError(f"{where}: label.map sends '{spelling}' to '{name}'; the labels are {', '.join(labels)}")
     if domain.negatives.label is not None and domain.negatives.label not in labels:
         raise DomainError(
             f"{where}: negatives.label '{domain.negatives.label}' is none of the labels {', '.join(labels)}"
@@ -277,15 +277,15 @@ def _check_rules(domain: Domain) -> None:
         unknown = [name for name in named or [] if name not in labels]
         if unknown:
             raise DomainError(f"{where}: {key} has '{unknown[0]}'; the labels are {', '.join(labels)}")
-    choices = {
+    choices: dict[str, tuple[str | None, tuple[str, ...]]] = {
         "simultaneous": (domain.simultaneous, ("order", "isolate")),
         "duplicates": (domain.duplicates, RULES),
         "split.by": (domain.split.by, ("time", "user")),
         "negatives.sampling": (domain.negatives.sampling, ("popularity", "uniform")),
     }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise DomainError(f"{where}: {key} must be one of {', '.join(allowed)}; got {value!r}")
+    for key, (choice, allowed) in choices.items():
+        if choice not in allowed:
+            raise DomainError(f"{where}: {key} must be one of {', '.join(allowed)}; got {choice!r}")
 
 
 def _check_fields(domain: Domain) -> None:

@@ -122,7 +122,7 @@ class StreamDataset(Streams):
             _log.warning(
                 "%s of log %r: %d of %d positives have fewer than %d sampled negatives, and %d have none: too few "
                 "items were known before them that their users had not taken; lower negatives.per_positive",
-                self.name, self.log.name, short.sum(), len(short), negatives.shape[1], none.sum(),
+                self.name, self.log.name, short.sum(), len(negatives), negatives.shape[1], none.sum(),
             )  # fmt: skip
 
     def _number_targets(self) -> None:
@@ -310,6 +310,14 @@ class IndependentPrompts(Streams):
     def __getitem__(self, number: int) -> Stream:
         stream = self.streams[int(self._window[number])]
         return stream.independent(int(self._number[number]), self.parent.vocabulary.suffix)
+
+
+def independent_prompts(streams: Streams) -> IndependentPrompts:
+    """The targets of `streams` as prompts of their own; `streams` itself where they are that already."""
+    if isinstance(streams, StreamDataset | StreamSubset):
+        return IndependentPrompts(streams)
+    assert isinstance(streams, IndependentPrompts)
+    return streams
 
 
 def build_streams(

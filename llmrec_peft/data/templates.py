@@ -33,12 +33,13 @@ def check_template(template: str, what: str) -> None:
     if has_surrogates(template):
         raise DomainError(f"{what} holds half of a surrogate pair, which is no character; remove it")
     try:
-        fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        parts = string.Formatter().parse(template)
+        fields = [(name, spec or "", turned) for _, name, spec, turned in parts if name is not None]
     except ValueError as error:
         raise DomainError(f"{what} is not a template ({error}); write {{{{ for a brace") from None
     if len(fields) > MAX_FIELDS:
         raise DomainError(f"{what} has {len(fields)} fields, and {MAX_FIELDS} are the most; use fewer")
-    for _, name, spec, turned in fields:
+    for name, spec, turned in fields:
         if not name.isidentifier() or turned:
             shown = quoted(name + (f"!{turned}" if turned else ""))[1:-1]
             raise DomainError(f"{what} has the field {{{shown}}}; fields are column names, such as {{title}}")
@@ -119,7 +120,8 @@ def value_text(name: str, value: Any, spec: str, forbidden: list[str], column: s
     value = plain(name, value)
     if isinstance(value, list):
         texts = [part_text(part) for part in value]
-        value = None if None in texts else ", ".join(texts)
+        known = [text for text in texts if text is not None]
+        value = ", ".join(known) if len(known) == len(texts) else None
     if value is None:
         return ""
     try:
@@ -134,5 +136,6 @@ def part_text(part: Any) -> str | None:
     """A plain value in a list, as text; None if it is missing."""
     if isinstance(part, bool):
         return str(part).lower()
-    whole = isinstance(part, float | np.floating) and part.is_integer() and abs(part) < 1e15
-    return None if part is None else str(int(part) if whole else part)
+    if isinstance(part, float | np.floating) and part.is_integer() and abs(float(part)) < 1e15:
+        return str(int(part))
+    return None if part is None else str(part)

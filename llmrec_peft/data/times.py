@@ -220,9 +220,9 @@ def _check_units(seconds: np.ndarray, where: str) -> None:
     numbers = _unit_numbers(seconds)
     found = [(_UNITS[number], np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
     if len(found) > 1:
-        parts = [f"{unit.name} in {len(rows)} rows ({_shown(seconds, rows)})" for unit, rows in found]
+        mixed = [f"{unit.name} in {len(rows)} rows ({_shown(seconds, rows)})" for unit, rows in found]
         raise DataError(
-            f"timestamp mixes units in the {len(seconds)} {where}: {' and '.join(parts)}; {_RULE}; bring all rows to "
+            f"timestamp mixes units in the {len(seconds)} {where}: {' and '.join(mixed)}; {_RULE}; bring all rows to "
             "seconds, or drop those of the other unit"
         )
     unit, rows = found[0]

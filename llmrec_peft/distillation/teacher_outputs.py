@@ -133,7 +133,7 @@ def teacher_answers(
         DataError: `directory` holds answers of another teacher or of other targets, or a part that was cut or edited.
         ModelError: an answer, or a hidden state in float16, is not finite.
     """
-    parent: StreamDataset = getattr(streams, "parent", streams)
+    parent = streams.parent
     directory = Path(directory)
     note = {
         "format": FORMAT,
@@ -148,7 +148,7 @@ def teacher_answers(
         directory.mkdir(parents=True, exist_ok=True)
         write_json(note, directory / NOTE)
     state.wait_for_everyone()
-    windows, labels = getattr(streams, "windows", np.arange(len(streams))), len(teacher.classifier.labels)
+    windows, labels = streams.windows, len(teacher.classifier.labels)
     owner = digest(note)
     done = _gather(directory, parent, labels, tuple(layers), owner).windows
     missing = np.setdiff1d(windows, done)

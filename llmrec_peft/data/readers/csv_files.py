@@ -51,7 +51,8 @@ def read_csv(
     Raises:
         DataError: the file is empty, not UTF-8, or not such a table.
     """
-    types, declared = dict(types), {}
+    types = dict(types)
+    declared: dict[str, pa.DataType] = {}
     while True:
         try:
             table = pacsv.read_csv(
@@ -64,7 +65,7 @@ def read_csv(
             )
         except _ERRORS as error:
             name = _misfit(error, names, path, delimiter)
-            if name not in loose or types.get(name) == pa.string():
+            if name is None or name not in loose or types.get(name) == pa.string():
                 raise _unreadable(path, error) from error
             declared[name], types[name] = types[name], pa.string()
             continue

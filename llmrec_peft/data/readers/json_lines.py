@@ -63,7 +63,7 @@ class CheckedLines(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+    def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes, fewer at the end of a chunk; none at the end of the file."""
         if not self._ready:
             self._ready = memoryview(self._next())

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 
 from llmrec_peft.data.csv_rules import DELIMITERS
 from llmrec_peft.data.readers.csv_files import read_csv
-from llmrec_peft.data.readers.mending import is_text, meeting_ids
+from llmrec_peft.data.readers.mending import meeting_ids
 from llmrec_peft.data.readers.registry import RawLog, log_name, register
 from llmrec_peft.data.readers.tabular import attach_users, complete_items
 from llmrec_peft.data.readers.text_bytes import check_utf8
-from llmrec_peft.data.tables import ID_TYPE, is_blank
+from llmrec_peft.data.tables import ID_TYPE, is_blank, is_text
 from llmrec_peft.errors import DataError
 from llmrec_peft.messages import listed, quoted
 

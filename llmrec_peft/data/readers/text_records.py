@@ -80,14 +80,18 @@ def instruction_log(records: Iterable[dict[str, Any]], where: str, name: str) ->
     """The log of instruction records; `where` is what messages call their source."""
 
     def columns(record: dict[str, Any], number: int) -> dict[str, str]:
-        instruction, more = record.get("instruction"), record.get("input") or ""
-        for key, value in (("instruction", instruction), ("input", more)):
-            if not isinstance(value, str):
-                raise DataError(f"record {number} of {where} has {key} {quoted(value)}; it must be a text")
+        instruction = _text_value("instruction", record.get("instruction"), number, where)
+        more = _text_value("input", record.get("input") or "", number, where)
         title = f"{instruction}\n{more}" if more.strip() else instruction
         return {"title": _filled(title, number, where), "instruction": instruction, "input": more}
 
     return _collect(records, columns, ["title", "instruction", "input"], "output", where, name)
+
+
+def _text_value(key: str, value: Any, number: int, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"record {number} of {where} has {key} {quoted(value)}; it must be a text")
+    return value
 
 
 def _text_of(value: Any, number: int, where: str) -> str:
