@@ -1,10 +1,12 @@
 """JSON records one at a time, from JSON lines or from one JSON array, plain or gzipped."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from tqdm.auto import tqdm
 
 from llmrec_peft.data.readers.text_bytes import UNREADABLE, check_utf8, open_text
@@ -13,6 +15,7 @@ from llmrec_peft.errors import DataError, one_line
 from llmrec_peft.messages import quoted
 
 CHUNK = 1 << 20
+BATCH_RECORDS = 10_000
 OPEN_END = "the array has no end"
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
@@ -41,6 +44,13 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} is not UTF-8; save the file as UTF-8") from error
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read after record {number}: {one_line(error)}; write it again") from error
+
+
+def record_batches(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows as record batches of `BATCH_RECORDS`, so that few of them are Python objects at one time."""
+    source = iter(rows)
+    while part := list(islice(source, BATCH_RECORDS)):
+        yield pa.RecordBatch.from_pylist(part, schema=schema)
 
 
 def first_keys(path: Path) -> frozenset[str]:

@@ -44,6 +44,8 @@ def read_tables(paths: Sequence[Path]) -> pa.Table:
 def read_parquet(paths: Sequence[Path]) -> pa.Table:
     """Parquet files with one schema, batch by batch, ids as strings and dictionaries as their values.
 
+    Arrow reads the bytes of a text as they are: `tables.check_texts` checks that they are UTF-8.
+
     Raises:
         DataError: a file is damaged or its columns differ from those of the first.
     """
@@ -71,24 +73,11 @@ def _parquet_batches(
         for path, file in zip(paths, files, strict=True):
             try:
                 for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                    _check_texts(batch, path)
                     yield batch.cast(schema) if batch.schema != schema else batch
                     bar.update(batch.num_rows)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(
                     f"{path} is a parquet file that cannot be read: {one_line(error)}; write it again"
-                ) from error
-
-
-def _check_texts(batch: pa.RecordBatch, path: Path) -> None:
-    # Arrow takes the bytes of a text column as they come; invalid UTF-8 would surface much later, far from its file.
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if not pa.types.is_primitive(column.type):
-            try:
-                column.validate(full=True)
-            except pa.ArrowInvalid as error:
-                raise DataError(
-                    f"column {name} of {path} is damaged or not UTF-8 text: {one_line(error)}; write it again"
                 ) from error
 
 

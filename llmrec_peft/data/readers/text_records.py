@@ -12,12 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.memory_mapped import collect
-from llmrec_peft.data.readers.json_records import first_keys, is_json, read_records
+from llmrec_peft.data.readers.json_records import first_keys, is_json, read_records, record_batches
 from llmrec_peft.data.readers.registry import RawLog, log_name, register
 from llmrec_peft.errors import DataError
 from llmrec_peft.messages import quoted
-
-BATCH_RECORDS = 10_000
 
 
 def text_file(path: str, keys: set[str]) -> Path | None:
@@ -131,21 +129,15 @@ def _collect(
     schema = pa.schema(fields + [(column, pa.large_string()) for column in item_columns])
     kinds: set[type] = set()
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        rows: list[dict[str, Any]] = []
+    def rows() -> Iterator[dict[str, Any]]:
         for number, record in enumerate(records, start=1):
             row: dict[str, Any] = columns(record, number)
             row["id"] = f"r{number:09d}"  # of one width, so that sorted ids are in file order
             row["label"] = _label_of(record.get(label_key), kinds, number, label_key, where)
             row["timestamp"] = _time_of(record.get("timestamp"), number, where)
-            rows.append(row)
-            if len(rows) == BATCH_RECORDS:
-                yield pa.RecordBatch.from_pylist(rows, schema=schema)
-                rows = []
-        if rows:
-            yield pa.RecordBatch.from_pylist(rows, schema=schema)
+            yield row
 
-    table = collect(batches(), schema)
+    table = collect(record_batches(rows(), schema), schema)
     label = table.column("label")
     if kinds == {int}:
         label = label.cast(pa.int64())
