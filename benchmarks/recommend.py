@@ -28,9 +28,9 @@ from llmrec_peft.config.schema import DataConfig, EvaluateConfig, RankingConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant
-from llmrec_peft.recipes.ranking import Lists, place_of, rank
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
-from llmrec_peft.runs.split_streams import read_log, split_of
+from llmrec_peft.runs.ranking import Lists, place_of, rank
+from llmrec_peft.runs.split_streams import read_log, split_by_domain
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"popularity": "popularity", "cooccurrence": "item co-occurrence", "factors": "matrix factorisation"}
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace) -> dict:
     config = EvaluateConfig(
         bundle=options.bundle, data=DataConfig(path=options.data), ranking=ranking, batch_tokens=options.batch_tokens
     )
-    splits = split_of(read_log(config.data), domain)
+    splits = split_by_domain(read_log(config.data), domain)
     lists = Lists(splits, "test", domain, ranking)
     _, table = rank(config, lists, PartialState())
     retrieval_index, _ = RetrievalIndex.load(Path(options.bundle) / DIRECTORY)

@@ -383,7 +383,7 @@ class StreamDataset(torch.utils.data.Dataset):
         """Whether any target is answered off the prefix, as a candidate that the others must not see."""
         return bool((self._negatives >= 0).any() or not self._on_prefix[self._target_positions].all())
 
-    def limited(self, targets: int | None, seed: int = 0) -> "torch.utils.data.Subset | StreamDataset":
+    def limited(self, targets: int | None, seed: int = 0) -> "StreamSubset | StreamDataset":
         """Whole windows drawn at random until they hold at least so many targets; all for None."""
         if targets is None or targets >= self.num_targets:
             return self

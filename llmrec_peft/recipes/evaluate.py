@@ -16,9 +16,9 @@ from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.predictions import measure, metric_names, prediction_table
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.predict import predict
-from llmrec_peft.recipes.ranking import Lists, check_ranking, rank
-from llmrec_peft.runs.results import check_results, write_results
-from llmrec_peft.runs.split_streams import check_split, read_log, split_of, streams_of
+from llmrec_peft.runs.ranking import Lists, check_ranking, rank
+from llmrec_peft.runs.result_files import check_results, write_results
+from llmrec_peft.runs.split_streams import check_split, read_log, split_by_domain, streams_for_split
 from llmrec_peft.training.distributed import distributed_session, raise_on_all_ranks
 
 
@@ -44,7 +44,7 @@ def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
             inputs = {"bundle": config.bundle, "data.path": config.data.path, "base": config.base}
             check_results(Path(config.output_dir), inputs | {"ranking.retrieval": config.ranking.retrieval})
         show(f"reading {config.data.path}", flush=True)
-        splits = split_of(read_log(config.data), domain)
+        splits = split_by_domain(read_log(config.data), domain)
         check_split(splits, config.split, manifest["counts"].get("split"))
         wanted = config.ranking.candidates is not None
         if wanted:
@@ -56,7 +56,7 @@ def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
         check_positions(bundle.classifier.config, domain.stream.max_length)
-        streams = streams_of(splits, config.split, domain, bundle.tokenizer)
+        streams = streams_for_split(splits, config.split, domain, bundle.tokenizer)
         part = streams.limited(config.limit)
         if config.mode == "independent" or bundle.classifier.encoder:
             part = IndependentPrompts(part)

@@ -29,8 +29,8 @@ from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
 from llmrec_peft.retrieval.retrieval_index import MANIFEST as EVIDENCE_MANIFEST
 from llmrec_peft.runs.output_paths import check_output
-from llmrec_peft.runs.results import cell, check_results, print_cells, write_results
-from llmrec_peft.runs.split_streams import check_split, limited, read_log, split_of, streams_of
+from llmrec_peft.runs.result_files import cell, check_results, print_table, write_results
+from llmrec_peft.runs.split_streams import check_split, limited, read_log, split_by_domain, streams_for_split
 from llmrec_peft.scoring.scorer import adapter_of
 from llmrec_peft.training.distributed import distributed_session, raise_on_all_ranks
 
@@ -81,7 +81,7 @@ def _index(config: IndexConfig, state: PartialState) -> dict[str, Any]:
         place = Path(config.retrieval or Path(config.bundle) / DIRECTORY)
         _check_places(config, place)
         show(f"reading {config.data.path}", flush=True)
-        splits = split_of(read_log(config.data), domain)
+        splits = split_by_domain(read_log(config.data), domain)
         for name in SPLITS:
             check_split(splits, name, manifest["counts"].get("split"))
         show("fitting what the training rows say of the items", flush=True)
@@ -92,7 +92,7 @@ def _index(config: IndexConfig, state: PartialState) -> dict[str, Any]:
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
         check_positions(bundle.classifier.config, domain.stream.max_length)
-        streams = {name: streams_of(splits, name, domain, bundle.tokenizer) for name in SPLITS}
+        streams = {name: streams_for_split(splits, name, domain, bundle.tokenizer) for name in SPLITS}
         limits = {"valid": config.valid_targets, "test": config.test_targets}
         model = bundle.classifier.to(state.device)
         chosen = {name: limited(streams[name], limit, model) for name, limit in limits.items()}
@@ -284,7 +284,7 @@ def _show(
     lines = {system: _cells(by_name) for system, by_name in values.items()}
     for system in (LLM, ALONE):
         lines[f"{FUSED} - {system}"] = _cells(gaps[system], sign=True)
-    print_cells(lines)
+    print_table(lines)
     print(f"fusion: {fusion.why}, of {fusion.targets:,} validation targets of {fusion.users:,} users")
     print(_verdict(fusion, gaps[LLM]))
 

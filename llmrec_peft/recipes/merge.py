@@ -12,7 +12,7 @@ from llmrec_peft.merging.merging import merge_bundle, mergeable
 from llmrec_peft.merging.weighted import combine_bundles
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.runs import output_paths as places
-from llmrec_peft.runs.split_streams import check_split, read_log, split_of, streams_of
+from llmrec_peft.runs.split_streams import check_split, read_log, split_by_domain, streams_for_split
 from llmrec_peft.training.distributed import distributed_session
 
 
@@ -66,12 +66,12 @@ def _streams(config: MergeConfig, bundle: str, manifest: dict[str, Any]):
     domain = Domain.of_manifest(manifest["domain"], source=f"{bundle}/{MANIFEST}")
     print(f"reading {config.data.path}", flush=True)
     data = DataConfig(path=config.data.path, format=config.data.format, null_times=config.data.null_times)
-    splits = split_of(read_log(data), domain)
+    splits = split_by_domain(read_log(data), domain)
     check_split(splits, config.split, manifest["counts"].get("split"))
     options = manifest["model_options"]
     base = resolve_base(config.base) if config.base else resolve_base(options["base"], options.get("gguf_file"))
     tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-    return streams_of(splits, config.split, domain, tokenizer).limited(config.limit)
+    return streams_for_split(splits, config.split, domain, tokenizer).limited(config.limit)
 
 
 def _print(found: dict[str, Any], directory: Path) -> None:

@@ -10,20 +10,20 @@ import pyarrow as pa
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from llmrec_peft.checkpoints.manifest import MANIFEST, digest, installed
+from llmrec_peft.checkpoints.manifest import MANIFEST, digest
 from llmrec_peft.checkpoints.merged import read_answering
 from llmrec_peft.checkpoints.sealing import sha256
-from llmrec_peft.config.schema import RecommendConfig, config_to_yaml
+from llmrec_peft.config.schema import RecommendConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.documents import parse_yaml
-from llmrec_peft.errors import ConfigError, DataError, LLMRecError
+from llmrec_peft.errors import DataError, LLMRecError
 from llmrec_peft.retrieval.recommender import Recommendation, Recommender
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY as EVIDENCE
 from llmrec_peft.retrieval.retrieval_index import MANIFEST as EVIDENCE_MANIFEST
 from llmrec_peft.runs.job_users import Request, Users, read_ids, table_fingerprint
-from llmrec_peft.runs.launch_checks import PACKAGES, check_shared, flatten
+from llmrec_peft.runs.launch_checks import check_shared
 from llmrec_peft.runs.output_paths import check_output
+from llmrec_peft.runs.settings import flat_settings, versions
 from llmrec_peft.runs.shards import DIRECTORY as PARTS
 from llmrec_peft.runs.shards import ERRORS, RESULT, Parts, check_results
 from llmrec_peft.runs.split_streams import read_log
@@ -157,7 +157,7 @@ def _facts(
     config: RecommendConfig, users: Users, candidates: list[str] | None, manifest: dict[str, Any]
 ) -> dict[str, str]:
     """All that the answers depend on, by name."""
-    settings = flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
+    settings = flat_settings(config)
     facts = {key: repr(value) for key, value in settings.items() if not key.startswith(PLACES) and key not in FREE}
     retrieval_index = Path(config.retrieval or Path(config.bundle) / EVIDENCE) / EVIDENCE_MANIFEST
     facts["the bundle"] = digest(manifest)
@@ -165,8 +165,7 @@ def _facts(
     facts["the log"] = users.log_fingerprint()
     facts["the list of users"] = users.fingerprint()
     facts["the list of candidates"] = "none" if candidates is None else table_fingerprint(pa.table({"id": candidates}))
-    found = installed(*PACKAGES)
-    return facts | {f"the version of {name}": found.get(name, "absent") for name in PACKAGES}
+    return facts | versions()
 
 
 # -- answering -------------------------------------------------------------------------------------

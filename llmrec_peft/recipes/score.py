@@ -9,8 +9,9 @@ from typing import TextIO
 
 from llmrec_peft.checkpoints.bundle import check_bundle
 from llmrec_peft.config.schema import ScoreConfig
+from llmrec_peft.data.item_text import listed
 from llmrec_peft.data.readers.json_records import is_json
-from llmrec_peft.data.tables import listed, shorten
+from llmrec_peft.data.values import shorten
 from llmrec_peft.errors import BundleError, ConfigError, DataError
 from llmrec_peft.files import replacing
 from llmrec_peft.runs.output_paths import check_output_file, writing

@@ -12,14 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.item_text import listed
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.readers.mending import ids_as_known
 from llmrec_peft.data.readers.tabular import SUFFIXES, read_tables, suffix_of
-from llmrec_peft.data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, listed, shorten
+from llmrec_peft.data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank
 from llmrec_peft.data.times import check_moment
+from llmrec_peft.data.values import shorten
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.runs.logged_events import LoggedEvents, cells
-from llmrec_peft.scoring.prompts import Event
+from llmrec_peft.serving.request_rules import Event
 
 _log = logging.getLogger(__name__)
 

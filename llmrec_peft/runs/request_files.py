@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llmrec_peft.data.item_text import listed
 from llmrec_peft.data.readers.json_records import read_records
-from llmrec_peft.data.tables import listed, shorten
+from llmrec_peft.data.values import shorten
 from llmrec_peft.documents import parse_json
 from llmrec_peft.errors import DataError
 

@@ -18,7 +18,7 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.negatives import NONE, sample_negatives
 from llmrec_peft.data.splits import LogSplit
 from llmrec_peft.data.streams import build_streams
-from llmrec_peft.recipes.ranking import Lists
+from llmrec_peft.runs.ranking import Lists
 
 DOMAIN = {
     "name": "shop",

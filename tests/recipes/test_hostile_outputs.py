@@ -23,7 +23,7 @@ from llmrec_peft.errors import ConfigError
 from llmrec_peft.files import move_into_place, replacing, scratch_directory, sweep, write_text
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.output_paths import check_output, check_output_file
-from llmrec_peft.runs.results import check_results, write_results
+from llmrec_peft.runs.result_files import check_results, write_results
 from llmrec_peft.scoring.bank import DomainBank
 from tests.conftest import ROOT
 from tests.recipes.test_directories import contents, refused
@@ -261,7 +261,7 @@ def test_a_full_disk_at_the_end_of_a_measurement_is_one_line(name, trained, data
         with file_size_limit(200):
             return (write if isinstance(args[0], pa.Table) else save)(*args, **options)
 
-    monkeypatch.setattr(sys.modules["llmrec_peft.runs.results"], "write_parquet", full)
+    monkeypatch.setattr(sys.modules["llmrec_peft.runs.result_files"], "write_parquet", full)
     monkeypatch.setattr(RetrievalIndex, "save", full)
     assert "cannot be written" in refused(recipe(name), flags, capfd)
     assert not place.exists() and not (out / "metrics.json").exists()

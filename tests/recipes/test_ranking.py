@@ -16,11 +16,11 @@ from llmrec_peft.config.schema import EvaluateConfig, RankingConfig, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.recipes.ranking import Lists
 from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.retrieval.recommender import Recommender
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
-from llmrec_peft.runs.split_streams import split_of
+from llmrec_peft.runs.ranking import Lists
+from llmrec_peft.runs.split_streams import split_by_domain
 from tests.recipes.test_merge import refused
 from tests.support.logs import DOMAIN, TWINS, noisy_bundle, tables, write_log
 
@@ -230,7 +230,7 @@ def lists_of(rows: list[tuple], items: int = 6, exclude=None, name: str = "test"
         {**DOMAIN, "header": "", "event": "{title}", "recommend": {"exclude": exclude}}
     )  # fmt: skip
     return Lists(
-        split_of(log, domain), name, domain, RankingConfig(**{"candidates": "all", "targets": None, **options})
+        split_by_domain(log, domain), name, domain, RankingConfig(**{"candidates": "all", "targets": None, **options})
     )
 
 
@@ -327,7 +327,7 @@ def test_a_split_by_user_needs_evidence_of_its_training_users(recipe, tiny_base,
     domain = Domain.from_dict({**DOMAIN, "split": {"by": "user", "valid": 0.3, "test": 0.3}})
     bundle = noisy_bundle(tmp_path / "bundle", tiny_base("llama"), domain=domain.to_dict())
     log = BehaviorLog.read(data)
-    splits, labels = split_of(log, domain), feedback(log, domain)
+    splits, labels = split_by_domain(log, domain), feedback(log, domain)
     flags = ["--bundle", str(bundle), "--data.path", str(data), "--limit", "4", "--ranking.candidates", "all"]
     flags += ["--ranking.targets", "3", "--ranking.pool", "5", "--output_dir", str(tmp_path / "out")]
     RetrievalIndex.fit(log, np.arange(len(log)), labels, timed=False).save(bundle / DIRECTORY)

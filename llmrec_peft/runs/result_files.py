@@ -89,7 +89,7 @@ def cell(value: float, low: float, high: float, *, sign: bool = False) -> str:
     return f"{value:{form}}" + (f" [{low:{form}}, {high:{form}}]" if np.isfinite(low) else "")
 
 
-def print_cells(lines: Mapping[str, Mapping[str, str]]) -> None:
+def print_table(lines: Mapping[str, Mapping[str, str]]) -> None:
     """A table: a line a system, a column a metric."""
     names = list(next(iter(lines.values())))
     first = max(len(title) for title in lines) + 2

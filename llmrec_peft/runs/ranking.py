@@ -24,9 +24,9 @@ from llmrec_peft.retrieval.recommender import Recommender, excluded_labels
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex, choose_half_life
 from llmrec_peft.retrieval.retriever import Candidates
 from llmrec_peft.runs.logged_events import LoggedEvents
-from llmrec_peft.runs.results import cell, print_cells
-from llmrec_peft.scoring.prompts import Event
+from llmrec_peft.runs.result_files import cell, print_table
 from llmrec_peft.scoring.scorer import Scorer
+from llmrec_peft.serving.request_rules import Event
 from llmrec_peft.training.distributed import raise_on_all_ranks
 
 PLACES = 10
@@ -369,7 +369,7 @@ def _show(found: Mapping[str, Any]) -> None:
     served = FUSED if FUSED in found["systems"] else LLM
     for system, by_name in found[f"{served}_minus"].items():
         lines[f"{served} - {system}"] = _cells(by_name, sign=True)
-    print_cells(lines)
+    print_table(lines)
 
 
 def _cells(by_name: Mapping[str, Mapping[str, float]], *, sign: bool = False) -> dict[str, str]:
