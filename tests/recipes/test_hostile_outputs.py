@@ -210,6 +210,9 @@ def test_earlier_results_are_told_from_foreign_files(tmp_path):
     own = [
         ("metrics.json", {"test": metrics}), ("metrics.json", {"valid": metrics, "ranking": {}}),
         ("metrics.json", dict.fromkeys(("test", "fused_minus", "targets", "users", "fusion", "evidence", "kept"), {})),
+        ("metrics.json", dict.fromkeys(
+            ("test", "fused_minus", "targets", "users", "fusion", "retrieval_index", "written"), {}
+        )),
         ("predictions.parquet", columns), ("ranking.parquet", ranked),
         ("ranking.parquet", [name for name in ranked if name != "candidates"]),
     ]  # fmt: skip
