@@ -43,12 +43,12 @@ from llmrec_peft.distillation.teacher_outputs import (
     teacher_answers,
 )
 from llmrec_peft.errors import ConfigError, DataError, ModelError
-from llmrec_peft.files import scratch_directory
+from llmrec_peft.files import scratch_directory, writing
 from llmrec_peft.models.base import check_positions, is_encoder, load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
 from llmrec_peft.runs.launch_checks import check_launch, describe_launch
-from llmrec_peft.runs.output_paths import check_output, writing
+from llmrec_peft.runs.output_paths import check_output_directory
 from llmrec_peft.runs.run_directory import begin_run, prepare_run
 from llmrec_peft.runs.run_report import print_results, report_run
 from llmrec_peft.runs.run_results import measure_run
@@ -117,7 +117,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         chosen = _kept_layers(config, manifest)
         layers = _compared_layers(config, manifest, chosen)
         kept = Path(config.answers.path or run.path("teacher"))
-        check_output(kept, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
+        check_output_directory(kept, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
         if asks:
             check_kept(kept, manifest, [other for _, other in layers])
     check_ranks_equal(shared_settings(config), "start every process with the same settings and versions")
@@ -185,8 +185,8 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         show("saving, and writing the report", flush=True)
         results = measure_run(run, trainer, streams, before[0] if before else None, after, timings)
         if state.is_main_process:
-            entries = results.manifest_entries(run, streams)
-            save_student(run.path("student"), trainer.model, domain.to_dict(), lesson, **entries)
+            record = results.training_record(run, streams)
+            save_student(run.path("student"), trainer.model, domain.to_dict(), lesson, **record)
         metrics = report_run(run, trainer, streams, results)
         if state.is_main_process:
             print_results(run, metrics)

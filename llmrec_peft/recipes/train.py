@@ -110,9 +110,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         # Save: the bundle comes first, so that no failure of the report loses it.
         tensors = trainer.model.trainable_state_dict()  # gathered from all processes
         if state.is_main_process:
-            entries, domain = results.manifest_entries(run, streams), config.domain.to_dict()
+            record, domain = results.training_record(run, streams), config.domain.to_dict()
             model = trainer.model
-            save_bundle(run.path("bundle"), model, model.tokenizer, domain, state=tensors, **entries)
+            save_bundle(run.path("bundle"), model, model.tokenizer, domain, state=tensors, **record)
 
         # Report.
         metrics = report_run(run, trainer, streams, results)

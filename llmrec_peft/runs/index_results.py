@@ -17,7 +17,7 @@ from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.retrieval_index import MANIFEST
 from llmrec_peft.runs.console import format_interval, print_table
 from llmrec_peft.runs.fused_systems import COLLABORATIVE, FUSED, LLM, FusionTargets, Intervals, positive_classes
-from llmrec_peft.runs.output_paths import check_output
+from llmrec_peft.runs.output_paths import check_output_directory
 from llmrec_peft.runs.result_files import check_results
 
 SHIFTED = 1.5
@@ -28,7 +28,7 @@ def check_index_output(config: IndexConfig, directory: Path) -> None:
     """Check, before the minutes of scoring, that the index can be written and replaces nothing but another index."""
     inputs = {"data.path": config.data.path, "base": config.base}
     bundle = os.path.realpath(config.bundle)
-    check_output(
+    check_output_directory(
         directory, inputs, what="retrieval", own=lambda path: path == directory or os.path.realpath(path) == bundle
     )
     if os.path.realpath(directory) == bundle:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from llmrec_peft.documents import read_json
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.evaluation.metrics import find_metric
-from llmrec_peft.files import write_json, write_parquet
-from llmrec_peft.runs.output_paths import check_output, is_plain, writing
+from llmrec_peft.files import write_json, write_parquet, writing
+from llmrec_peft.runs.output_paths import check_output_directory, is_plain
 from llmrec_peft.runs.run_directory import holds_run
 
 FILES = ("metrics.json", "predictions.parquet", "ranking.parquet")
@@ -26,7 +26,7 @@ def check_results(directory: Path, inputs: Mapping[str, str | None]) -> None:
 
     inputs: paths that the recipe reads, by the key that names them.
     """
-    check_output(directory, inputs, writes=FILES)
+    check_output_directory(directory, inputs, writes=FILES)
     if holds_run(directory):
         raise ConfigError(
             f"output_dir {directory} is a training run's, whose metrics.json would be replaced; choose another"

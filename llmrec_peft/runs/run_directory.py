@@ -11,9 +11,9 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from llmrec_peft.config.schema import DistillConfig, config_to_yaml
 from llmrec_peft.documents import read_mapping, read_yaml
 from llmrec_peft.errors import ConfigError, DataError
-from llmrec_peft.files import sweep, write_json, write_text
+from llmrec_peft.files import sweep, write_json, write_text, writing
 from llmrec_peft.runs.launch_checks import check_shared
-from llmrec_peft.runs.output_paths import check_output, writing
+from llmrec_peft.runs.output_paths import check_output_directory
 from llmrec_peft.runs.settings import RunConfig, flat_settings, flatten
 from llmrec_peft.training.distributed import partial_state, raise_on_all_ranks
 from llmrec_peft.training.resume import check_checkpoint, last_checkpoint, unfinished_checkpoints
@@ -66,7 +66,7 @@ def prepare_run(config: RunConfig) -> Run:
     except ValueError as error:
         raise ConfigError(f"train.report_to {config.train.report_to}: {' '.join(str(error).split())}") from None
     directory = Path(config.output_dir)
-    check_output(directory, _inputs(config), writes=(*RESULTS, *DIRECTORIES, SETTINGS))
+    check_output_directory(directory, _inputs(config), writes=(*RESULTS, *DIRECTORIES, SETTINGS))
     checkpoint = None
     if config.train.resume:
         checkpoint = _checkpoint_of(directory, config)

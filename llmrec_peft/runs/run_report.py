@@ -10,8 +10,7 @@ from llmrec_peft.evaluation.baselines import past_rates, rate_baselines
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.predictions import prediction_table, users_of
 from llmrec_peft.evaluation.report import ReportContent, count_slices, write_report
-from llmrec_peft.files import write_json, write_parquet
-from llmrec_peft.runs.output_paths import writing
+from llmrec_peft.files import write_json, write_parquet, writing
 from llmrec_peft.runs.run_directory import Run
 from llmrec_peft.runs.run_results import RunResults
 from llmrec_peft.runs.split_streams import SplitStreams

@@ -37,7 +37,7 @@ class RunResults:
     metrics: dict[str, Any]
     cost: dict[str, float | str]
 
-    def manifest_entries(self, run: Run, streams: SplitStreams) -> dict[str, Any]:
+    def training_record(self, run: Run, streams: SplitStreams) -> dict[str, Any]:
         """What a bundle's or a student's behavior.json says of the run."""
         return {
             "calibration": self.calibration.to_dict() if run.config.evaluation.calibrate else None,
