@@ -12,7 +12,7 @@ from llmrec_peft.errors import ConfigError
 from llmrec_peft.merging.merging import Dtype, merge_bundle, mergeable
 from llmrec_peft.merging.weighted import combine_bundles
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.runs.output_paths import check_output_directory, check_place
+from llmrec_peft.runs.output_paths import check_output_directory, check_writable
 from llmrec_peft.runs.split_streams import check_split, read_log, split_by_domain, streams_for_split
 from llmrec_peft.training.distributed import distributed_session
 
@@ -46,7 +46,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         many = isinstance(config.bundle, list)
         bundles = config.bundle if isinstance(config.bundle, list) else [config.bundle]
         manifest = mergeable(bundles[0])
-        check_place(out)
+        check_writable(out)
         check_output(out, *bundles)
         inputs = {f"bundle {number}" if many else "bundle": path for number, path in enumerate(bundles)}
         check_output_directory(

@@ -20,10 +20,10 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
 )
 
 
-def check_place(directory: Path, what: str = "output_dir") -> None:
+def check_writable(directory: Path, what: str = "output_dir") -> None:
     """Raise ConfigError unless `directory` can be made and written."""
     place = directory.absolute()
-    while not _stands(place, what) and place != place.parent:
+    while not _exists_or_is_link(place, what) and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         reason = "is no directory" if not place.is_dir() else "may not be written"
@@ -53,7 +53,7 @@ def check_output_directory(
         ConfigError: naming both paths.
     """
     out = Path(directory)
-    check_place(out, what)
+    check_writable(out, what)
     for key, value in inputs.items():
         if value is None or not _exists(value):
             continue
@@ -85,12 +85,12 @@ def check_output_file(
     if os.path.isdir(path):
         raise ConfigError(f"{what} {path} is a directory; name a file")
     place = Path(os.path.realpath(path))
-    check_place(place.parent, what)
+    check_writable(place.parent, what)
     for key, value in inputs.items():
         if value is not None and _exists(value) and (_same(place, Path(value)) or _lies_in(place, Path(value))):
             raise ConfigError(f"{what} {path} is {key} {value}, or lies in it; choose another file")
     check_output_directory(place.parent, {}, what=what)
-    if _stands(Path(path), what) and not (is_plain(Path(path)) and own(Path(path))):
+    if _exists_or_is_link(Path(path), what) and not (is_plain(Path(path)) and own(Path(path))):
         kind = "a file that this recipe did not write" if is_plain(Path(path)) else "a link, a device or a pipe"
         raise ConfigError(f"{what} {path} is {kind}, so it is not replaced; choose another file, or remove it")
 
@@ -108,7 +108,7 @@ def kind_of(directory: Path) -> str | None:
         return None
 
 
-def _stands(place: Path, what: str) -> bool:
+def _exists_or_is_link(place: Path, what: str) -> bool:
     """Whether a path exists, even as a broken link; ConfigError where it cannot be used at all."""
     try:
         place.lstat()

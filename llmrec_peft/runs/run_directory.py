@@ -71,7 +71,7 @@ def prepare_run(config: RunConfig) -> Run:
     if config.train.resume:
         checkpoint = _checkpoint_of(directory, config)
         if checkpoint is None and state.is_main_process:
-            print(f"train.resume: {directory} holds no whole checkpoint; training starts from the beginning")
+            print(f"train.resume: {directory} holds no complete checkpoint; training starts from the beginning")
     elif not holds_run(directory):
         _refuse_foreign(directory)
     # The callback of TensorBoard reads its directory from this variable only.

@@ -17,7 +17,7 @@ from llmrec_peft.errors import ConfigError, input_errors
 
 COMPLETE = "complete"
 """File that is written last into a checkpoint; a checkpoint without it is ignored."""
-_ADVICE = "remove it to go on from the one before, or start a new run"
+_ADVICE = "remove it to resume from the one before, or start a new run"
 
 
 def last_checkpoint(directory: str | Path) -> str | None:

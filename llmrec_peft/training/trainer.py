@@ -326,7 +326,7 @@ class BehaviorTrainer(Trainer):
         run = self._get_output_dir(trial)
         directory = Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
-            with output_errors(ConfigError, f"checkpoint {directory}", "make room, then go on with train.resume"):
+            with output_errors(ConfigError, f"checkpoint {directory}", "make room, then resume with train.resume"):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:

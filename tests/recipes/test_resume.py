@@ -132,7 +132,7 @@ def test_without_a_whole_checkpoint_it_starts_again_and_says_so(unbroken, recipe
     for path in out.glob("checkpoints/checkpoint-*/complete"):
         path.unlink()
     recipe("lora")([*arguments("lora", out), *LONGER, "--train.resume=true"])
-    assert "holds no whole checkpoint; training starts from the beginning" in capfd.readouterr().out
+    assert "holds no complete checkpoint; training starts from the beginning" in capfd.readouterr().out
     same_results(unbroken, out)
 
 
