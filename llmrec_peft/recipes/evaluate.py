@@ -8,7 +8,7 @@ from llmrec_peft.checkpoints.merged import load_answering, read_answering
 from llmrec_peft.config.schema import EvaluateConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.streams import IndependentPrompts
+from llmrec_peft.data.streams import IndependentPrompts, Streams
 from llmrec_peft.errors import ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.predictions import measure, metric_names, prediction_table
@@ -20,7 +20,6 @@ from llmrec_peft.runs.ranking import check_ranking, rank
 from llmrec_peft.runs.result_files import check_results, write_results
 from llmrec_peft.runs.split_streams import check_split, read_log, split_by_domain, streams_for_split
 from llmrec_peft.training.distributed import distributed_session, raise_on_all_ranks
-from llmrec_peft.training.trainer import TargetStreams
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             streams = streams_for_split(splits, config.split, domain, bundle.tokenizer)
             limited = streams.limited(config.limit)
             alone = config.mode == "independent" or model.encoder
-            targets: TargetStreams = IndependentPrompts(limited) if alone else limited
+            targets: Streams = IndependentPrompts(limited) if alone else limited
             collator = StreamCollator(bundle.tokenizer.pad_token_id, config.batch_tokens, mask=model.encoder)
 
         # Predict.

@@ -7,7 +7,7 @@ from llmrec_peft.checkpoints.manifest import MANIFEST
 from llmrec_peft.checkpoints.merged import check_output
 from llmrec_peft.config.schema import DataConfig, MergeConfig
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.streams import StreamDataset, StreamSubset
+from llmrec_peft.data.streams import Streams
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.merging.merging import Dtype, merge_bundle, mergeable
 from llmrec_peft.merging.weighted import combine_bundles
@@ -22,7 +22,7 @@ class MergeOptions(TypedDict):
 
     dtype: Dtype | None
     base: str | None
-    streams: StreamDataset | StreamSubset | None
+    streams: Streams | None
     tolerance: float | None
     max_shard_size: str | int
     batch_tokens: int
@@ -81,7 +81,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
 
 def _streams(
     config: MergeConfig, path: str, bundle: str, manifest: dict[str, Any]
-) -> StreamDataset | StreamSubset:  # fmt: skip
+) -> Streams:  # fmt: skip
     """Streams of the log's split, by the first bundle's domain."""
     domain = Domain.of_manifest(manifest["domain"], source=f"{bundle}/{MANIFEST}")
     print(f"reading {path}", flush=True)

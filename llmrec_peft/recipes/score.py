@@ -9,11 +9,10 @@ from typing import TextIO
 
 from llmrec_peft.checkpoints.bundle import check_bundle
 from llmrec_peft.config.schema import ScoreConfig
-from llmrec_peft.data.item_text import listed
 from llmrec_peft.data.readers.json_records import is_json
-from llmrec_peft.data.values import shorten
 from llmrec_peft.errors import BundleError, ConfigError, DataError
 from llmrec_peft.files import replacing, writing
+from llmrec_peft.messages import listed, quoted
 from llmrec_peft.runs.output_paths import check_output_file
 from llmrec_peft.runs.request_files import holds_predictions, in_batches, prediction_line, read_requests
 from llmrec_peft.scoring.bank import DomainBank
@@ -84,7 +83,7 @@ def _check_requests(config: ScoreConfig) -> None:
     for number, request in enumerate(read_requests(config.requests)):
         if config.fallback is None and request.domain not in config.bundles:
             raise DataError(
-                f"request {number} of {config.requests} is of domain {shorten(request.domain)}, which is not in the "
+                f"request {number} of {config.requests} is of domain {quoted(request.domain)}, which is not in the "
                 f"bank; use one of {listed(sorted(config.bundles))}, or set fallback"
             )
 

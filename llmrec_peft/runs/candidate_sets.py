@@ -7,7 +7,7 @@ import numpy as np
 
 from llmrec_peft.config.schema import RankingConfig
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.splits import Splits
+from llmrec_peft.data.log import Splits
 from llmrec_peft.errors import DataError
 from llmrec_peft.retrieval.collaborative import Popularity
 from llmrec_peft.retrieval.histories import Histories, feedback

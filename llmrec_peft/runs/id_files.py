@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from llmrec_peft.data.item_text import listed
 from llmrec_peft.data.readers.mending import ids_as_known
 from llmrec_peft.data.readers.tabular import SUFFIXES, read_tables, suffix_of
-from llmrec_peft.data.tables import ID_TYPE, as_ids, check_columns
+from llmrec_peft.data.tables import ID_TYPE, as_ids, check_columns, check_texts
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed
 
 HASHED_AT_ONCE = 65_536  # rows
 
@@ -32,6 +32,7 @@ def read_ids(path: str, what: str, column: str, known: pa.Array | pa.ChunkedArra
         raise DataError(f"{what} must be an existing file ({listed(list(SUFFIXES))}), not {path!r}; give one")
     table = read_tables([file])
     check_columns(table, (column,), f"{what} {path}")
+    check_texts(table, f"{what} {path}")
     if not table.num_rows:
         raise DataError(f"{what} {path} has no rows; give at least one {column}")
     table = ids_as_known(table, column, known, f"{what} {path}", of)

@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.item_text import listed
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.tables import bool_numpy, is_blank
 from llmrec_peft.data.times import check_moment
-from llmrec_peft.data.values import shorten
 from llmrec_peft.errors import ConfigError, DataError
+from llmrec_peft.messages import listed, quoted
 from llmrec_peft.runs.id_files import read_ids, table_fingerprint
 from llmrec_peft.runs.logged_events import LoggedEvents, cells
 from llmrec_peft.serving.request_rules import Event
@@ -192,7 +191,7 @@ class JobUsers:
 
 
 def _first(ids: pa.Array | pa.ChunkedArray) -> str:
-    return listed([shorten(value) for value in ids.slice(0, 3).to_pylist()])
+    return listed([quoted(value) for value in ids.slice(0, 3).to_pylist()])
 
 
 def _refused(ids: pa.Array) -> dict[int, str]:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import ConfigError
+from llmrec_peft.messages import shortened
 
 _KINDS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("a bundle or a merged model", lambda path: (path / "behavior.json").is_file()),

@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmrec_peft.checkpoints.manifest import digest
-from llmrec_peft.data.values import shorten
 from llmrec_peft.documents import parse_json, read_mapping
 from llmrec_peft.errors import ConfigError, LLMRecError
 from llmrec_peft.files import replacing, sweep, write_json, writing
+from llmrec_peft.messages import quoted
 from llmrec_peft.runs.output_paths import is_plain
 
 # The names on disk are those of version 0.1.0, whose unfinished jobs can so be recognised.
@@ -92,8 +92,8 @@ class JobShards:
         for name in sorted(old.keys() | self._metadata.keys()):
             if old.get(name) != self._metadata.get(name):
                 raise ConfigError(
-                    f"the shards in {self.directory} were made with {name} {shorten(old.get(name))}, and now it is "
-                    f"{shorten(self._metadata.get(name))}; use the same to resume, or remove {self.directory} to start "
+                    f"the shards in {self.directory} were made with {name} {quoted(old.get(name))}, and now it is "
+                    f"{quoted(self._metadata.get(name))}; use the same to resume, or remove {self.directory} to start "
                     "again"
                 )
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.splits import Splits, check_leakage
-from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset, build_streams
+from llmrec_peft.data.leakage import check_leakage
+from llmrec_peft.data.log import BehaviorLog, Splits
+from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, Streams, build_streams
 from llmrec_peft.errors import DataError
 from llmrec_peft.models.base import base_fingerprint
 from llmrec_peft.models.classifier import BehaviorClassifier
@@ -163,9 +163,7 @@ def check_split(splits: Splits, name: str, note: Mapping[str, Any] | None) -> No
         )
 
 
-def limit_targets(
-    streams: StreamDataset, targets: int | None, classifier: BehaviorClassifier
-) -> StreamDataset | StreamSubset | IndependentPrompts:
+def limit_targets(streams: StreamDataset, targets: int | None, classifier: BehaviorClassifier) -> Streams:
     """About `targets` targets in whole streams; a prompt for each target where the base is a bidirectional encoder."""
     part = streams.limited(targets)
     return IndependentPrompts(part) if classifier.encoder else part

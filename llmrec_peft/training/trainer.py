@@ -38,7 +38,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from llmrec_peft.data.collator import StreamCollator
-from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
+from llmrec_peft.data.layout import StreamRows
+from llmrec_peft.data.streams import Streams
 from llmrec_peft.errors import ConfigError, ModelError, output_errors
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.predict import Predictions, predict
@@ -46,9 +47,6 @@ from llmrec_peft.models.selftest import check_streams
 from llmrec_peft.training.losses import BehaviorLoss
 from llmrec_peft.training.resume import COMPLETE, reading
 from llmrec_peft.training.sampler import EpochDataLoader, GlobalBatchSampler
-
-TargetStreams = StreamDataset | StreamSubset | IndependentPrompts
-"""A data set whose items are streams, with `lengths` int64 [streams]."""
 
 
 class BehaviorTrainer(Trainer):
@@ -87,15 +85,15 @@ class BehaviorTrainer(Trainer):
     args: TrainingArguments
     model: BehaviorClassifier
     data_collator: StreamCollator
-    train_dataset: TargetStreams
-    eval_dataset: TargetStreams | None
+    train_dataset: Streams
+    eval_dataset: Streams | None
 
     def __init__(
         self,
         model: BehaviorClassifier,
         args: TrainingArguments,
-        train_streams: TargetStreams,
-        valid_streams: TargetStreams | None = None,
+        train_streams: Streams,
+        valid_streams: Streams | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase,
         micro_tokens: int = 1200,
@@ -242,7 +240,7 @@ class BehaviorTrainer(Trainer):
 
     # -- evaluation ----------------------------------------------------------------------------
 
-    def predict_streams(self, streams: TargetStreams, description: str | None = None) -> Predictions:
+    def predict_streams(self, streams: StreamRows, description: str | None = None) -> Predictions:
         """Predict every target of a data set of streams; each rank gets all predictions.
 
         Raises:
@@ -275,7 +273,7 @@ class BehaviorTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: TargetStreams | None = None,  # type: ignore[override]  # a stream data set, and no mapping of them
+        eval_dataset: Streams | None = None,  # type: ignore[override]  # a stream data set, and no mapping of them
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
