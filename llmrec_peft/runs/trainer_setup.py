@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from llmrec_peft.config.schema import TrainConfig
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
@@ -12,21 +12,13 @@ from llmrec_peft.evaluation.predictions import measure, metric_names
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.runs.run_directory import Run
 from llmrec_peft.runs.split_streams import SplitStreams, limit_targets
+from llmrec_peft.training.callbacks import EvaluateLastStep, StopEarly
 from llmrec_peft.training.distributed import device_arguments, partial_state
 from llmrec_peft.training.losses import BehaviorLoss, balanced_weights
-from llmrec_peft.training.trainer import BehaviorTrainer, StopEarly
+from llmrec_peft.training.trainer import BehaviorTrainer
 
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adamw_8bit": "adamw_bnb_8bit"}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
-
-class EvaluateLastStep(TrainerCallback):
-    """Validate after the last step too, so that its checkpoint can be selected."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for an evaluation after the last step."""
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
 
 
 def training_arguments(run: Run) -> TrainingArguments:

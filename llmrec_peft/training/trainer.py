@@ -24,12 +24,9 @@ from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
@@ -399,15 +396,3 @@ class BehaviorTrainer(Trainer):
     def _load_trained(self, directory: str) -> None:
         with reading(directory):
             self.model.load_trainable_state_dict(safetensors.torch.load_file(Path(directory, SAFE_WEIGHTS_NAME)))
-
-
-class StopEarly(EarlyStoppingCallback):
-    """Early stopping whose count of validations without improvement survives a resume."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop at once where the run had stopped already."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            control.should_training_stop = True
