@@ -43,17 +43,28 @@ from llmrec_peft.distillation.teacher_outputs import (
     teacher_answers,
 )
 from llmrec_peft.errors import ConfigError, DataError, ModelError
-from llmrec_peft.files import scratch_directory
+from llmrec_peft.files import scratch_directory, writing
 from llmrec_peft.models.base import check_positions, is_encoder, load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
-from llmrec_peft.recipes.train import check_classes, fit
-from llmrec_peft.runs.launch_checks import check_launch, common_facts, flatten
-from llmrec_peft.runs.output_paths import check_output, writing
-from llmrec_peft.runs.outputs import Timings
-from llmrec_peft.runs.run_directory import prepare_run
-from llmrec_peft.runs.split_streams import SplitStreams, build_splits, check_split, read_log, split_of, streams_of
-from llmrec_peft.runs.trainer_setup import build_loss, training_arguments
+from llmrec_peft.runs.launch_checks import check_launch, describe_launch
+from llmrec_peft.runs.output_paths import check_output_directory
+from llmrec_peft.runs.run_directory import begin_run, prepare_run
+from llmrec_peft.runs.run_report import print_results, report_run
+from llmrec_peft.runs.run_results import measure_run
+from llmrec_peft.runs.settings import flatten, shared_settings
+from llmrec_peft.runs.split_predictions import SplitPredictions, predict_splits
+from llmrec_peft.runs.split_streams import (
+    SplitStreams,
+    build_split_streams,
+    check_classes,
+    check_split,
+    read_log,
+    split_by_domain,
+    streams_for_split,
+)
+from llmrec_peft.runs.timings import Timings
+from llmrec_peft.runs.trainer_setup import build_loss, build_trainer, training_arguments
 from llmrec_peft.training.distributed import check_ranks_equal, distributed_session, raise_on_all_ranks, uses_fsdp
 
 
@@ -106,14 +117,14 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         chosen = _kept_layers(config, manifest)
         layers = _compared_layers(config, manifest, chosen)
         kept = Path(config.answers.path or run.path("teacher"))
-        check_output(kept, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
+        check_output_directory(kept, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
         if asks:
             check_kept(kept, manifest, [other for _, other in layers])
-    check_ranks_equal(common_facts(config), "start every process with the same settings and versions")
+    check_ranks_equal(shared_settings(config), "start every process with the same settings and versions")
     with raise_on_all_ranks(), timings.timed("reading"):
         show(f"reading {config.data.path}", flush=True)
         log = read_log(config.data)
-        splits = split_of(log, domain)
+        splits = split_by_domain(log, domain)
         for name in ("valid", "test"):
             check_split(splits, name, manifest["counts"].get("split"))
         if student.kind == "ids" and student.content:
@@ -123,7 +134,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         with raise_on_all_ranks(), writing(start, "the student's start"):
             base = _source(config, manifest, log, domain, start)
             tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-            streams = build_splits(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
+            streams = build_split_streams(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
             if config.loss.hard:
                 check_classes(streams.train)
             loss = build_loss(config.train, streams, len(domain.labels))
@@ -154,14 +165,32 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         show(classifier.summary())
         lesson = StudentMetadata(student, config.loss, _told(manifest, given), chosen)
 
-        def save(model: BehaviorClassifier, mapping: dict[str, Any], **facts: Any) -> None:
-            save_student(run.path("student"), model, mapping, lesson, **facts)
-
-        return fit(
-            run, arguments, classifier, streams, loss, fingerprint, timings, save, kind=DistillTrainer,
+        trainer = build_trainer(
+            run, arguments, classifier, streams, loss, trainer_class=DistillTrainer,
             train=_windows(streams.train, given, config), teacher=given.answers, distill_loss=config.loss,
             layers=[own for own, _ in layers],
         )  # fmt: skip
+        before: list[SplitPredictions] = []
+
+        def predict_before() -> None:
+            with timings.timed("predicting before"):
+                before.append(predict_splits(trainer, streams, run, "before"))
+
+        trainer.on_ready = predict_before if config.evaluation.before else None
+        begin_run(run, fingerprint, describe_launch(arguments))
+        with timings.timed("training, with validations and checkpoints", without="predicting before"):
+            trainer.train(resume_from_checkpoint=run.checkpoint)
+        with timings.timed("predicting after"):
+            after = predict_splits(trainer, streams, run, "after")
+        show("saving, and writing the report", flush=True)
+        results = measure_run(run, trainer, streams, before[0] if before else None, after, timings)
+        if state.is_main_process:
+            record = results.training_record(run, streams)
+            save_student(run.path("student"), trainer.model, domain.to_dict(), lesson, **record)
+        metrics = report_run(run, trainer, streams, results)
+        if state.is_main_process:
+            print_results(run, metrics)
+        return metrics
 
 
 # -- the teacher -------------------------------------------------------------------------------------
@@ -185,7 +214,7 @@ def _ask(
     """The teacher's answers to training targets, and its representations of the items, as far as they are wanted."""
     domain, answers, content = config.teacher_domain, None, None
     if config.loss.needs_teacher:
-        streams = streams_of(splits, "train", domain, teacher.tokenizer, unlabelled=config.answers.unlabelled)
+        streams = streams_for_split(splits, "train", domain, teacher.tokenizer, unlabelled=config.answers.unlabelled)
         streams = streams.limited(config.answers.targets)
         answers = teacher_answers(
             teacher, streams, kept, layers=layers, batch_tokens=config.answers.batch_tokens, processes=state
