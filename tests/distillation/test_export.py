@@ -16,8 +16,8 @@ from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import export as export_module
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
 from llmrec_peft.distillation.export import export_onnx
+from llmrec_peft.distillation.item_id_student import write_item_id_student
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
-from llmrec_peft.distillation.students import start_ids
 from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.merging.merging import merge_bundle
 from llmrec_peft.models.classifier import load_classifier
@@ -90,7 +90,7 @@ def test_one_huge_token_leaves_the_others_their_answers_in_blocks(tmp_path):
 def test_a_student_of_item_ids(tmp_path, items):  # noqa: F811
     domain = Domain.from_dict(DOMAINS["movies"]).of_ids(4, 6)
     options = StudentOptions(kind="ids", width=16, heads=2)
-    start_ids(items.column("item_id"), domain, options, 0, tmp_path / "start")
+    write_item_id_student(items.column("item_id"), domain, options, 0, tmp_path / "start")
     classifier = load_classifier(str(tmp_path / "start"), domain, "full")
     torch.manual_seed(1)
     with torch.no_grad():

@@ -10,9 +10,10 @@ import pytest
 from llmrec_peft.checkpoints.merged import load_answering
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
-from llmrec_peft.distillation import teacher_outputs as module
-from llmrec_peft.distillation.teacher_cache import matrix, read_kept, write_kept
-from llmrec_peft.distillation.teacher_outputs import teacher_answers
+from llmrec_peft.distillation import prediction_shards
+from llmrec_peft.distillation import teacher_predictions as module
+from llmrec_peft.distillation.teacher_cache import matrix, read_cached, write_cached
+from llmrec_peft.distillation.teacher_predictions import teacher_predictions
 from llmrec_peft.errors import DataError, ModelError
 from llmrec_peft.models.bottleneck import transformer_layers
 from tests.conftest import make_small_tables
@@ -23,11 +24,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def kept(bundle_of, domains, tmp_path, monkeypatch):
     """(teacher, streams, directory) of an answered log in several parts."""
-    monkeypatch.setattr(module, "PART_TOKENS", 400)
+    monkeypatch.setattr(module, "SHARD_TOKENS", 400)
     teacher = load_answering(bundle_of())
     log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
     streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
-    teacher_answers(teacher, streams, tmp_path / "kept", batch_tokens=600)
+    teacher_predictions(teacher, streams, tmp_path / "kept", batch_tokens=600)
     return teacher, streams, tmp_path / "kept"
 
 
@@ -46,7 +47,7 @@ def rewrite(change):
         window, target, logits = table["window"].to_numpy(), table["target"].to_numpy(), matrix(table, "logits")
         window, target, logits = change(window.copy(), target.copy(), logits.copy())
         column = pa.FixedSizeListArray.from_arrays(pa.array(logits.reshape(-1)), logits.shape[1])
-        write_kept(pa.table({"window": window, "target": target, "logits": column}), path, owner)
+        write_cached(pa.table({"window": window, "target": target, "logits": column}), path, owner)
 
     return apply
 
@@ -72,15 +73,17 @@ def test_a_bad_part_is_named(name, kept, monkeypatch):
     teacher, streams, directory = kept
     damage, secret = FAULTS[name]
     owners = []
-    monkeypatch.setattr(module, "read_kept", lambda path, owner: owners.append(owner) or read_kept(path, owner))
-    teacher_answers(teacher, streams, directory, batch_tokens=600)
+    monkeypatch.setattr(
+        prediction_shards, "read_cached", lambda path, owner: owners.append(owner) or read_cached(path, owner)
+    )
+    teacher_predictions(teacher, streams, directory, batch_tokens=600)
     part = sorted(directory.glob("part-*.arrow"))[1]
     damage(part, owners[0] if secret else "unknown")
-    with pytest.raises(DataError, match=rf"{part.name}.*the teacher is asked for it again") as caught:
-        teacher_answers(teacher, streams, directory, batch_tokens=600)
+    with pytest.raises(DataError, match=rf"{part.name}.*delete the file and run again to recompute it") as caught:
+        teacher_predictions(teacher, streams, directory, batch_tokens=600)
     assert "\n" not in str(caught.value)
     part.unlink()
-    assert np.isfinite(teacher_answers(teacher, streams, directory, batch_tokens=600).logits).all()
+    assert np.isfinite(teacher_predictions(teacher, streams, directory, batch_tokens=600).logits).all()
 
 
 def test_hidden_states_that_are_not_finite_are_not_kept(bundle_of, domains, tmp_path):
@@ -88,7 +91,7 @@ def test_hidden_states_that_are_not_finite_are_not_kept(bundle_of, domains, tmp_
     teacher = load_answering(bundle_of())
     log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
     streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
-    teacher_answers(teacher, streams, tmp_path / "kept", layers=[0, -1], batch_tokens=600)
+    teacher_predictions(teacher, streams, tmp_path / "kept", layers=[0, -1], batch_tokens=600)
     part = next((tmp_path / "kept").glob("part-*.arrow"))
     with pa.memory_map(str(part)) as source:
         table = pa.ipc.open_file(source).read_all()
@@ -96,12 +99,12 @@ def test_hidden_states_that_are_not_finite_are_not_kept(bundle_of, domains, tmp_
     hidden[-1, -1] = np.inf
     column = pa.FixedSizeListArray.from_arrays(pa.array(hidden.reshape(-1)), hidden.shape[1])
     place = table.schema.get_field_index("hidden")
-    with pytest.raises(DataError, match="hidden states that are not finite.*asked for it again"):
-        module._hidden_of(part, table.set_column(place, "hidden", column), 2)
+    with pytest.raises(DataError, match="hidden states that are not finite.*run again to recompute it"):
+        prediction_shards.read_hidden_states(part, table.set_column(place, "hidden", column), 2)
     layer = transformer_layers(teacher.classifier.stock)[0]
     layer.register_forward_hook(lambda _m, _i, out: out * 1e6)
     with pytest.raises(ModelError, match=r"hidden states in layers \[0, -1\] that are not finite in float16"):
-        teacher_answers(teacher, streams, tmp_path / "other", layers=[0, -1], batch_tokens=600)
+        teacher_predictions(teacher, streams, tmp_path / "other", layers=[0, -1], batch_tokens=600)
     assert not list((tmp_path / "other").glob("part-*"))
 
 
@@ -109,21 +112,21 @@ def test_a_part_twice_is_refused(kept):
     teacher, streams, directory = kept
     part = sorted(directory.glob("part-*.arrow"))[0]
     (directory / "part-copy.arrow").write_bytes(part.read_bytes())
-    with pytest.raises(DataError, match="in more than one part"):
-        teacher_answers(teacher, streams, directory, batch_tokens=600)
+    with pytest.raises(DataError, match="in more than one shard"):
+        teacher_predictions(teacher, streams, directory, batch_tokens=600)
 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_vectors_of_items_are_kept_with_their_digest(size, tmp_path):
     values = np.arange(12 * size, dtype=np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(values), size)
-    write_kept(pa.table({"content": column}), tmp_path / "a.arrow", "owner")
-    np.testing.assert_array_equal(matrix(read_kept(tmp_path / "a.arrow", "owner"), "content").ravel(), values)
-    with pytest.raises(DataError, match="was cut or edited, or is another teacher's"):
-        read_kept(tmp_path / "a.arrow", "another")
+    write_cached(pa.table({"content": column}), tmp_path / "a.arrow", "owner")
+    np.testing.assert_array_equal(matrix(read_cached(tmp_path / "a.arrow", "owner"), "content").ravel(), values)
+    with pytest.raises(DataError, match="was truncated or edited, or belongs to another teacher"):
+        read_cached(tmp_path / "a.arrow", "another")
     content = bytearray((tmp_path / "a.arrow").read_bytes())
     place = content.index(values[1 : 1 + 4].tobytes())
     content[place] ^= 255
     (tmp_path / "a.arrow").write_bytes(content)
-    with pytest.raises(DataError, match="was cut or edited"):
-        read_kept(tmp_path / "a.arrow", "owner")
+    with pytest.raises(DataError, match="was truncated or edited"):
+        read_cached(tmp_path / "a.arrow", "owner")

@@ -9,7 +9,7 @@ from llmrec_peft import load_classifier
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation.pruning import prune
-from llmrec_peft.distillation.students import start_shallow
+from llmrec_peft.distillation.shallow_student import write_shallow_student
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.predict import predict
 
@@ -69,7 +69,7 @@ def test_a_pruned_model_is_the_whole_one_with_the_rest_silent(kind, tiny_base, d
 
 def test_a_shallow_student_can_be_pruned_too(tiny_base, domains, tmp_path):
     teacher = load_classifier(str(tiny_base("llama")), domains["movies"], "lora")
-    start_shallow(teacher, [0, 1], tmp_path, mlp=0.5)
+    write_shallow_student(teacher, [0, 1], tmp_path, mlp=0.5)
     student = load_classifier(str(tmp_path), domains["movies"], "full")
     assert (student.config.num_hidden_layers, student.config.intermediate_size) == (2, 32)
 

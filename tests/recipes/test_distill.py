@@ -265,7 +265,7 @@ def test_stale_answers_are_refused_before_any_work(students, trained, flags, tmp
 
     kept = students("ids") / "teacher"
     changes = {"answers.path": kept, "teacher": trained("head") / "bundle"}
-    with pytest.raises(DataError, match="stale answers: they are another teacher's"):
+    with pytest.raises(DataError, match="stale teacher outputs: they are another teacher's"):
         distill(read_config(DistillConfig, flags(tmp_path / "out", **changes)))
     assert not (tmp_path / "out").exists()
 
