@@ -12,10 +12,11 @@ from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
 from llmrec_peft.distillation.hidden_states import layer_pairs
 from llmrec_peft.distillation.item_id_student import write_item_id_student
 from llmrec_peft.distillation.pruning import check_prunable
-from llmrec_peft.distillation.shallow_student import NO_SHALLOW, choose_layers
+from llmrec_peft.distillation.shallow_student import NO_SHALLOW, choose_layers, write_shallow_student
 from llmrec_peft.distillation.teacher import Teacher
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.base import check_positions, load_config, resolve_base
+from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.stock_parts import is_encoder
 
 
@@ -26,6 +27,7 @@ class StudentPlan:
     Attributes:
         options, loss: its settings.
         teacher: whom it learns from.
+        teacher_domain: the teacher's domain, by which the teacher reads the log.
         kept_layers: numbers of the teacher's layers that a shallow student consists of; None for other kinds.
         compared_layers: pairs (student's layer, teacher's layer) of the hidden term; empty without one.
     """
@@ -33,8 +35,16 @@ class StudentPlan:
     options: StudentOptions
     loss: LossOptions
     teacher: Teacher
+    teacher_domain: Domain
     kept_layers: list[int] | None
     compared_layers: list[tuple[int, int]]
+
+    @property
+    def domain(self) -> Domain:
+        """The student's domain: its teacher's, in item ids for a student that reads them."""
+        if self.options.kind != "ids":
+            return self.teacher_domain
+        return self.teacher_domain.of_ids(self.options.context, self.options.targets)
 
     @property
     def student_layers(self) -> tuple[int, ...]:
@@ -61,21 +71,27 @@ class StudentPlan:
         """Attention kernel of the student."""
         return self.teacher.attention if self.kept_layers is not None else "sdpa"
 
-    def prepare_source(self, item_ids: pa.ChunkedArray, domain: Domain, seed: int, directory: Path) -> str:
+    def prepare_source(self, item_ids: pa.ChunkedArray, seed: int, directory: Path) -> str:
         """Directory or Hub id of the student's tokenizer, and of all weights that are not the teacher's.
 
-        An untrained student of item ids (`domain` is its own) is written to `directory` first.
+        An untrained student of item ids is written to `directory` first.
         """
         if self.options.kind == "small":
             return resolve_base(_base_of(self.options))
         if self.options.kind == "shallow":
             return self.teacher.source
-        write_item_id_student(item_ids, domain, self.options, seed, directory)
+        write_item_id_student(item_ids, self.domain, self.options, seed, directory)
+        return str(directory)
+
+    def write_layers(self, teacher: BehaviorClassifier, directory: Path) -> str:
+        """Write a shallow student to `directory` and return it; `teacher` cannot be used afterwards."""
+        assert self.kept_layers is not None
+        write_shallow_student(teacher, self.kept_layers, directory, self.options.mlp, self.options.heads_kept)
         return str(directory)
 
 
 def plan_student(teacher: Teacher, domain: Domain, options: StudentOptions, loss: LossOptions) -> StudentPlan:
-    """Check a student against its teacher, the teacher's domain and the loss, and choose its layers.
+    """Check a student against its teacher, the teacher's domain (`domain`) and the loss, and choose its layers.
 
     Raises:
         ConfigError: options that exclude each other.
@@ -86,7 +102,7 @@ def plan_student(teacher: Teacher, domain: Domain, options: StudentOptions, loss
     if options.kind == "small":
         _check_small(teacher, domain, options, loss)
     kept = _kept_layers(teacher, options)
-    return StudentPlan(options, loss, teacher, kept, _compared_layers(teacher, options, loss, kept))
+    return StudentPlan(options, loss, teacher, domain, kept, _compared_layers(teacher, options, loss, kept))
 
 
 def _check_shallow(teacher: Teacher, options: StudentOptions) -> None:

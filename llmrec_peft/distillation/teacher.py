@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from llmrec_peft.checkpoints.bundle import Bundle
 from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.data.domain import Domain
 from llmrec_peft.models.base import load_config, resolve_base
 
 
@@ -32,6 +33,14 @@ class Teacher:
     def open(cls, directory: str, base: str | None = None, trust_remote_code: bool = False) -> Teacher:
         """Read the manifest. Raises BundleError where there is none, or an invalid one."""
         return cls(directory, read_answering(directory), base, trust_remote_code)
+
+    def domain(self, *, unlabelled: bool = False) -> Domain:
+        """The teacher's domain; `unlabelled` leaves rows without a label out, so that its predictions can replace them.
+
+        A domain would otherwise refuse a log with such rows.
+        """
+        domain = Domain.of_manifest(self.manifest["domain"], source=f"teacher {self.directory}")
+        return replace(domain, label=replace(domain.label, missing="leave_out")) if unlabelled else domain
 
     @property
     def source(self) -> str:

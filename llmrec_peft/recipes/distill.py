@@ -14,9 +14,9 @@ from llmrec_peft.config.schema import DistillConfig, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.splits import Splits
 from llmrec_peft.distillation.content_embedding import add_teacher_content
+from llmrec_peft.distillation.distill_options import AnswersOptions
 from llmrec_peft.distillation.distill_trainer import DistillTrainer, check_not_sharded
 from llmrec_peft.distillation.prediction_shards import check_cache
-from llmrec_peft.distillation.shallow_student import write_shallow_student
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
 from llmrec_peft.distillation.student_plan import StudentPlan, plan_student
 from llmrec_peft.distillation.teacher import Teacher
@@ -65,17 +65,18 @@ def distill(config: DistillConfig | None = None, **options: Any) -> dict[str, An
 
 def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
-    timings, domain = Timings(), config.domain
+    timings, options = Timings(), config.answers
 
     # Settings: all checks that need no log come first.
     with raise_on_all_ranks():
         teacher = Teacher.open(config.teacher, config.base, config.trust_remote_code)
+        domain = teacher.domain(unlabelled=options.unlabelled)
         run = prepare_run(config)
         arguments = training_arguments(run)
         check_launch(config, arguments)
         check_not_sharded(arguments)
-        plan = plan_student(teacher, config.teacher_domain, config.student, config.loss)
-        cache = Path(config.answers.path or run.path("teacher"))
+        plan = plan_student(teacher, domain, config.student, config.loss)
+        cache = Path(options.path or run.path("teacher"))
         check_output(cache, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
         if config.loss.needs_teacher:
             check_cache(cache, teacher.manifest, plan.teacher_layers)
@@ -85,21 +86,21 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
     with raise_on_all_ranks(), timings.timed("reading"):
         show(f"reading {config.data.path}", flush=True)
         log = read_log(config.data)
-        splits = split_of(log, domain)
+        splits = split_of(log, plan.domain)
         for name in ("valid", "test"):
             check_split(splits, name, teacher.manifest["counts"].get("split"))
         if plan.reads_content:
-            check_item_texts(config.teacher_domain, log)
+            check_item_texts(plan.teacher_domain, log)
 
     with scratch_directory(Path(tempfile.gettempdir(), "llmrec-student")) as start:
         # The student's streams, before the teacher runs, which takes the longest: they find what is wrong with the log.
         with raise_on_all_ranks(), writing(start, "the student's start"):
-            source = plan.prepare_source(log.items.column("item_id"), domain, config.train.seed, start)
+            source = plan.prepare_source(log.items.column("item_id"), config.train.seed, start)
             tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-            streams = build_splits(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
+            streams = build_splits(log, plan.domain, tokenizer, unlabelled=options.unlabelled)
             if config.loss.hard:
                 check_classes(streams.train)
-            loss = build_loss(config.train, streams, len(domain.labels))
+            loss = build_loss(config.train, streams, len(plan.domain.labels))
         for name, counts in streams.counts().items():
             show(f"{name}: {counts['targets']:,} targets of {counts['users']:,} users in {counts['streams']:,} streams")
 
@@ -110,13 +111,10 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             with raise_on_all_ranks():
                 loaded = teacher.load(state.device)
             with timings.timed("asking the teacher"), writing(cache, "answers.path"):
-                outputs = _run_teacher(config, plan, loaded, log, splits, cache, state)
+                outputs = _run_teacher(options, plan, loaded, log, splits, cache, state)
             with raise_on_all_ranks(), writing(start, "the student's start"):
                 if plan.kept_layers is not None:
-                    write_shallow_student(
-                        loaded.classifier, plan.kept_layers, start, config.student.mlp, config.student.heads_kept
-                    )
-                    source = str(start)
+                    source = plan.write_layers(loaded.classifier, start)
                 del loaded  # its memory, before the student's weights are loaded
 
         # The student.
@@ -129,7 +127,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             save_student(run.path("student"), model, mapping, metadata, **facts)
 
         # Measure before, train, measure after, save and report.
-        only = outputs.predictions if config.answers.only else None
+        only = outputs.predictions if options.only else None
         return fit(
             run, arguments, classifier, streams, loss, fingerprint, timings, save, kind=DistillTrainer,
             train=streams.train if only is None else only.windows_of(streams.train),
@@ -138,7 +136,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
 
 
 def _run_teacher(
-    config: DistillConfig,
+    options: AnswersOptions,
     plan: StudentPlan,
     teacher: Bundle,
     log: BehaviorLog,
@@ -147,9 +145,8 @@ def _run_teacher(
     state: PartialState,
 ) -> TeacherOutputs:
     """The teacher's predictions for training targets and its item embeddings, as far as the student needs them."""
-    domain, predictions, embeddings = config.teacher_domain, None, None
-    options = config.answers
-    if config.loss.needs_teacher:
+    domain, predictions, embeddings = plan.teacher_domain, None, None
+    if plan.loss.needs_teacher:
         streams = streams_of(splits, "train", domain, teacher.tokenizer, unlabelled=options.unlabelled)
         predictions = teacher_predictions(
             teacher, streams.limited(options.targets), cache, layers=plan.teacher_layers,
@@ -170,9 +167,9 @@ def _load_student(
     fingerprint = digest({"streams": fingerprint, "teacher": digest(plan.teacher.manifest)})
     set_seed(config.train.seed)
     classifier = load_classifier(
-        source, config.domain, "full", attn=plan.attention, trust_remote_code=config.trust_remote_code
+        source, plan.domain, "full", attn=plan.attention, trust_remote_code=config.trust_remote_code
     )
     if outputs.item_embeddings is not None:
         rows = streams.splits.train.rows
-        add_teacher_content(classifier, outputs.item_embeddings, streams.train, rows, config.domain, config.student)
+        add_teacher_content(classifier, outputs.item_embeddings, streams.train, rows, plan.domain, config.student)
     return classifier, fingerprint
