@@ -84,7 +84,7 @@ def test_an_encoder_trains_its_pooler_too(tiny_base):
 
 
 def real_pass(classifier, candidates: bool) -> tuple[int, int]:
-    """(peak bytes of a real pass beyond weights and gradients, bytes that autograd's hooks see kept), on the CPU."""
+    """(peak bytes of a real pass beyond weights and gradients, bytes that autograd's hooks see saved), on the CPU."""
     for parameter in classifier.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batch = {"input_ids": torch.zeros(ROWS, LENGTH, dtype=torch.int64), "markers": torch.arange(ROWS * TARGETS)}
@@ -94,12 +94,12 @@ def real_pass(classifier, candidates: bool) -> tuple[int, int]:
     labels = torch.zeros(ROWS * TARGETS, dtype=torch.int64)
     own = [*weights(classifier, True), *weights(classifier, False)]
     there = {tensor.untyped_storage().data_ptr() for tensor in [*own, *batch.values(), labels]}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def keep(value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
         if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
@@ -109,7 +109,7 @@ def real_pass(classifier, candidates: bool) -> tuple[int, int]:
         static = meter.live
         meter.add([*batch.values(), labels])  # the estimator's micro-batch is new too
         BehaviorLoss()(classifier(**batch), labels, labels).backward()
-    return meter.peak - static, sum(kept.values())
+    return meter.peak - static, sum(saved.values())
 
 
 @pytest.mark.parametrize("candidates", [False, True])
@@ -207,28 +207,28 @@ def test_ddp_keeps_a_copy_of_all_gradients_in_its_buckets():
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_stages_1_and_2_share_out_what_trains(zero):
-    shares = shared(zero=zero, gpus=4)
+    held = shared(zero=zero, gpus=4)
     # 171 elements are padded to 176, a multiple of 2 x 4; a part has 44.
-    assert (shares.frozen, shares.trained, shares.master) == (2162, 704, 176)
-    assert shares.gradients == {1: 684, 2: 176}[zero]
-    assert (shares.updates, shares.flattened, shares.buffers) == ((44,), 176, 4 * 49)
+    assert (held.frozen, held.trained, held.master) == (2162, 704, 176)
+    assert held.gradients == {1: 684, 2: 176}[zero]
+    assert (held.updates, held.flattened, held.buffers) == ((44,), 176, 4 * 49)
 
 
 def test_stage_3_shares_out_every_tensor():
-    shares = shared(zero=3, gpus=4)
+    held = shared(zero=3, gpus=4)
     # Each tensor by itself: 250 + 8 frozen elements of 2 bytes, 26 + 18 trained ones of 4.
-    assert (shares.frozen, shares.trained, shares.master, shares.gradients) == (516, 176, 176, 176)
+    assert (held.frozen, held.trained, held.master, held.gradients) == (516, 176, 176, 176)
     # Of at most 70 elements, two stay whole; the others are gathered until the backward pass.
-    assert shares.gathered == 2 * 31 + 4 * 70 + 2 * 1000 + 4 * 101
-    assert shares.updates == (44,)
+    assert held.gathered == 2 * 31 + 4 * 70 + 2 * 1000 + 4 * 101
+    assert held.updates == (44,)
 
 
 def test_stage_3_gathers_no_more_than_is_used_again_soon():
     tensors = ModelTensors(frozen_bytes=0, frozen=[(10**9, 2)] * 8, trained=[(10**9, 4)], hidden=10)
-    shares = partition(tensors, MemoryConfig(zero=3, gpus=8))
+    held = partition(tensors, MemoryConfig(zero=3, gpus=8))
     # 5e8 of 9e9 elements of 20e9 bytes, and the largest tensor.
-    assert shares.gathered == pytest.approx(20e9 / 18 + 4e9)
-    assert shares.updates == (125_000_000,)
+    assert held.gathered == pytest.approx(20e9 / 18 + 4e9)
+    assert held.updates == (125_000_000,)
 
 
 def test_what_is_offloaded_is_in_the_host(tiny_base):

@@ -1,6 +1,6 @@
-"""Teacher outputs on disk that were cut, edited or forged: the part is named, and nothing is distilled from it.
+"""Cached teacher outputs that were truncated, edited or forged: the shard is named, and nothing is distilled from it.
 
-Other inputs fail the same way: a part of another teacher copied in, a part renamed over another, kept item vectors.
+Other inputs fail the same way: a shard of another teacher copied in, a shard renamed over another, item embeddings.
 """
 
 import numpy as np
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def kept(bundle_of, domains, tmp_path, monkeypatch):
-    """(teacher, streams, directory) of an answered log in several parts."""
+def cached(bundle_of, domains, tmp_path, monkeypatch):
+    """(teacher, streams, directory) of a log with cached predictions in several shards."""
     monkeypatch.setattr(module, "SHARD_TOKENS", 400)
     teacher = load_answering(bundle_of())
     log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
     streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
-    teacher_predictions(teacher, streams, tmp_path / "kept", batch_tokens=600)
-    return teacher, streams, tmp_path / "kept"
+    teacher_predictions(teacher, streams, tmp_path / "cache", batch_tokens=600)
+    return teacher, streams, tmp_path / "cache"
 
 
 def flip(path, owner):
@@ -39,7 +39,7 @@ def flip(path, owner):
 
 
 def rewrite(change):
-    """A part with other values, without its digest or with one of its own making."""
+    """A shard with other values, without its checksum or with one of its own making."""
 
     def apply(path, owner):
         with pa.memory_map(str(path)) as source:
@@ -69,38 +69,38 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_bad_part_is_named(name, kept, monkeypatch):
-    teacher, streams, directory = kept
+def test_a_bad_shard_is_named(name, cached, monkeypatch):
+    teacher, streams, directory = cached
     damage, secret = FAULTS[name]
     owners = []
     monkeypatch.setattr(
         prediction_shards, "read_cached", lambda path, owner: owners.append(owner) or read_cached(path, owner)
     )
     teacher_predictions(teacher, streams, directory, batch_tokens=600)
-    part = sorted(directory.glob("part-*.arrow"))[1]
-    damage(part, owners[0] if secret else "unknown")
-    with pytest.raises(DataError, match=rf"{part.name}.*delete the file and run again to recompute it") as caught:
+    shard = sorted(directory.glob("part-*.arrow"))[1]
+    damage(shard, owners[0] if secret else "unknown")
+    with pytest.raises(DataError, match=rf"{shard.name}.*delete the file and run again to recompute it") as caught:
         teacher_predictions(teacher, streams, directory, batch_tokens=600)
     assert "\n" not in str(caught.value)
-    part.unlink()
+    shard.unlink()
     assert np.isfinite(teacher_predictions(teacher, streams, directory, batch_tokens=600).logits).all()
 
 
-def test_hidden_states_that_are_not_finite_are_not_kept(bundle_of, domains, tmp_path):
-    """float16 ends at 65,504. Others: a NaN that the head's norm hides, a part of an earlier version."""
+def test_hidden_states_that_are_not_finite_are_not_cached(bundle_of, domains, tmp_path):
+    """float16 ends at 65,504. Others: a NaN that the head's norm hides, a shard of an earlier version."""
     teacher = load_answering(bundle_of())
     log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
     streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
-    teacher_predictions(teacher, streams, tmp_path / "kept", layers=[0, -1], batch_tokens=600)
-    part = next((tmp_path / "kept").glob("part-*.arrow"))
-    with pa.memory_map(str(part)) as source:
+    teacher_predictions(teacher, streams, tmp_path / "cache", layers=[0, -1], batch_tokens=600)
+    shard = next((tmp_path / "cache").glob("part-*.arrow"))
+    with pa.memory_map(str(shard)) as source:
         table = pa.ipc.open_file(source).read_all()
     hidden = matrix(table, "hidden").copy()
     hidden[-1, -1] = np.inf
     column = pa.FixedSizeListArray.from_arrays(pa.array(hidden.reshape(-1)), hidden.shape[1])
     place = table.schema.get_field_index("hidden")
     with pytest.raises(DataError, match="hidden states that are not finite.*run again to recompute it"):
-        prediction_shards.read_hidden_states(part, table.set_column(place, "hidden", column), 2)
+        prediction_shards.read_hidden_states(shard, table.set_column(place, "hidden", column), 2)
     layer = transformer_layers(teacher.classifier.stock)[0]
     layer.register_forward_hook(lambda _m, _i, out: out * 1e6)
     with pytest.raises(ModelError, match=r"hidden states in layers \[0, -1\] that are not finite in float16"):
@@ -108,16 +108,16 @@ def test_hidden_states_that_are_not_finite_are_not_kept(bundle_of, domains, tmp_
     assert not list((tmp_path / "other").glob("part-*"))
 
 
-def test_a_part_twice_is_refused(kept):
-    teacher, streams, directory = kept
-    part = sorted(directory.glob("part-*.arrow"))[0]
-    (directory / "part-copy.arrow").write_bytes(part.read_bytes())
+def test_a_shard_twice_is_refused(cached):
+    teacher, streams, directory = cached
+    shard = sorted(directory.glob("part-*.arrow"))[0]
+    (directory / "part-copy.arrow").write_bytes(shard.read_bytes())
     with pytest.raises(DataError, match="in more than one shard"):
         teacher_predictions(teacher, streams, directory, batch_tokens=600)
 
 
 @pytest.mark.parametrize("size", [1, 7])
-def test_vectors_of_items_are_kept_with_their_digest(size, tmp_path):
+def test_item_embeddings_are_cached_with_a_checksum(size, tmp_path):
     values = np.arange(12 * size, dtype=np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(values), size)
     write_cached(pa.table({"content": column}), tmp_path / "a.arrow", "owner")

@@ -1,4 +1,4 @@
-"""The terms of a student's loss against plain sums."""
+"""The loss terms of distillation against plain sums."""
 
 import math
 
@@ -19,13 +19,13 @@ from llmrec_peft.errors import ConfigError
 
 
 @pytest.fixture
-def answers():
+def logits():
     torch.manual_seed(1)
     return torch.randn(7, 3, dtype=torch.float64), 2 * torch.randn(7, 3, dtype=torch.float64)
 
 
-def test_soft_targets_are_the_scaled_divergence(answers):
-    student, teacher = answers
+def test_soft_targets_are_the_scaled_divergence(logits):
+    student, teacher = logits
     weights = torch.linspace(0.1, 1, 7, dtype=torch.float64)
     tau, total = 2.5, 0.0
     for s, t, w in zip(student.numpy(), teacher.numpy(), weights.tolist(), strict=True):
@@ -42,8 +42,8 @@ def test_confidence_runs_from_nothing_to_certain():
     torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 1 - entropy / math.log(2)]))
 
 
-def test_weights_follow_confidence_and_agreement(answers):
-    teacher = answers[1].float()
+def test_weights_follow_confidence_and_agreement(logits):
+    teacher = logits[1].float()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, -1])
     p = teacher.softmax(-1)
     agreement = torch.cat([p[torch.arange(6), labels[:6]], torch.ones(1)])
@@ -53,8 +53,8 @@ def test_weights_follow_confidence_and_agreement(answers):
     torch.testing.assert_close(target_weights(teacher, labels, "both"), confidence(teacher) * agreement)
 
 
-def test_pairs_are_those_of_one_row_that_the_teacher_orders(answers):
-    student, teacher = answers
+def test_pairs_are_those_of_one_row_that_the_teacher_orders(logits):
+    student, teacher = logits
     rows = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     gap, margin, total, pairs = 0.8, 1.2, 0.0, 0
     s, t = log_odds(student), log_odds(teacher)
@@ -65,7 +65,7 @@ def test_pairs_are_those_of_one_row_that_the_teacher_orders(answers):
             total += sum(max(0.0, margin - float(s[i] - s[j])) for j in below) / len(below)
     assert 0 < pairs < 21
     assert float(pairwise_margin_loss(student, teacher, rows, gap, margin)) == pytest.approx(total, rel=1e-9)
-    # No answer is compared with one of another row, and none with itself.
+    # No target is compared with one of another row, nor with itself.
     apart = torch.arange(7)
     assert float(pairwise_margin_loss(student, teacher, apart, 0.0, margin)) == 0.0
 

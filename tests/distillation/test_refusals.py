@@ -1,4 +1,4 @@
-"""What no student can be made of is said before the log is read: here there is none."""
+"""Students that cannot be made are refused before the log is read: here there is no log."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_streams_of_ids_equal_independent_prompts(small_log, tmp_path):
     assert whole.logits.std() > 0.01
 
 
-def test_an_item_that_the_student_never_heard_of_is_named(small_log, tmp_path):
+def test_an_unknown_item_is_named(small_log, tmp_path):
     classifier = make_ids(small_log(), tmp_path)
     grown = small_log(items=30)
     with pytest.raises(DataError, match=r"'item i2\d' is unknown to this model of item ids .*distil it again"):
@@ -107,7 +107,7 @@ def test_an_id_cannot_be_an_outcome_or_a_special_token():
     assert len(set(flat.tolist())) == 3 and flat.min() >= first_item(IDS)
 
 
-def test_ids_that_line_breaks_made_alike_are_refused():
+def test_ids_that_differ_by_a_tab_are_refused():
     with pytest.raises(DataError, match="stands for two items"):
         item_id_tokenizer(pa.array(["a b", "a\tb"]), IDS)
 
@@ -129,8 +129,8 @@ def test_the_tokenizer_survives_its_directory(small_log, tmp_path):
     assert again("item i3")["input_ids"] == made("item i3")["input_ids"]
 
 
-def test_content_folds_into_stock_embeddings(small_log, tmp_path):
-    """Answers with the content apart and folded are the same, and items that training never saw live by content."""
+def test_content_merges_into_stock_embeddings(small_log, tmp_path):
+    """Predictions are the same before and after the merge, and items without training rows have their content alone."""
     log = small_log()
     classifier = make_ids(log, tmp_path)
     torch.manual_seed(0)
@@ -145,9 +145,9 @@ def test_content_folds_into_stock_embeddings(small_log, tmp_path):
     embedding = classifier.stock.get_input_embeddings()
     projected = embedding.projection(content).detach()
     merge_content(classifier)
-    folded = classifier.stock.get_input_embeddings()
-    assert type(folded) is torch.nn.Embedding
-    rows = folded.weight[first_item(IDS) :].detach()
+    merged = classifier.stock.get_input_embeddings()
+    assert type(merged) is torch.nn.Embedding
+    rows = merged.weight[first_item(IDS) :].detach()
     torch.testing.assert_close(rows[20:], projected[20:])
     assert (rows[:20] - projected[:20]).abs().max() > 1e-4
     np.testing.assert_allclose(predict(classifier, streams, collator, batch_tokens=200).logits, apart.logits, atol=1e-6)

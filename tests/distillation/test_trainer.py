@@ -25,11 +25,11 @@ def streams(tiny_tokenizer):
     return build_streams(splits().train, Domain.from_dict(DOMAIN), tiny_tokenizer)
 
 
-def teacher_of(streams, asked: float = 1.0, layers: int = 0) -> TeacherPredictions:
-    """Made-up answers to a share of the targets."""
+def teacher_of(streams, share: float = 1.0, layers: int = 0) -> TeacherPredictions:
+    """Random predictions for a share of the targets."""
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(streams.num_targets, 2)).astype(np.float32)
-    logits[rng.random(len(logits)) >= asked] = np.nan
+    logits[rng.random(len(logits)) >= share] = np.nan
     if not layers:
         return TeacherPredictions(logits)
     hidden = rng.normal(size=(streams.num_targets, layers, 24)).astype(np.float16)
@@ -61,7 +61,7 @@ def weights_of(trainer):
 
 
 def test_one_gradient_however_the_batch_is_cut(make, streams):
-    teacher = teacher_of(streams, asked=0.6)
+    teacher = teacher_of(streams, share=0.6)
     whole = weights_of(make(EVERY, teacher))
     cut = weights_of(make(EVERY, teacher, micro_tokens=150))
     accumulated = weights_of(
@@ -82,17 +82,17 @@ def test_each_term_moves_the_weights(term, make, streams):
     assert max(np.abs(before[name] - after[name]).max() for name in before) > 1e-4
 
 
-def test_what_the_teacher_did_not_answer_is_learnt_from_its_label(make, streams):
-    """With nobody asked, the soft term is worth nothing; and with no label weight, an answer is all there is."""
-    nobody = teacher_of(streams, asked=0.0)
-    alone, with_nobody = weights_of(make({"soft": 0.0}, None)), weights_of(make({"soft": 0.5}, nobody))
+def test_a_target_without_a_prediction_is_learnt_from_its_label(make, streams):
+    """Without predictions the soft term is zero; without a weight of labels the predictions alone teach."""
+    empty = teacher_of(streams, share=0.0)
+    alone, with_empty = weights_of(make({"soft": 0.0}, None)), weights_of(make({"soft": 0.5}, empty))
     for name, value in alone.items():
-        np.testing.assert_allclose(with_nobody[name], value, atol=1e-7)
+        np.testing.assert_allclose(with_empty[name], value, atol=1e-7)
     soft = weights_of(make({"hard": 0.0, "soft": 1.0}, teacher_of(streams)))
     assert max(np.abs(soft[name] - alone[name]).max() for name in soft) > 1e-3
 
 
-def test_a_student_comes_to_answer_as_its_teacher(make, streams):
+def test_a_student_approaches_its_teacher(make, streams):
     teacher = TeacherPredictions(np.tile(np.float32([1.5, -0.5]), (streams.num_targets, 1)))
     trainer = make({"hard": 0.0, "soft": 1.0}, teacher, max_steps=20, optim="adamw_torch", learning_rate=5e-3)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -108,14 +108,14 @@ def test_projections_train_but_are_not_saved(make, streams):
     assert not any("map" in name for name in trainer.model.trainable_state_dict())
 
 
-def test_answers_that_are_missing_are_named(make, streams):
+def test_missing_predictions_are_named(make, streams):
     with pytest.raises(ConfigError, match="no teacher predictions"):
         make({"soft": 1.0}, None)
     with pytest.raises(ConfigError, match="loss.hidden: the teacher's predictions have hidden states of layers"):
         make({"hidden": 1.0}, teacher_of(streams), (0, -1))
 
 
-def test_layers_stand_beside_those_of_the_same_depth():
+def test_layers_are_compared_with_those_of_the_same_depth():
     assert layer_pairs(10, 30, list(range(10))) == [(4, 4), (6, 6), (8, 8), (-1, -1)]
     assert layer_pairs(2, 2) == [(0, 0), (-1, -1)]
     for own, other in layer_pairs(6, 24)[:-1]:
