@@ -21,6 +21,7 @@ from llmrec_peft.distillation.distill_options import LossOptions
 from llmrec_peft.distillation.hidden_states import LayerOutputs
 from llmrec_peft.distillation.teacher_outputs import TeacherPredictions
 from llmrec_peft.errors import ConfigError
+from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.training.distributed import uses_fsdp
 from llmrec_peft.training.trainer import BehaviorTrainer
 
@@ -139,6 +140,7 @@ class DistillTrainer(BehaviorTrainer):
             yield options.hidden * self.hidden_loss(hidden_TKS[has], cached_TKH)
 
     @property
-    def _student(self) -> Any:
-        """The classifier, outside of any wrapper for several processes."""
+    def _student(self) -> BehaviorClassifier:
+        """The classifier itself, without the wrapper for several processes."""
+        assert isinstance(self.model, BehaviorClassifier)
         return self.model

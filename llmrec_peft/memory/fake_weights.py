@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 Fake = Callable[[torch.Tensor], torch.Tensor]
 
@@ -43,7 +46,7 @@ def _fake_parameter(parameter: nn.Parameter, fake: Fake) -> nn.Parameter:
     return made
 
 
-def _fake_state(state: Any, fake: Fake) -> Any:
+def _fake_state(state: QuantState, fake: Fake) -> QuantState:
     made = copy.copy(state)
     for name in ("absmax", "code", "offset"):
         value = getattr(state, name)

@@ -2,8 +2,8 @@
 
 ZeRO (Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, arXiv
 1910.02054) partitions optimiser states (stage 1), gradients too (stage 2), and weights too (stage 3); activations stay
-whole. Its figure 1, written for float32 (the paper's figures are those of mixed precision), gives for each process, with
-W elements that train and K bytes of optimiser states an element (8 for Adam):
+whole. Its figure 1, written for float32 (the paper has mixed precision), gives for each process, with W elements that
+train and K bytes of optimiser states an element (8 for Adam):
 
     DDP      4 W + 4 W + K W           weights, gradients, states
     stage 1  4 W + 4 W + K W / N
