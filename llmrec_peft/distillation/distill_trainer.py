@@ -85,7 +85,7 @@ class DistillTrainer(BehaviorTrainer):
             optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
         return optimizer
 
-    def _loss_share(self, model: Any, batch: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
+    def _loss_share(self, model: Any, batch: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
         """This micro-batch's part of the global mean, times the ranks, since gradients are averaged over them."""
         inputs = {key: value.to(self.args.device) for key, value in batch.items() if torch.is_tensor(value)}
         labels, groups, targets = inputs.pop("labels"), inputs.pop("groups"), inputs.pop("targets")

@@ -1,4 +1,4 @@
-"""Options of the memory estimate."""
+"""What the estimator can be told."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ def _require(rule: bool, key: str, requirement: str, value: object) -> None:
 class MemoryConfig(ModelOptions):
     """Estimate the peak memory of training, per device, without loading the base's weights.
 
-    The base needs only its config.json: name the directory that holds it, or the file itself.
+    The base needs its config.json alone: a directory that holds it, or the file itself, will do.
     """
 
     method: Literal["lora", "qlora", "adapter", "head", "full"] = "lora"
-    """Tuning method; the options under its name belong to it."""
+    """Tuning method; its options are those under its name."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     qlora: QloraOptions = field(default_factory=QloraOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     labels: int = number(2, 2, 100_000)
     """Labels of the domain: rows of the head."""
     micro_tokens: int = number(1200, 1, MAX_TOKENS)
-    """Tokens of one micro-batch, at most, as train.micro_tokens."""
+    """Tokens that go through the model at once, at most, as train.micro_tokens."""
     length: int = number(600, 1, MAX_TOKENS)
-    """Tokens of a stream; a stream longer than micro_tokens is a micro-batch by itself."""
+    """Tokens of a stream; a longer one than micro_tokens goes through alone."""
     targets: int = number(30, 1, MAX_TOKENS)
-    """Targets of a stream, as domain.stream.targets."""
+    """Answers in a stream, as domain.stream.targets."""
     candidates: bool = False
-    """Streams have candidates, which need a mask [rows, 1, length, length]."""
+    """Streams have candidates, and with them a mask [rows, 1, length, length]."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast to bfloat16: the launcher's --mixed_precision bf16, or zero3_bf16.yaml."""
+    """Products in bfloat16 by autocast: the launcher's --mixed_precision bf16, or zero3_bf16.yaml."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
     """Optimiser, as train.optimizer."""
     device: Literal["gpu", "cpu"] = "gpu"
-    """Kind of device; on a GPU the optimiser updates all tensors at once, which briefly needs more memory."""
+    """Kind of device: on a GPU the optimiser updates all tensors at once, which needs more memory for a moment."""
     gpus: int = number(1, 1, MAX_COUNT)
-    """Devices, with one process each."""
+    """Devices, a process each."""
     zero: int = number(0, 0, 3)
     """Stage of DeepSpeed's ZeRO, 0 to 3; 0 is one process, or DDP."""
     offload_optimizer: bool = False
-    """Keep optimiser states and compute the update in host memory (ZeRO 1 to 3)."""
+    """Optimiser states and the update in the host's memory (ZeRO 1 to 3)."""
     offload_parameters: bool = False
-    """Keep weights in host memory (ZeRO-3)."""
+    """Weights in the host's memory (ZeRO-3)."""
 
     def __post_init__(self) -> None:
         _require(self.zero in (0, 1, 2, 3), "zero", "0, 1, 2 or 3", self.zero)
