@@ -110,7 +110,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             show(f"loading the teacher {config.teacher}", flush=True)
             with raise_on_all_ranks():
                 loaded = teacher.load(state.device)
-            with timings.timed("asking the teacher"), writing(cache, "answers.path"):
+            with timings.timed("running the teacher"), writing(cache, "answers.path"):
                 outputs = _run_teacher(options, plan, loaded, log, splits, cache, state)
             with raise_on_all_ranks(), writing(start, "the student's start"):
                 if plan.kept_layers is not None:
