@@ -16,11 +16,11 @@ from llmrec_peft.checkpoints.merged import load_merged, publish, read_merged, sc
 from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.checkpoints.sealing import sha256
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.streams import Streams
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.distillation.export_card import export_card
 from llmrec_peft.distillation.export_check import (
     CheckedStreams,
-    LoggedStreams,
     check_difference,
     check_streams_fit,
     checked_streams,
@@ -45,7 +45,7 @@ def export_onnx(
     *,
     int8: bool = True,
     opset: int | None = None,
-    streams: LoggedStreams | None = None,
+    streams: Streams | None = None,
     tolerance: float = TOLERANCE,
     batch_tokens: int = 2000,
 ) -> dict[str, Any]:

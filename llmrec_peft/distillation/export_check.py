@@ -14,8 +14,9 @@ import numpy as np
 
 from llmrec_peft.checkpoints.bundle import Bundle
 from llmrec_peft.data.collator import StreamCollator
-from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.layout import StreamRows
+from llmrec_peft.data.streams import Streams
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.distillation.synthetic_ids import SyntheticIdStreams
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
@@ -23,9 +24,6 @@ from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.merging.synthetic_inputs import SyntheticStreams
 from llmrec_peft.models.fingerprints import fits
 from llmrec_peft.models.predict import Predictions, predict
-
-LoggedStreams = StreamDataset | StreamSubset | IndependentPrompts
-"""Streams of a log, by the student's domain and tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +36,24 @@ class CheckedStreams:
         labelled: whether the labels are those of a log.
     """
 
-    streams: LoggedStreams | SyntheticStreams | SyntheticIdStreams
+    streams: StreamRows
     name: str
     labelled: bool
 
 
-def checked_streams(streams: LoggedStreams | None, vocabulary: Vocabulary, loaded: Bundle) -> CheckedStreams:
+def checked_streams(streams: Streams | None, vocabulary: Vocabulary, loaded: Bundle) -> CheckedStreams:
     """The given streams, or synthetic inputs that the student can read."""
     if streams is not None:
-        parent = _parent(streams)
+        parent = streams.parent
         return CheckedStreams(streams, f"{parent.name} of {parent.log.name}", labelled=True)
     if vocabulary.reads_ids:
         return CheckedStreams(SyntheticIdStreams(vocabulary, loaded.tokenizer), "samples", labelled=False)
     return CheckedStreams(SyntheticStreams(vocabulary.domain, loaded.tokenizer), "samples", labelled=False)
 
 
-def check_streams_fit(streams: LoggedStreams, student: str | Path, manifest: Mapping[str, Any]) -> None:
+def check_streams_fit(streams: Streams, student: str | Path, manifest: Mapping[str, Any]) -> None:
     """Raise BundleError for streams of another domain or tokenizer than the student's."""
-    parent = _parent(streams)
+    parent = streams.parent
     same = fits(parent.vocabulary.tokenizer, manifest["tokenizer"].get("fingerprint"))
     if not same or parent.domain.labels != manifest["labels"]:
         raise BundleError(
@@ -63,10 +61,6 @@ def check_streams_fit(streams: LoggedStreams, student: str | Path, manifest: Map
             f"{'for another domain' if same else 'with another tokenizer'} than student {student} has, whose labels "
             f"are {manifest['labels']}; build them by the student's domain and tokenizer"
         )
-
-
-def _parent(streams: LoggedStreams) -> StreamDataset:
-    return streams if isinstance(streams, StreamDataset) else streams.parent
 
 
 def compare_graphs(

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmrec_peft.checkpoints.bundle import Bundle
 from llmrec_peft.checkpoints.manifest import installed
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import ModelError
 from llmrec_peft.files import plain
 

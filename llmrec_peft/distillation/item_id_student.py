@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import torch
 
-from llmrec_peft.data.domain import ITEM_EVENT, Domain, render
-from llmrec_peft.data.tokens import UNKNOWN_ITEM
+from llmrec_peft.data.domain import ITEM_EVENT, Domain
+from llmrec_peft.data.rendering import render
+from llmrec_peft.data.vocabulary import UNKNOWN_ITEM
 from llmrec_peft.distillation.distill_options import StudentOptions
 from llmrec_peft.errors import DataError
 

@@ -192,7 +192,7 @@ def targets_fingerprint(streams: StreamDataset) -> str:
 def texts_fingerprint(streams: StreamDataset) -> str:
     """SHA-256 of the tokens of a data set's headers and events, and of their offsets."""
     fingerprint = hashlib.sha256()
-    for array in streams.texts():
+    for array in streams.token_arrays():
         fingerprint.update(f"{array.dtype}{array.shape}".encode())
         fingerprint.update(np.ascontiguousarray(array).data)
     return fingerprint.hexdigest()

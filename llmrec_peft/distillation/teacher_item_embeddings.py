@@ -21,7 +21,7 @@ from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.distillation.hidden_states import HEAD_INPUT, LayerOutputs
 from llmrec_peft.distillation.teacher_cache import ADVICE, list_column, matrix, read_cached, write_cached
 from llmrec_peft.errors import DataError, ModelError

@@ -51,14 +51,13 @@ def teacher_predictions(
         DataError: `directory` caches another teacher or other targets, or holds a truncated or edited shard.
         ModelError: a logit, or a hidden state in float16, is not finite.
     """
-    parent = streams.parent if isinstance(streams, StreamSubset) else streams
-    windows = streams.windows if isinstance(streams, StreamSubset) else np.arange(len(streams))
-    shards = PredictionShards(Path(directory), teacher.manifest, parent, len(teacher.classifier.labels), tuple(layers))
+    num_labels = len(teacher.classifier.labels)
+    shards = PredictionShards(Path(directory), teacher.manifest, streams.parent, num_labels, tuple(layers))
     state = processes or PartialState()
     if not shards.check() and state.is_main_process:
         shards.create()
     state.wait_for_everyone()
-    missing = np.setdiff1d(windows, shards.read().windows)
+    missing = np.setdiff1d(streams.windows, shards.read().windows)
     if len(missing):
         _predict_windows(teacher, shards, missing, batch_tokens, state)
     state.wait_for_everyone()
