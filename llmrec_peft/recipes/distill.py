@@ -11,8 +11,7 @@ from transformers import set_seed
 from llmrec_peft.checkpoints.bundle import Bundle
 from llmrec_peft.checkpoints.manifest import digest
 from llmrec_peft.config.schema import DistillConfig, read_config
-from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.log import Splits
+from llmrec_peft.data.log import BehaviorLog, Splits
 from llmrec_peft.distillation.content_embedding import add_teacher_content
 from llmrec_peft.distillation.distill_options import AnswersOptions
 from llmrec_peft.distillation.distill_trainer import DistillTrainer, check_not_sharded
