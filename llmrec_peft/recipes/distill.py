@@ -23,16 +23,28 @@ from llmrec_peft.distillation.teacher_item_embeddings import cached_item_embeddi
 from llmrec_peft.distillation.teacher_outputs import TeacherOutputs
 from llmrec_peft.distillation.teacher_predictions import teacher_predictions
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.files import scratch_directory
+from llmrec_peft.files import scratch_directory, writing
 from llmrec_peft.models.base import load_tokenizer
 from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
-from llmrec_peft.recipes.train import check_classes, fit
-from llmrec_peft.runs.launch_checks import check_launch, common_facts, flatten
-from llmrec_peft.runs.output_paths import check_output, writing
-from llmrec_peft.runs.outputs import Timings
-from llmrec_peft.runs.run_directory import prepare_run
-from llmrec_peft.runs.split_streams import SplitStreams, build_splits, check_split, read_log, split_of, streams_of
-from llmrec_peft.runs.trainer_setup import build_loss, training_arguments
+from llmrec_peft.runs.console import main_printer
+from llmrec_peft.runs.launch_checks import check_launch, describe_launch
+from llmrec_peft.runs.output_paths import check_output_directory
+from llmrec_peft.runs.run_directory import begin_run, prepare_run
+from llmrec_peft.runs.run_report import print_results, report_run
+from llmrec_peft.runs.run_results import measure_run
+from llmrec_peft.runs.settings import flatten, shared_settings
+from llmrec_peft.runs.split_predictions import SplitPredictions, predict_splits
+from llmrec_peft.runs.split_streams import (
+    SplitStreams,
+    build_split_streams,
+    check_classes,
+    check_split,
+    read_log,
+    split_by_domain,
+    streams_for_split,
+)
+from llmrec_peft.runs.timings import Timings
+from llmrec_peft.runs.trainer_setup import build_loss, build_trainer, training_arguments
 from llmrec_peft.training.distributed import check_ranks_equal, distributed_session, raise_on_all_ranks
 
 
@@ -63,8 +75,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> dict[str, An
 
 
 def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
-    show = print if state.is_main_process else (lambda *_, **__: None)
-    timings, options = Timings(), config.answers
+    show, timings, options = main_printer(state), Timings(), config.answers
 
     # Settings: all checks that need no log come first.
     with raise_on_all_ranks():
@@ -76,16 +87,16 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         check_not_sharded(arguments)
         plan = plan_student(teacher, domain, config.student, config.loss)
         cache = Path(options.path or run.path("teacher"))
-        check_output(cache, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
+        check_output_directory(cache, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
         if config.loss.needs_teacher:
             check_cache(cache, teacher.manifest, plan.teacher_layers)
-    check_ranks_equal(common_facts(config), "start every process with the same settings and versions")
+    check_ranks_equal(shared_settings(config), "start every process with the same settings and versions")
 
     # Log.
     with raise_on_all_ranks(), timings.timed("reading"):
-        show(f"reading {config.data.path}", flush=True)
+        show(f"reading {config.data.path}")
         log = read_log(config.data)
-        splits = split_of(log, plan.domain)
+        splits = split_by_domain(log, plan.domain)
         for name in ("valid", "test"):
             check_split(splits, name, teacher.manifest["counts"].get("split"))
         if plan.reads_content:
@@ -96,7 +107,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         with raise_on_all_ranks(), writing(start, "the student's start"):
             source = plan.prepare_source(log.items.column("item_id"), config.train.seed, start)
             tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-            streams = build_splits(log, plan.domain, tokenizer, unlabelled=options.unlabelled)
+            streams = build_split_streams(log, plan.domain, tokenizer, unlabelled=options.unlabelled)
             if config.loss.hard:
                 check_classes(streams.train)
             loss = build_loss(config.train, streams, len(plan.domain.labels))
@@ -106,7 +117,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         # The teacher's outputs, and a shallow student's weights.
         outputs = TeacherOutputs()
         if plan.loads_teacher:
-            show(f"loading the teacher {config.teacher}", flush=True)
+            show(f"loading the teacher {config.teacher}")
             with raise_on_all_ranks():
                 loaded = teacher.load(state.device)
             with timings.timed("running the teacher"), writing(cache, "answers.path"):
@@ -122,16 +133,44 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         show(classifier.summary())
         metadata = StudentMetadata(config.student, config.loss, outputs.describe(teacher.manifest), plan.kept_layers)
 
-        def save(model: BehaviorClassifier, mapping: dict[str, Any], **facts: Any) -> None:
-            save_student(run.path("student"), model, mapping, metadata, **facts)
-
-        # Measure before, train, measure after, save and report.
+        # Trainer: on all windows, or on those with predictions.
         only = outputs.predictions if options.only else None
-        return fit(
-            run, arguments, classifier, streams, loss, fingerprint, timings, save, kind=DistillTrainer,
+        trainer = build_trainer(
+            run, arguments, classifier, streams, loss, trainer_class=DistillTrainer,
             train=streams.train if only is None else only.windows_of(streams.train),
             teacher=outputs.predictions, distill_loss=config.loss, layers=plan.student_layers,
         )  # fmt: skip
+
+        # Before: predictions of the untrained student.
+        before: list[SplitPredictions] = []
+
+        def predict_before() -> None:
+            with timings.timed("predicting before"):
+                before.append(predict_splits(trainer, streams, run, "before"))
+
+        trainer.on_ready = predict_before if config.evaluation.before else None
+
+        # Train. The output directory is first written here.
+        begin_run(run, fingerprint, describe_launch(arguments))
+        with timings.timed("training, with validations and checkpoints", without="predicting before"):
+            trainer.train(resume_from_checkpoint=run.checkpoint)
+
+        # After: predictions of the trained student, calibrated on validation, and the metrics of both.
+        with timings.timed("predicting after"):
+            after = predict_splits(trainer, streams, run, "after")
+        show("saving, and writing the report")
+        results = measure_run(run, trainer, streams, before[0] if before else None, after, timings)
+
+        # Save: the student comes first, so that no failure of the report loses it.
+        if state.is_main_process:
+            record = results.training_record(run, streams)
+            save_student(run.path("student"), trainer.model, plan.domain.to_dict(), metadata, **record)
+
+        # Report.
+        metrics = report_run(run, trainer, streams, results)
+        if state.is_main_process:
+            print_results(run, metrics)
+        return metrics
 
 
 def _run_teacher(
@@ -146,7 +185,7 @@ def _run_teacher(
     """The teacher's predictions for training targets and its item embeddings, as far as the student needs them."""
     domain, predictions, embeddings = plan.teacher_domain, None, None
     if plan.loss.needs_teacher:
-        streams = streams_of(splits, "train", domain, teacher.tokenizer, unlabelled=options.unlabelled)
+        streams = streams_for_split(splits, "train", domain, teacher.tokenizer, unlabelled=options.unlabelled)
         predictions = teacher_predictions(
             teacher, streams.limited(options.targets), cache, layers=plan.teacher_layers,
             batch_tokens=options.batch_tokens, processes=state,
