@@ -62,7 +62,7 @@ from train_speed import CONFIG, StreamSide, flops_per_token, read_log
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
-from llmrec_peft.distillation.students import start_shallow
+from llmrec_peft.distillation.shallow_student import write_shallow_student
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import check_positions, load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
@@ -195,7 +195,7 @@ def first_layers(base: str, domain: Domain, layers: int, scratch: Path) -> str:
     if layers == load_config(base).get_text_config().num_hidden_layers:
         return base
     directory = scratch / f"layers-{layers}"
-    start_shallow(load_classifier(base, domain, "head"), list(range(layers)), directory)
+    write_shallow_student(load_classifier(base, domain, "head"), list(range(layers)), directory)
     return str(directory)
 
 
