@@ -1,4 +1,4 @@
-"""Lists of items, ranked by the LLM, by the LLM fused with a log's evidence, and by collaborative models alone.
+"""Lists of items, ranked by the LLM, by the LLM fused with a log's retrieval index, and by collaborative models alone.
 
 A positive of the test split whose item was new to its user stands in one list with items of the catalogue that the user
 had not taken before, drawn uniformly; each system orders the list knowing what came strictly before. Collaborative
@@ -29,7 +29,8 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant
 from llmrec_peft.recipes.ranking import Lists, place_of, rank
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
+from llmrec_peft.retrieval.index_files import DIRECTORY
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.split_streams import read_log, split_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,10 +24,11 @@ from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, compute_metrics, highe
 from llmrec_peft.evaluation.predictions import metric_names, users_of
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.predict import Predictions, predict
-from llmrec_peft.retrieval.fusion import GATES, Features, Fusion
+from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.histories import feedback
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
-from llmrec_peft.retrieval.retrieval_index import MANIFEST as EVIDENCE_MANIFEST
+from llmrec_peft.retrieval.index_files import DIRECTORY, is_index
+from llmrec_peft.retrieval.pair_features import GATES, Features
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.output_paths import check_output
 from llmrec_peft.runs.results import cell, check_results, print_cells, write_results
 from llmrec_peft.runs.split_streams import check_split, limited, read_log, split_of, streams_of
@@ -59,9 +60,9 @@ class _Part:
 
 
 def index(config: IndexConfig) -> dict[str, Any]:
-    """Fit evidence on the training rows and a fusion on validation, measure on test, and save both.
+    """Fit a retrieval index on the training rows and a fusion on validation, measure on test, and save both.
 
-    With `refit` the saved evidence is of all rows, after all has been measured: the fusion stays as it was fitted.
+    With `refit` the saved index is of all rows, after all has been measured: the fusion stays as it was fitted.
 
     Returns:
         What goes into metrics.json; empty on processes other than the first.
@@ -131,7 +132,7 @@ def _check_places(config: IndexConfig, place: Path) -> None:
                 f"output_dir {config.output_dir} is retrieval {place}, or lies in it, and would be replaced with it; "
                 "choose another directory"
             )
-    if place.exists() and not (place / EVIDENCE_MANIFEST).is_file() and any(place.iterdir()):
+    if place.exists() and not is_index(place) and any(place.iterdir()):
         raise ConfigError(
             f"retrieval {place} exists and holds nothing that this recipe fitted, so it is not replaced; "
             "choose another directory"

@@ -18,10 +18,11 @@ from llmrec_peft.data.splits import Splits
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant
-from llmrec_peft.retrieval.collaborative import Popularity
 from llmrec_peft.retrieval.histories import Histories, feedback
+from llmrec_peft.retrieval.index_files import DIRECTORY
+from llmrec_peft.retrieval.popularity import Popularity, choose_half_life
 from llmrec_peft.retrieval.recommender import Recommender, excluded_labels
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex, choose_half_life
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.retrieval.retriever import Candidates
 from llmrec_peft.runs.logged_events import LoggedEvents
 from llmrec_peft.runs.results import cell, print_cells
@@ -215,7 +216,7 @@ def rank(config: EvaluateConfig, lists: Lists, state: PartialState) -> tuple[dic
 
 
 def _check_retrieval_index(retrieval_index: RetrievalIndex, lists: Lists) -> None:
-    """Refuse evidence of rows that are not the training's: it would know what it is to be measured on."""
+    """Refuse an index of rows that are not the training's: it would know what it is to be measured on."""
     if lists.name == "train":
         return
     log, rows = lists.log, lists.splits[lists.name].rows

@@ -18,9 +18,8 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.documents import parse_yaml
 from llmrec_peft.errors import ConfigError, DataError, LLMRecError
+from llmrec_peft.retrieval.index_files import DIRECTORY, manifest_path
 from llmrec_peft.retrieval.recommender import Recommendation, Recommender
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY as EVIDENCE
-from llmrec_peft.retrieval.retrieval_index import MANIFEST as EVIDENCE_MANIFEST
 from llmrec_peft.runs.job_users import Request, Users, read_ids, table_fingerprint
 from llmrec_peft.runs.launch_checks import PACKAGES, check_shared, flatten
 from llmrec_peft.runs.output_paths import check_output
@@ -159,7 +158,7 @@ def _facts(
     """All that the answers depend on, by name."""
     settings = flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
     facts = {key: repr(value) for key, value in settings.items() if not key.startswith(PLACES) and key not in FREE}
-    retrieval_index = Path(config.retrieval or Path(config.bundle) / EVIDENCE) / EVIDENCE_MANIFEST
+    retrieval_index = manifest_path(config.retrieval or Path(config.bundle) / DIRECTORY)
     facts["the bundle"] = digest(manifest)
     facts["the retrieval"] = sha256(retrieval_index) if retrieval_index.is_file() else "none"
     facts["the log"] = users.log_fingerprint()

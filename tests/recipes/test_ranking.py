@@ -18,8 +18,9 @@ from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.recipes.ranking import Lists
 from llmrec_peft.retrieval.histories import feedback
+from llmrec_peft.retrieval.index_files import DIRECTORY
 from llmrec_peft.retrieval.recommender import Recommender
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.split_streams import split_of
 from tests.recipes.test_merge import refused
 from tests.support.logs import DOMAIN, TWINS, noisy_bundle, tables, write_log
@@ -309,7 +310,7 @@ def test_lists_are_drawn_uniformly_or_by_training_counts():
 # -- what is refused -------------------------------------------------------------------------------
 
 
-def test_evidence_that_has_seen_the_split_is_refused(recipe, plain, data, tmp_path, capfd):
+def test_an_index_that_has_seen_the_split_is_refused(recipe, plain, data, tmp_path, capfd):
     log, domain = BehaviorLog.read(data), Domain.from_dict(DOMAIN)
     splits = log.split(**SPLIT)
     flags = ["--bundle", str(plain), "--data.path", str(data), "--limit", "4", "--ranking.candidates", "5"]
@@ -323,7 +324,7 @@ def test_evidence_that_has_seen_the_split_is_refused(recipe, plain, data, tmp_pa
     recipe("evaluate")(flags)
 
 
-def test_a_split_by_user_needs_evidence_of_its_training_users(recipe, tiny_base, data, tmp_path, capfd):
+def test_a_split_by_user_needs_an_index_of_its_training_users(recipe, tiny_base, data, tmp_path, capfd):
     domain = Domain.from_dict({**DOMAIN, "split": {"by": "user", "valid": 0.3, "test": 0.3}})
     bundle = noisy_bundle(tmp_path / "bundle", tiny_base("llama"), domain=domain.to_dict())
     log = BehaviorLog.read(data)
