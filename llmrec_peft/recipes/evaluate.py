@@ -13,7 +13,8 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import IndependentPrompts
 from llmrec_peft.errors import ModelError
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.evaluation.predictions import measure, metric_names, prediction_table
+from llmrec_peft.evaluation.prediction_table import prediction_table
+from llmrec_peft.evaluation.stream_metrics import choose_metrics, measure
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.predict import predict
 from llmrec_peft.recipes.ranking import Lists, check_ranking, rank
@@ -72,7 +73,7 @@ def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
     )  # fmt: skip
     calibration = Calibration.from_dict(bundle.calibration)
     # By default what training measured, so that the numbers stand beside its own.
-    names = metric_names(streams, config.metrics or list(manifest["metrics"].get("test") or ()))
+    names = choose_metrics(streams, config.metrics or list(manifest["metrics"].get("test") or ()))
     metrics = measure(predictions, streams, names, calibration=calibration)
     for name, value in metrics.items():
         show(f"{name:<22}{value:>14.6f}" if isinstance(value, float) else f"{name:<22}{value:>14,}")

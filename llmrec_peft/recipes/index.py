@@ -21,7 +21,7 @@ from llmrec_peft.errors import ConfigError
 from llmrec_peft.evaluation.bootstrap import Interval, differences, intervals
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, compute_metrics, higher_is_better
-from llmrec_peft.evaluation.predictions import metric_names, users_of
+from llmrec_peft.evaluation.stream_metrics import choose_metrics, users_of
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.predict import Predictions, predict
 from llmrec_peft.retrieval.fusion import Fusion
@@ -217,7 +217,7 @@ def _measure_and_save(
     valid, test = parts["valid"], parts["test"]
     fusion = _fit(valid, valid.logits, valid.features, config.seed)
     answers = _answers(parts, fusion, config.seed)
-    names = [*NAMES, *(name for name in metric_names(test.streams, None) if name not in DEFAULT_NAMES)]
+    names = [*NAMES, *(name for name in choose_metrics(test.streams, None) if name not in DEFAULT_NAMES)]
     values, gaps = _compare(test, answers, names, config)
     kept.save(place, fusion=fusion, adapter=adapter)
     found = {

@@ -16,8 +16,10 @@ from accelerate.utils import gather_object
 from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.evaluation.baselines import past_rates, rate_baselines
 from llmrec_peft.evaluation.calibration import Calibration, fit_calibration
-from llmrec_peft.evaluation.predictions import measure, metric_names, prediction_table, users_of
-from llmrec_peft.evaluation.report import ReportContent, count_slices, write_report
+from llmrec_peft.evaluation.prediction_table import prediction_table
+from llmrec_peft.evaluation.report import write_report
+from llmrec_peft.evaluation.report_content import ReportContent, count_slices
+from llmrec_peft.evaluation.stream_metrics import choose_metrics, measure, users_of
 from llmrec_peft.files import write_json, write_parquet
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.predict import Predictions
@@ -86,7 +88,7 @@ def save_run(
         than a bundle.
     """
     calibration = calibrate(run, after.valid)
-    names = metric_names(streams.train, run.config.evaluation.metrics)
+    names = choose_metrics(streams.train, run.config.evaluation.metrics)
     metrics = _metrics(streams, names, before, after, calibration)
     cost = _cost(trainer, timings)
     state = trainer.model.trainable_state_dict()  # gathered, where the processes hold a part each
@@ -190,7 +192,7 @@ def _report_content(
         uncalibrated=Calibration().apply(after.test.logits) if config.evaluation.calibrate else None,
         baselines=_baselines(streams, targets),
         split_by=config.domain.split.by,
-        lists=test.target_lists[targets],
+        candidate_sets=test.target_lists[targets],
         slices=_slices(streams, targets),
         log_history=trainer.state.log_history,
         run={

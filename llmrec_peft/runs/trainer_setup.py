@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 from llmrec_peft.config.schema import TrainConfig
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from llmrec_peft.evaluation.metrics import higher_is_better
-from llmrec_peft.evaluation.predictions import measure, metric_names
+from llmrec_peft.evaluation.stream_metrics import choose_metrics, measure
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.runs.run_directory import Run
 from llmrec_peft.runs.split_streams import SplitStreams, limited
@@ -80,7 +80,7 @@ def build_trainer(
     `kind` takes `options`.
     """
     config = run.config
-    names = metric_names(streams.train, config.evaluation.metrics)
+    names = choose_metrics(streams.train, config.evaluation.metrics)
     if config.train.select_metric not in names:
         names.append(config.train.select_metric)
     valid = limited(streams.valid, config.evaluation.valid_targets, classifier)

@@ -124,7 +124,7 @@ def test_fixed_lists_against_brute_force(rank, plain, data):
             right += [0] * above + [1] + [0] * (11 - above)
         names = ["ndcg@10", "hr@10", "mrr@10"]
         p, number = np.array(scores), np.repeat(np.arange(len(table)), 12)
-        wanted = compute_metrics(right, np.column_stack([1 - p, p]), lists=number, names=names)
+        wanted = compute_metrics(right, np.column_stack([1 - p, p]), candidate_sets=number, names=names)
         assert {name: found["systems"][system][name]["value"] for name in names} == pytest.approx(wanted)
     gap = found["systems"]["llm"]["mrr@10"]["value"] - found["systems"]["popularity"]["mrr@10"]["value"]
     assert found["llm_minus"]["popularity"]["mrr@10"]["value"] == pytest.approx(gap)
