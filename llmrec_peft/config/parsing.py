@@ -20,9 +20,10 @@ import yaml
 
 from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.documents import parse_yaml, read_yaml, shortened
+from llmrec_peft.documents import parse_yaml, read_yaml
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.fields import describe, section
+from llmrec_peft.messages import shortened
 
 Config = TypeVar("Config")
 
