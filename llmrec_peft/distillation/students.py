@@ -21,7 +21,7 @@ from llmrec_peft.data.vocabulary import UNKNOWN_ITEM
 from llmrec_peft.distillation.distill_options import StudentOptions
 from llmrec_peft.distillation.pruning import prune
 from llmrec_peft.errors import ConfigError, DataError, ModelError
-from llmrec_peft.merging.unload import fold
+from llmrec_peft.merging.unload import unload
 from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.classifier import BehaviorClassifier
 
@@ -65,7 +65,7 @@ def start_shallow(
     """
     if teacher.method == "adapter":
         raise ModelError(NO_SHALLOW)
-    model = fold(teacher, torch.float32)
+    model = unload(teacher, torch.float32)
     stack = transformer_layers(model)
     config, depth = model.config.get_text_config(), len(stack)
     chosen = [stack[number] for number in kept]

@@ -8,8 +8,8 @@ from llmrec_peft.checkpoints.merged import check_output
 from llmrec_peft.config.schema import DataConfig, MergeConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.merging.merging import merge_bundle, mergeable
-from llmrec_peft.merging.weighted import combine_bundles
+from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle, mergeable
+from llmrec_peft.merging.weighted_merge import combine_bundles
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.runs import output_paths as places
 from llmrec_peft.runs.split_streams import check_split, read_log, split_of, streams_of
@@ -40,23 +40,22 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
     inputs = {f"bundle {number}" if many else "bundle": path for number, path in enumerate(bundles)}
     inputs |= {"data.path": config.data.path, "base": config.base}
     places.check_output(config.output_dir, inputs, own=lambda path: path == Path(config.output_dir))
-    settings = {
-        "dtype": config.dtype,
-        "base": config.base,
-        "streams": None if config.data.path is None else _streams(config, bundles[0], first),
-        "tolerance": config.tolerance,
-        "max_shard_size": config.max_shard_size,
-        "batch_tokens": config.batch_tokens,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    options = MergeOptions(
+        dtype=config.dtype,
+        base=config.base,
+        streams=None if config.data.path is None else _streams(config, bundles[0], first),
+        tolerance=config.tolerance,
+        max_shard_size=config.max_shard_size,
+        batch_tokens=config.batch_tokens,
+        trust_remote_code=config.trust_remote_code,
+    )
     print(f"merging {', '.join(bundles)}", flush=True)
     if many:
         found = combine_bundles(
-            bundles, config.weights, config.output_dir, combination=config.combination, density=config.density,
-            **settings,
-        )  # fmt: skip
+            bundles, config.weights, config.output_dir, options, combination=config.combination, density=config.density
+        )
     else:
-        found = merge_bundle(bundles[0], config.output_dir, **settings)
+        found = merge_bundle(bundles[0], config.output_dir, options)
     _print(found, Path(config.output_dir))
     return found
 

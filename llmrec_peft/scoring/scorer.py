@@ -15,7 +15,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import DataError
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.merging.unload import fold
+from llmrec_peft.merging.unload import unload
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.retrieval.fusion import Fusion
@@ -91,7 +91,7 @@ class Scorer:
             bundle = load_answering(directory, base=None if base is None else str(base), **options)
             classifier, tokenizer = bundle.classifier, bundle.tokenizer
             if classifier.method == "lora":
-                classifier = BehaviorClassifier(fold(classifier, torch.float32), "merged", classifier.labels)
+                classifier = BehaviorClassifier(unload(classifier, torch.float32), "merged", classifier.labels)
             domain = Domain.of_manifest(bundle.domain, source=str(directory / MANIFEST))
             calibration = Calibration.from_dict(bundle.calibration)
             engine = Engine(classifier.to(device) if device else classifier, tokenizer.pad_token_id)

@@ -23,7 +23,7 @@ from llmrec_peft.distillation.students import (
 )
 from llmrec_peft.distillation.teacher_outputs import reduced
 from llmrec_peft.errors import BundleError, ConfigError, DataError, DomainError, ModelError, StreamError
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
 from llmrec_peft.models.base import load_tokenizer
 from llmrec_peft.models.predict import predict
 
@@ -102,7 +102,10 @@ def test_a_bundle_on_ids_is_merged_with_a_log_alone(small_log, tmp_path):
         merge_bundle(tmp_path / "bundle", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     streams = build_streams(small_log().split().test, IDS, adapted.tokenizer)
-    assert merge_bundle(tmp_path / "bundle", tmp_path / "merged", streams=streams)["answers"] == streams.num_targets
+    assert (
+        merge_bundle(tmp_path / "bundle", tmp_path / "merged", MergeOptions(streams=streams))["answers"]
+        == streams.num_targets
+    )
 
 
 def test_an_id_cannot_be_an_outcome_or_a_special_token():

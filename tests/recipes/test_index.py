@@ -26,7 +26,7 @@ from llmrec_peft.config.schema import CONFIGS, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import BundleError, ConfigError
 from llmrec_peft.evaluation.bootstrap import differences
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import merge_bundle
 from llmrec_peft.retrieval.histories import Histories, feedback
 from llmrec_peft.retrieval.index_files import ARRAYS, DIRECTORY
 from llmrec_peft.retrieval.index_files import MANIFEST as INDEX

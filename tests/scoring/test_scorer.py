@@ -11,7 +11,7 @@ import torch
 from llmrec_peft import Domain, Scorer
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import BundleError, DataError, ModelError
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import merge_bundle
 from llmrec_peft.models import attention
 from llmrec_peft.scoring import engine as engine_module
 from llmrec_peft.scoring.bank import DomainBank
