@@ -74,7 +74,7 @@ def _streams(config: MergeConfig, bundle: str, manifest: dict[str, Any]):
 
 
 def _print(found: dict[str, Any], directory: Path) -> None:
-    on = "made-up samples" if found["streams"] == "samples" else found["streams"]
+    on = "synthetic inputs" if found["streams"] == "samples" else found["streams"]
     print(f"{found['answers']:,} answers on {on}; adapted and merged differ by")
     print(f"  {found['max_difference']:.3g} in a logit at most (tolerance {found['tolerance']:.3g})")
     print(f"  {found['mean_difference']:.3g} in the mean; the logits' standard deviation is {found['spread']:.3g}")

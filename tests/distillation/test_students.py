@@ -98,7 +98,7 @@ def test_a_bundle_on_ids_is_merged_with_a_log_alone(small_log, tmp_path):
     make_ids(small_log(), tmp_path / "base")
     adapted = load_classifier(str(tmp_path / "base"), IDS, "lora")
     save_bundle(tmp_path / "bundle", adapted, adapted.tokenizer, IDS.to_dict())
-    with pytest.raises(BundleError, match="cannot answer made-up items.*; give streams, or data.path"):
+    with pytest.raises(BundleError, match="cannot read synthetic items.*; give streams, or data.path"):
         merge_bundle(tmp_path / "bundle", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     streams = build_streams(small_log().split().test, IDS, adapted.tokenizer)
