@@ -69,13 +69,13 @@ def rate_baselines(
     Raises DataError for arrays that do not match, a row to use without a label, or training rows of one class.
     """
     users, items, times, classes = (np.asarray(a) for a in (user_codes, item_codes, timestamps, labels))
-    train, held = np.asarray(train_rows, dtype=np.int64), np.asarray(eval_rows, dtype=np.int64)
-    _check(users, items, times, classes, train, held)
+    train, held_out = np.asarray(train_rows, dtype=np.int64), np.asarray(eval_rows, dtype=np.int64)
+    _check(users, items, times, classes, train, held_out)
     past = past_rates(users, items, times, classes, train_rows=train, by=by)
     return {
-        "item_rate": past.item_rate[held],
-        "user_rate": past.user_rate[held],
-        "both_rates": _regression(past.features(train), classes[train], past.features(held)),
+        "item_rate": past.item_rate[held_out],
+        "user_rate": past.user_rate[held_out],
+        "both_rates": _regression(past.features(train), classes[train], past.features(held_out)),
     }
 
 
@@ -135,18 +135,18 @@ def _of_others(keys: np.ndarray | None, users: np.ndarray, values: np.ndarray) -
     return np.asarray(total[codes] - np.bincount(pair, values)[pair], np.float64)
 
 
-def _regression(train: Floats, labels: np.ndarray, held: Floats) -> Floats:
-    """Probability of label 1 of the rows `held` [m, 4] by a logistic regression on standardised `train` [n, 4]."""
+def _regression(train: Floats, labels: np.ndarray, held_out: Floats) -> Floats:
+    """Probability of label 1 of the rows `held_out` [m, 4] by a logistic regression on standardised `train` [n, 4]."""
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = train.mean(axis=0), train.std(axis=0)
     scale = np.where(scale > 0, scale, 1.0)
     model = LogisticRegression(max_iter=1000).fit((train - mean) / scale, labels)
-    return model.predict_proba((held - mean) / scale)[:, 1]
+    return model.predict_proba((held_out - mean) / scale)[:, 1]
 
 
 def _check(
-    users: np.ndarray, items: np.ndarray, times: np.ndarray, labels: np.ndarray, train: np.ndarray, held: np.ndarray
+    users: np.ndarray, items: np.ndarray, times: np.ndarray, labels: np.ndarray, train: np.ndarray, held_out: np.ndarray
 ) -> None:
     shapes = [array.shape for array in (users, items, times, labels)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1:
@@ -154,7 +154,7 @@ def _check(
     if not np.isin(labels, (-1, 0, 1)).all():
         found = np.unique(labels)[:5].tolist()
         raise DataError(f"baselines count labels 0 and 1 (-1: none), got {found}: pass one class against the rest")
-    for name, rows in (("train_rows", train), ("eval_rows", held)):
+    for name, rows in (("train_rows", train), ("eval_rows", held_out)):
         if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(users):
             raise DataError(f"{name} must be row numbers from 0 to {len(users) - 1}, got {rows}: pass the split's rows")
         bare = rows[labels[rows] < 0]

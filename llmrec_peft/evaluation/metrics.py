@@ -231,7 +231,7 @@ METRICS: dict[str, Metric] = {
     "logloss": Metric("mean -log p(label), nats", False, additive(loss_sums, finish_logloss)),
     "ne": Metric("logloss over the entropy of the class shares", False, additive(loss_sums, finish_ne)),
     "ece": Metric(
-        f"expected calibration error, {ECE_BINS} equal-width bins unless said",
+        f"expected calibration error, {ECE_BINS} equal-width bins by default",
         False,
         additive(ece_sums, finish_ece),
         at="bins",

@@ -25,7 +25,7 @@ from llmrec_peft.evaluation.targets import Targets
 
 @dataclass(frozen=True)
 class RankedRows:
-    """Rows sorted by candidate set and falling score, with the tie that each row belongs to. Arrays are [r] or as said.
+    """Rows sorted by candidate set and falling score, with the tie of each row. Arrays are [r] unless noted.
 
     Attributes:
         set_of: candidate set of each row.

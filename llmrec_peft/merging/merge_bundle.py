@@ -53,7 +53,7 @@ class MergeOptions:
 
     Attributes:
         dtype: number format of the weights; that of the bundle's base if None, float32 for float16.
-        base: where the base is, if not where the bundle says.
+        base: path or name of the base; that of the bundle if None.
         streams: what both models predict on, by the bundle's domain and tokenizer (`build_streams`); synthetic inputs
             if None.
         tolerance: largest difference of a logit that passes; see `TOLERANCE` for None.
@@ -152,11 +152,11 @@ def write_merge(
     start = time.perf_counter()
     with scratch_beside(out) as scratch, large_blocks_apart():
         adapted = load()
-        held = adapted.classifier.model_options.dtype
-        dtype = options.dtype or ("bfloat16" if held == "bfloat16" else "float32")
+        base_dtype = adapted.classifier.model_options.dtype
+        dtype = options.dtype or ("bfloat16" if base_dtype == "bfloat16" else "float32")
         # Layers of 4 bits may compute in another format than the rest.
-        computes = getattr(adapted.classifier.method_options, "compute_dtype", None) or held
-        usual = TOLERANCE["float32" if {held, computes, dtype} == {"float32"} else "low"]
+        computes = getattr(adapted.classifier.method_options, "compute_dtype", None) or base_dtype
+        usual = TOLERANCE["float32" if {base_dtype, computes, dtype} == {"float32"} else "low"]
         streams = comparison_streams(adapted, options.streams)
         before = predict_on(adapted, streams, options.batch_tokens)
         model = unload(adapted.classifier, getattr(torch, dtype))

@@ -15,8 +15,8 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 def large_blocks_apart() -> Iterator[None]:
     """Let glibc map each large block by itself and return it when it is freed.
 
-    By default glibc comes to keep blocks of up to 32 MiB in its heap. What quantising and merging free between the
-    weights of two layers fits no later block there, and the holes may add up to a second copy of the weights.
+    By default glibc keeps freed blocks of up to 32 MiB in its heap. The blocks that quantising and merging free between
+    the weights of two layers fit no later request, and the holes may add up to a second copy of the weights.
     """
     libc = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
     if libc is None:

@@ -52,14 +52,14 @@ def _without_lora(layer: Any, dtype: torch.dtype) -> nn.Module:
         whole = _dequantized(base)
         _add_update(layer, whole)
         return _as_written(whole, dtype)
-    held = base.weight.data
-    base.weight.data = held.float()
+    original = base.weight.data
+    base.weight.data = original.float()
     # Weights are pages of the checkpoint's file until they are written to. Written pages stay in memory as long as the
     # file is open, even if the weight is replaced. So the sum goes in place, or into the old weight's memory, only
     # where its format stays.
     layer.merge(safe_merge=dtype != torch.float32)
-    if held.dtype == dtype != torch.float32:
-        base.weight.data = held.copy_(base.weight.data)
+    if original.dtype == dtype != torch.float32:
+        base.weight.data = original.copy_(base.weight.data)
     return _as_written(base, dtype)
 
 

@@ -38,7 +38,7 @@ class Candidates:
     Attributes:
         items: int64 [n], item codes.
         sources: int64 [n], index in SOURCES of the source that put it there. len(SOURCES) is the fill: items of no
-            source, added to reach the number that was asked for.
+            source, added to reach k.
     """
 
     items: Codes
