@@ -102,6 +102,7 @@ def past_rates(
         in_train[train_rows] = True
         all_count, all_positive = (_of_others(None, users, value * in_train) for value in (ones, positive))
         item_count, item_positive = (_of_others(items, users, value * in_train) for value in (ones, positive))
+    # [rows]: the rate of all rows that count for the row.
     overall = (all_positive + STRENGTH / 2) / (all_count + STRENGTH)
     return PastRates(
         item_rate=(item_positive + STRENGTH * overall) / (item_count + STRENGTH),
@@ -113,10 +114,11 @@ def past_rates(
 
 def _before(keys: np.ndarray, times: np.ndarray, values: np.ndarray) -> Floats:
     """Sum [rows] of `values` over rows of the same key with a strictly earlier time."""
-    order = np.lexsort((times, keys))
+    order = np.lexsort((times, keys))  # by key, then time
     key, time = keys[order], times[order]
     new_key = np.r_[True, key[1:] != key[:-1]]
     new_moment = new_key | np.r_[True, time[1:] != time[:-1]]
+    # Sum of all sorted rows before each row.
     running = np.r_[0.0, np.cumsum(values[order])[:-1]]
     # Rows of one moment share the sum before its first row.
     moment = running[np.flatnonzero(new_moment)][np.cumsum(new_moment) - 1]
@@ -132,6 +134,7 @@ def _of_others(keys: np.ndarray | None, users: np.ndarray, values: np.ndarray) -
     total = np.bincount(codes, values)
     owner = np.unique(users, return_inverse=True)[1].astype(np.int64)
     pair = np.unique(owner * len(total) + codes, return_inverse=True)[1]
+    # All rows of the key, less those of the row's own user.
     return np.asarray(total[codes] - np.bincount(pair, values)[pair], np.float64)
 
 

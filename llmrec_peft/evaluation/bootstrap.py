@@ -106,6 +106,7 @@ def mean_interval(
         )
     if samples < 0 or not 0 < level < 1:
         raise ConfigError(f"bootstrap needs samples >= 0 and 0 < level < 1, got {samples} and {level}: change them")
+    # [U, 2]: sum of values and number of values; a sample's mean is the ratio of its weighted sums.
     codes = np.unique(users, return_inverse=True)[1]
     sums = np.stack([np.bincount(codes, values), np.bincount(codes)], axis=1)
     count = len(sums)
@@ -137,6 +138,7 @@ def _draws(
     }
     users = several[0].num_users
     rng = np.random.default_rng(seed)
+    # Both models of a pair are evaluated with the same weights.
     values = {name: np.empty((len(several), 1 + samples)) for name in names}
     for name in names:
         values[name][:, 0] = [plan(np.ones((1, users)))[0] for plan in plans[name]]
@@ -156,12 +158,13 @@ def _draws(
 
 def _weights(rng: np.random.Generator, users: int, samples: int) -> NDArray[np.float64]:
     """How often each user is drawn, [samples, users]; each row sums to `users`."""
+    # An offset a sample, so that one bincount counts them all.
     drawn = rng.integers(0, users, (samples, users)) + users * np.arange(samples)[:, None]
     return np.bincount(drawn.ravel(), minlength=samples * users).reshape(samples, users).astype(np.float64)
 
 
 def _interval(values: np.ndarray, level: float) -> Interval:
-    drawn = values[1:][~np.isnan(values[1:])]
+    drawn = values[1:][~np.isnan(values[1:])]  # values[0] is that on all targets
     tail = (1 - level) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (np.nan, np.nan)
     undefined = len(values) - 1 - len(drawn)

@@ -103,6 +103,7 @@ def prior_bias(trained: Sequence[float], prior: Sequence[float]) -> tuple[float,
     old, new = _positive(trained, "class shares of training"), _positive(prior, "prior class shares")
     if len(old) != len(new):
         raise DataError(f"prior has {len(new)} classes, training has {len(old)}: give one share a class")
+    # Softmax ignores a constant, so biases are centred on 0.
     return _centred(np.log(new / new.sum()) - np.log(old / old.sum()))
 
 
@@ -135,7 +136,7 @@ def _fit_both(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray
         mean logloss(s * logits + b) + (log(s)^2 / (2 sigma_T^2) + |b|^2 / (2 sigma_b^2)) / n
     """
     n, classes = logits.shape
-    truth = np.eye(classes)[labels]
+    truth = np.eye(classes)[labels]  # [n, C], one-hot
     weight_scale, weight_bias = 1 / (2 * n * SPREAD_LOG_TEMPERATURE**2), 1 / (2 * n * SPREAD_BIAS**2)
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -143,12 +144,13 @@ def _fit_both(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray
         log_p = log_softmax(logits * scale + bias, axis=1)
         error = (np.exp(log_p) - truth) / n
         value = -(log_p * truth).sum() / n + weight_scale * math.log(scale) ** 2 + weight_bias * (bias**2).sum()
+        # d loss / d scale; that of the biases is the column sum of the error.
         slope = (error * logits).sum() + 2 * weight_scale * math.log(scale) / scale
         return value, np.r_[slope, error.sum(axis=0) + 2 * weight_bias * bias]
 
     bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)] + [(-MAX_FITTED_BIAS, MAX_FITTED_BIAS)] * classes
     found = minimize(loss, np.r_[1.0, np.zeros(classes)], jac=True, bounds=bounds, method="L-BFGS-B")
-    return 1 / found.x[0], found.x[1:]
+    return 1 / found.x[0], found.x[1:]  # fitted as 1/T, in which the loss is convex
 
 
 def _logloss(logits: np.ndarray, labels: np.ndarray) -> float:

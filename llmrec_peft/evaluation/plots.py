@@ -131,6 +131,7 @@ def _is_number(value: object) -> bool:
 
 def _smoothed(series: np.ndarray) -> np.ndarray:
     """Mean over a centred window of about a tenth of the points, shorter at the ends."""
+    # Differences of the running sum give the sums of windows.
     half = len(series) // 20
     total = np.r_[0.0, np.cumsum(series[:, 1])]
     start = np.maximum(np.arange(len(series)) - half, 0)

@@ -56,11 +56,12 @@ SetMetric = Callable[[RankedRows, int], Floats]
 
 def rank_rows(scores: np.ndarray, relevant: np.ndarray, candidate_sets: NDArray[np.int64]) -> RankedRows:
     """Sort rows by candidate set and falling score. `candidate_sets` has codes 0 ... L-1, each of which occurs."""
-    order = np.lexsort((-scores, candidate_sets))
+    order = np.lexsort((-scores, candidate_sets))  # by set, then falling score
     score, gain, set_of = scores[order], relevant[order].astype(np.float64), candidate_sets[order]
     new_set = np.r_[True, set_of[1:] != set_of[:-1]]
     starts = np.flatnonzero(new_set)
     rank = np.arange(len(score)) - starts[set_of]
+    # A tie is a run of equal scores in one set; most have one row.
     new_tie = new_set | np.r_[True, score[1:] != score[:-1]]
     tie, tie_starts = np.cumsum(new_tie) - 1, np.flatnonzero(new_tie)
     return RankedRows(
@@ -85,6 +86,7 @@ def candidate_set_sums(value: SetMetric) -> UserSums:
         rows = rank_rows(targets.probabilities[:, last], targets.labels == last, targets.candidate_sets)
         by_set = value(rows, k)
         used = ~np.isnan(by_set)
+        # User of each set.
         owner = np.zeros(len(by_set), dtype=np.int64)
         owner[targets.candidate_sets] = targets.users
         columns = [np.where(used, by_set, 0.0), used, ~used]
@@ -137,6 +139,7 @@ def one_relevant(above: np.ndarray, tied: np.ndarray, k: int) -> dict[str, Float
         above: int [L], items that score higher.
         tied: int [L], items that score as high, itself among them.
     """
+    # The item is at each of the ranks above ... above + tied - 1 with equal chance.
     ranks = np.arange(k)
     first, last = np.minimum(above, k), np.minimum(above + tied, k)
 

@@ -158,6 +158,7 @@ def write_merge(
         computes = getattr(adapted.classifier.method_options, "compute_dtype", None) or base_dtype
         usual = TOLERANCE["float32" if {base_dtype, computes, dtype} == {"float32"} else "low"]
         streams = comparison_streams(adapted, options.streams)
+        # Predictions are stored, not the model: one model in memory at a time.
         before = predict_on(adapted, streams, options.batch_tokens)
         model = unload(adapted.classifier, getattr(torch, dtype))
         size = _save(scratch, out, model, adapted, options)
@@ -180,11 +181,13 @@ def write_merge(
         del merged
         gc.collect()
         measured |= measure_stock(scratch, prompts.tokens, prompts.texts, at_markers, options.trust_remote_code)
+        # Logits of a large spread differ more by rounding.
         scale = max(1.0, measured["spread"])
         tolerance = usual * scale if options.tolerance is None else options.tolerance
         measured |= {"streams": streams_name(options.streams), "tolerance": tolerance}
         check_equal(out, measured)
         check_stock(out, measured, TOLERANCE["float32" if dtype == "float32" else "low"] * scale)
+        # Only a model that passed appears under its name.
         with writing(out):
             manifest = write_manifest(scratch, {**manifest, "measured": measured})
             (scratch / CARD).write_text(merged_card(manifest), encoding="utf-8")

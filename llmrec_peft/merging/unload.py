@@ -69,6 +69,7 @@ def _add_update(layer: Any, whole: nn.Linear) -> None:
     delta = layer.get_delta_weight(adapter).to(whole.weight.device, torch.float32)
     magnitude = layer.lora_magnitude_vector[adapter] if layer.use_dora[adapter] else None
     if magnitude is not None:
+        # [out]: trained norm over the norm of W + delta.
         ratio = magnitude.weight / magnitude.get_weight_norm(whole.weight, delta, scaling=1)
     whole.weight.data += delta
     if magnitude is not None:
@@ -88,6 +89,7 @@ def _dequantized(module: Any) -> nn.Linear:
 
     weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
     del module.weight
+    # On the meta device, so that no weight is allocated and initialised first.
     with torch.device("meta"):
         whole = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
     whole.weight = nn.Parameter(weight, requires_grad=False)

@@ -167,6 +167,7 @@ def _combined(
         del loaded  # one base in memory at a time
     outcomes, tokenizer = outcomes_of(first["domain"]), first["tokenizer"]
     plain = build_classifier(model_options, HeadOptions(), outcomes, trained=True, tokenizer=tokenizer)
+    # The head and other trained tensors: their weighted mean.
     shares = _shares(weights)
     with torch.no_grad():
         for name in updates[0].trained:
@@ -209,6 +210,7 @@ def _with_combination(
             wrapped.add_adapter(name, update.config)
     for name, update in zip(names, updates, strict=True):
         set_peft_model_state_dict(wrapped, update.factors, adapter_name=name)
+    # DARE drops entries at random: the same ones in each run, without a change of the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         wrapped.add_weighted_adapter(names, list(weights), "combined", combination_type=combination, density=density)

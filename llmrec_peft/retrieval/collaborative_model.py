@@ -136,7 +136,7 @@ class CollaborativeModel(ABC):
 
     def top(self, history: Histories, k: int, exclude: ArrayLike = ()) -> Codes:
         """Item codes int64 [at most k] for the one user of `history`, best first, without those in `exclude`."""
-        scores = np.array(self.score_all(history)[0])
+        scores = np.array(self.score_all(history)[0])  # a copy: `score_all` may return a view
         scores[known_codes(exclude, self.num_items)] = -np.inf
         return top_k(scores, k)
 
@@ -150,6 +150,7 @@ def pairs_by_user(histories: Histories, owners: Codes, events: int) -> Iterator[
 
     owners: int64 [n], the user of each pair.
     """
+    # Pairs in the order of users, so that those of a run are one slice.
     order = np.argsort(owners, kind="stable")
     sorted_owners = owners[order]
     for start, stop in histories.parts(events, events):

@@ -46,9 +46,10 @@ class ItemCooccurrence(CollaborativeModel):
     def _fit(self, log: BehaviorLog, rows: Codes, positive: NDArray[np.bool_]) -> Arrays:
         histories = Histories.from_rows(log, rows[positive])
         matrix = histories.newest(self.longest).matrix(log.num_items)  # [users, items]
-        counts = np.bincount(matrix.indices, minlength=log.num_items)
+        counts = np.bincount(matrix.indices, minlength=log.num_items)  # [items], users of each
         across = matrix.T.tocsr()  # [items, users]
         blocks = []
+        # A row of `across` times `matrix` takes as many products as its users have items in sum.
         for start, stop in _blocks(across @ np.diff(matrix.indptr), self.BLOCK_SIZE):
             both = (across[start:stop] @ matrix).tocoo()  # users of both items
             row, column = both.row + start, both.col
@@ -56,6 +57,7 @@ class ItemCooccurrence(CollaborativeModel):
             other = row != column
             blocks.append(_nearest(row[other], column[other], value[other], self.neighbours))
         row, near, similarity = (np.concatenate(part) for part in zip(*blocks, strict=True))
+        # CSR: the neighbours of item i are at starts[i]:starts[i + 1].
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=log.num_items))])
         return {
             "counts": counts.astype(np.int64),
@@ -102,7 +104,7 @@ class ItemCooccurrence(CollaborativeModel):
 
     def score_all(self, histories: Histories) -> np.ndarray:
         scores = self._sums(histories).toarray()
-        scores[scores <= 0] = -np.inf
+        scores[scores <= 0] = -np.inf  # no shared user: nothing to retrieve
         return scores
 
     def score_pairs(self, histories: Histories, owners: Codes, candidates: Codes) -> np.ndarray:
@@ -129,7 +131,7 @@ def _nearest(row: np.ndarray, column: np.ndarray, value: np.ndarray, count: int)
     """The `count` highest values of each row, ties by the lower column; sorted by row, then column."""
     order = np.lexsort((column, -value, row))
     row, column, value = row[order], column[order], value[order]
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    rank = np.arange(len(row)) - np.searchsorted(row, row)  # within the row, from 0
     nearest = np.flatnonzero(rank < count)
     nearest = nearest[np.lexsort((column[nearest], row[nearest]))]
     return row[nearest], column[nearest], value[nearest]

@@ -64,12 +64,14 @@ class FactorModel(CollaborativeModel):
     def fold_in(self, histories: Histories) -> NDArray[np.float32]:
         """Vectors of users, float32 [u, rank]; zeros for a user without known items."""
         known = is_known(histories.items, self.num_items)
+        # In the table, but without a vector: such an item would only count in the penalty.
         known[known] = self.side.known[histories.items[known]]
         return half_step(self._targets(histories.where(known)), self.side, self._regularisation)
 
     def score_all(self, histories: Histories) -> np.ndarray:
         users = self.fold_in(histories)
         scores = users @ self.side.vectors.T
+        # Zero vectors score 0, which must not rank above a negative score.
         scores[:, ~self.side.known] = -np.inf
         scores[~users.any(axis=1)] = -np.inf
         return scores
@@ -78,6 +80,7 @@ class FactorModel(CollaborativeModel):
         result = np.zeros(len(candidates))
         for users, pairs in pairs_by_user(histories, owners, self.BLOCK_SIZE // self.side.rank):
             vectors = self.fold_in(histories.part(users.start, users.stop))
+            # Gathered item vectors [pairs, rank] stay below BLOCK_SIZE numbers.
             for part in np.array_split(pairs, 1 + len(pairs) * self.side.rank // self.BLOCK_SIZE):
                 items = self._item("factors", candidates[part])
                 result[part] = np.einsum("nd,nd->n", vectors[owners[part] - users.start], items)
@@ -159,6 +162,7 @@ class LabelFactors(FactorModel):
         matrix = histories.matrix(num_items)
         counts = np.diff(matrix.indptr)
         overall = self.arrays["overall"][0]
+        # Per entry, [entries]: label - item rate.
         rest = matrix.data - overall - self.arrays["rate"][matrix.indices]
         # The user's rate is its distance from what its items lead one to expect, smoothed towards 0. The added 0.0
         # gives `reduceat` an index for users at the end without events.

@@ -114,12 +114,14 @@ class Fusion:
             return replace(none, why=f"not fitted: {count} targets of {people} users, {rarer} of the rarer kind")
         columns, frame = standardise(np.column_stack([z, values]))
         losses = cross_validate(z, columns, truth, owners, seed)
+        # The choice is between out-of-fold losses: z alone was not fitted here, so its loss is out of fold too.
         alone = binary_logloss(z, truth)
         strength, loss = min(losses.items(), key=lambda pair: pair[1])
         if loss >= alone:
             return replace(
                 none, loss=loss, loss_alone=alone, why="no correction beat the LLM alone in cross-validation"
             )
+        # The chosen strength on all of validation.
         bias, weights = fit_correction(z, columns, truth, strength)
         return replace(
             none, centre=frame["centre"], scale=frame["scale"], low=frame["low"], high=frame["high"],
@@ -158,10 +160,12 @@ class Fusion:
             )
         if features is None or self.strength is None:
             return np.exp(log_p)
+        # Rows with a NaN feature keep the LLM's probabilities.
         known = np.flatnonzero(np.isfinite(features.values).all(axis=1) & np.isfinite(logits).all(axis=1))
         z = log_odds(logits[known], self.positive)
         columns = correction_columns(np.column_stack([z, features.values[known]]), self._frame())
         moved = z + self.bias + columns @ np.asarray(self.weights)
+        # z and z' are log-odds of the positive side.
         # log p(class) = log p(its side) + log p(class | its side), and the correction changes the first term alone.
         side = np.asarray(self.positive)
         before = np.where(side, _log_sigmoid(z)[:, None], _log_sigmoid(-z)[:, None])

@@ -91,6 +91,7 @@ class Histories:
         cuts: list[tuple[int, int]] = []
         start = 0
         while start < len(self):
+            # The last user whose events still fit; a longer user goes alone.
             stop = int(np.searchsorted(self.offsets, self.offsets[start] + events, "right")) - 1
             cuts.append((start, min(max(start + 1, stop), start + users)))
             start = cuts[-1][1]
@@ -128,7 +129,7 @@ def user_items(users: np.ndarray, items: np.ndarray, positive: np.ndarray, shape
     """A sparse matrix [users, items] with an entry for each pair met: 1 if any event was positive, else a stored 0."""
     matrix = sp.coo_matrix((positive.astype(np.float32), (users, items)), shape=shape).tocsr()
     matrix.sort_indices()
-    np.minimum(matrix.data, 1, out=matrix.data)
+    np.minimum(matrix.data, 1, out=matrix.data)  # `tocsr` summed duplicates, stored zeros stay
     return matrix
 
 

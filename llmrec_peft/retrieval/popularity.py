@@ -52,6 +52,7 @@ class Popularity(CollaborativeModel):
 
     def score_all(self, histories: Histories) -> np.ndarray:
         weights = self.arrays["weights"]
+        # The same row for each user.
         row = np.where(weights > 0, np.log1p(weights), -np.inf)
         return np.broadcast_to(row, (len(histories), len(row)))
 
@@ -70,6 +71,7 @@ def choose_half_life(log: BehaviorLog, rows: ArrayLike, labels: np.ndarray) -> f
     times = log.timestamps[taken]
     if not len(taken) or times.min() == times.max():
         return None
+    # All rows of the cut's moment are among the newer ones, so that no basket is divided.
     order = np.argsort(times, kind="stable")
     cut = times[order[int(len(taken) * (1 - NEWEST_SHARE))]]
     older, newer = taken[times < cut], taken[times >= cut]

@@ -57,7 +57,7 @@ class UserItemRates(CollaborativeModel):
 
     def score_all(self, histories: Histories) -> np.ndarray:
         items = _logit(self.item_rates())
-        items = np.where(self.arrays["rows"] > 0, items, -np.inf)
+        items = np.where(self.arrays["rows"] > 0, items, -np.inf)  # unknown items are never retrieved
         return self.user_logits(histories)[:, None] + (items - _logit(self.overall))[None, :]
 
     def score_pairs(self, histories: Histories, owners: Codes, candidates: Codes) -> np.ndarray:

@@ -117,6 +117,7 @@ class RetrievalIndex(IndexContent):
                 columns += [model.item_logits(candidates), model.user_logits(histories)[owners]]
                 continue
             score = model.score_pairs(histories, owners, candidates)
+            # 0.01 keeps the logarithm of an item without shared users finite.
             columns.append(np.log(0.01 + score) if name == ItemCooccurrence.NAME else score)
         known = is_known(candidates, self.num_items)
         item_rows = np.where(known, self.item_rows[np.where(known, candidates, 0)], 0)
@@ -140,7 +141,7 @@ class RetrievalIndex(IndexContent):
                 f"log {log.name!r} has {log.num_items} items, the retrieval index {self.num_items}; take "
                 "index.for_items of the log's item ids"
             )
-        # Targets of one user at one moment share a history.
+        # Targets of one user at one moment share a history: moments [h, 2], and the history of each target.
         pairs = np.column_stack([log.user_codes[rows].astype(np.float64), log.timestamps[rows].astype(np.float64)])
         moments, owners = np.unique(pairs, axis=0, return_inverse=True)
         order = np.argsort(owners.ravel(), kind="stable")
@@ -155,6 +156,7 @@ class RetrievalIndex(IndexContent):
             stop = max(start + 1, int(np.searchsorted(longest, before + EVENTS, "right")))
             begin, end = np.searchsorted(sorted_owners, [start, stop])
             part = order[begin:end]
+            # Targets of the histories start to stop - 1.
             histories = Histories.before(log, labels, users[start:stop], moments[start:stop, 1])
             values[part] = self.features(histories, sorted_owners[begin:end] - start, items[part]).values
             start = stop

@@ -120,6 +120,7 @@ class Retriever:
 
     def _rest(self, taken: Codes) -> Codes:
         """All other items: those with most training rows first, then the newest of the table."""
+        # Reversed, so that the stable sort puts newer items first among equal counts.
         free = np.ones(self.retrieval_index.num_items, bool)
         free[taken] = False
         left = np.flatnonzero(free)[::-1]
@@ -145,8 +146,8 @@ def _interleave(rankings: Sequence[Codes], shares: Sequence[float]) -> tuple[Cod
     items = np.concatenate(rankings)
     numbers = np.repeat(np.arange(len(rankings)), [len(ranking) for ranking in rankings])
     keys = np.concatenate([(np.arange(len(r)) + 1) / q for r, q in zip(rankings, shares, strict=True)])
-    order = np.lexsort((numbers, keys))
-    _, first = np.unique(items[order], return_index=True)
+    order = np.lexsort((numbers, keys))  # ties go to the earlier source
+    _, first = np.unique(items[order], return_index=True)  # lowest key of each item
     merged = order[np.sort(first)]
     return items[merged].astype(np.int64), numbers[merged]
 

@@ -53,6 +53,7 @@ def standardise(raw: np.ndarray) -> tuple[np.ndarray, dict[str, tuple[float, ...
 def correction_columns(raw: np.ndarray, frame: Frame) -> NDArray[np.float64]:
     """Columns [n, num_columns(F)] of raw [n, 1 + F] in a fitted frame."""
     centre, scale, low, high = (np.asarray(frame[name]) for name in ("centre", "scale", "low", "high"))
+    # Outside the range of validation a linear extrapolation is unsupported.
     standard = np.clip((raw - centre) / scale, low, high)
     scores, gates = standard[:, :-2], standard[:, -2:]
     return np.column_stack([standard, scores * gates[:, :1], scores * gates[:, 1:]])
@@ -62,12 +63,12 @@ def fit_correction(
     z: np.ndarray, columns: np.ndarray, truth: np.ndarray, strength: float
 ) -> tuple[float, NDArray[np.float64]]:
     """b and w that minimise  sum of logloss(z + b + columns @ w, truth) + strength / 2 (|w|^2 + b^2)."""
-    design = np.column_stack([np.ones(len(z)), columns])
+    design = np.column_stack([np.ones(len(z)), columns])  # [n, 1 + columns]; the first weight is b
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         logit = z + design @ x
         value = np.logaddexp(0, logit).sum() - truth @ logit + strength / 2 * x @ x
-        return value, design.T @ (expit(logit) - truth) + strength * x
+        return value, design.T @ (expit(logit) - truth) + strength * x  # the objective is convex
 
     found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 2000})
     return float(found.x[0]), found.x[1:]
@@ -77,6 +78,7 @@ def cross_validate(
     z: np.ndarray, columns: np.ndarray, truth: np.ndarray, users: np.ndarray, seed: int
 ) -> dict[float, float]:
     """Mean logloss of each strength, on users that the correction was not fitted on. users: [n], ids."""
+    # Folds of users: a user's targets are correlated, and would leak between folds of targets.
     names, codes = np.unique(users, return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[codes]
     sums = dict.fromkeys(STRENGTHS, 0.0)

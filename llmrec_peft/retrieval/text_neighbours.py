@@ -49,6 +49,7 @@ class TextNeighbours:
 
     def scores(self, history: Histories) -> NDArray[np.float32] | None:
         """Cosines float32 [items], -inf for items without an embedding; None if no positive item has one."""
+        # Newest first; of an item that occurs twice the newer event counts.
         liked = known_codes(history.items[history.positive], len(self._embeddings))
         liked = liked[self._has_embedding[liked]][::-1]
         _, last = np.unique(liked, return_index=True)
@@ -59,10 +60,11 @@ class TextNeighbours:
             axis=0
         )
         length = np.linalg.norm(direction)
-        if not length > 0:
+        if not length > 0:  # opposite vectors may cancel
             return None
         scores = np.empty(len(self._embeddings), np.float32)
         for block in _row_blocks(len(scores)):
+            # [block, d] @ [d]; a block of float16 is converted at a time.
             scores[block] = (self._embeddings[block].astype(np.float32) - self._mean) @ (direction / length)
         return np.where(self._has_embedding, scores / self._norms, -np.inf)
 
