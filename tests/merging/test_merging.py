@@ -269,15 +269,15 @@ def test_a_tokenizer_without_a_pad_token_gets_one_that_is_saved(tiny_base, tmp_p
 
 def test_synthetic_streams_have_history_several_predictions_and_candidates(tiny_tokenizer):
     domain = Domain.from_dict(DOMAIN | {"header": "Viewer {name}, {age:d}:\n", "stream": {"max_length": 512}})
-    samples = SyntheticStreams(domain, tiny_tokenizer)
+    inputs = SyntheticStreams(domain, tiny_tokenizer)
     again = SyntheticStreams(domain, tiny_tokenizer)
-    assert len(samples) == WINDOWS and max(samples.lengths) <= 384
-    whole = [stream for stream in samples if len(stream.markers) == EVENTS + CANDIDATES]
+    assert len(inputs) == WINDOWS and max(inputs.lengths) <= 384
+    whole = [stream for stream in inputs if len(stream.markers) == EVENTS + CANDIDATES]
     assert whole and all((stream.segment[stream.markers] > 0).sum() == CANDIDATES for stream in whole)
-    texts = [tiny_tokenizer.decode(stream.input_ids) for stream in samples]
+    texts = [tiny_tokenizer.decode(stream.input_ids) for stream in inputs]
     assert texts == [tiny_tokenizer.decode(stream.input_ids) for stream in again] and len(set(texts)) == WINDOWS
     assert all(text.startswith("Viewer ") and text.count(" ->") >= 2 for text in texts)
-    targets = [number for stream in samples for number in stream.targets]
+    targets = [number for stream in inputs for number in stream.targets]
     assert targets == list(range(len(targets)))
     alone = SyntheticStreams(domain, tiny_tokenizer, independent=True)
     assert len(alone) == len(targets) and all(len(stream.markers) == 1 for stream in alone)
