@@ -64,7 +64,8 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.distillation.shallow_student import write_shallow_student
 from llmrec_peft.errors import LLMRecError
-from llmrec_peft.models.base import check_positions, load_config, load_tokenizer, resolve_base
+from llmrec_peft.models.requirements import check_positions
+from llmrec_peft.models.base import load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.runs.split_streams import split_by_domain, streams_for_split
 from llmrec_peft.scoring.scorer import Scorer

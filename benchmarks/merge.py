@@ -99,14 +99,14 @@ def merge_measured(bundle: str, dtype: str, scratch: Path) -> None:
     """Merge a tiny bundle of the same method, say so, wait for a word, and merge the bundle."""
     from measuring import quiet, release_memory
 
-    from llmrec_peft.merging.merging import merge_bundle
+    from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
 
     with quiet():
-        merge_bundle(scratch / "tiny-bundle", scratch / "tiny-merged", dtype=dtype)
+        merge_bundle(scratch / "tiny-bundle", scratch / "tiny-merged", MergeOptions(dtype=dtype))
         release_memory()
         print("ready", flush=True)
         sys.stdin.readline()
-        found = merge_bundle(bundle, scratch / "merged", dtype=dtype)
+        found = merge_bundle(bundle, scratch / "merged", MergeOptions(dtype=dtype))
     (scratch / "found.json").write_text(json.dumps(found))
 
 

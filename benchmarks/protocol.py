@@ -39,7 +39,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.evaluation.bootstrap import differences, intervals
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.evaluation.report import count_slices
+from llmrec_peft.evaluation.report_content import count_slices
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex

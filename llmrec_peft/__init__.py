@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .data.log import BehaviorLog
     from .data.streams import build_streams
     from .errors import BundleError, ConfigError, DataError, DomainError, LLMRecError, ModelError, StreamError
-    from .merging.merging import merge_bundle
+    from .merging.merge_bundle import merge_bundle
     from .models.classifier import load_classifier
     from .recipes.distill import distill
     from .scoring.bank import DomainBank
@@ -35,7 +35,7 @@ _PLACES = {
     "build_streams": "data.streams",
     "distill": "recipes.distill",
     "load_classifier": "models.classifier",
-    "merge_bundle": "merging.merging",
+    "merge_bundle": "merging.merge_bundle",
 }
 
 __all__ = [

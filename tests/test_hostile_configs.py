@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmrec_peft.config.parsing import exit_on_error, read_config
+from llmrec_peft.boundary import exit_on_error
+from llmrec_peft.config.parsing import read_config
 from llmrec_peft.config.schema import CONFIGS, LoraConfig, RecommendConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.download import main as download

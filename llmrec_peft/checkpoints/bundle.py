@@ -49,13 +49,14 @@ from llmrec_peft.checkpoints.sealing import sealed, sha256
 from llmrec_peft.errors import BundleError, ModelError, input_errors, output_errors
 from llmrec_peft.files import move_into_place, plain, scratch_directory, write_json
 from llmrec_peft.messages import shortened
-from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
+from llmrec_peft.models.base import BASES, base_fingerprint, base_source, load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
 from llmrec_peft.models.fingerprints import fits, short, tokenizer_fingerprint
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.model_files import check_links, read_json, stray_weights
 from llmrec_peft.models.prompt_tokens import tokens_around
 from llmrec_peft.models.sharding import is_split, whole_shape
+from llmrec_peft.models.stock_parts import head_name
 from llmrec_peft.models.tensor_files import TensorEntry, read_header, save_tensors
 from llmrec_peft.models.tuning_options import LoraOptions, ModelOptions
 

@@ -19,8 +19,8 @@ from llmrec_peft.checkpoints.manifest import CONFIG, MANIFEST, WEIGHTS, check_me
 from llmrec_peft.checkpoints.sealing import check_schema, sha256
 from llmrec_peft.errors import BundleError
 from llmrec_peft.messages import shortened
-from llmrec_peft.models.base import HEAD_NAMES
 from llmrec_peft.models.model_files import read_json
+from llmrec_peft.models.stock_parts import HEAD_NAMES
 from llmrec_peft.models.tensor_files import TensorEntry, check_finite, read_header, read_metadata
 from llmrec_peft.models.tuning_options import AdapterOptions, LoraOptions, MethodOptions, changes_base
 

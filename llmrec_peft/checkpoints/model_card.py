@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.files import plain
-from llmrec_peft.models.base import BASES, HEAD_NAMES
+from llmrec_peft.models.base import BASES
+from llmrec_peft.models.stock_parts import HEAD_NAMES
 
 CARD = "README.md"
 REPOSITORY = "OWNER/NAME"

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from llmrec_peft.config.parsing import config_to_yaml, exit_on_error, parse_config, read_config
+from llmrec_peft.boundary import exit_on_error
+from llmrec_peft.config.parsing import config_to_yaml, parse_config, read_config
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.distillation.distill_options import AnswersOptions, LossOptions, StudentOptions
 from llmrec_peft.errors import ConfigError

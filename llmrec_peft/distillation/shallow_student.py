@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from llmrec_peft.distillation.pruning import prune
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.merging.unload import fold
+from llmrec_peft.merging.unload import unload
 from llmrec_peft.models.bottleneck import transformer_layers
 from llmrec_peft.models.classifier import BehaviorClassifier
 
@@ -53,7 +53,7 @@ def write_shallow_student(
     """
     if teacher.method == "adapter":
         raise ModelError(NO_SHALLOW)
-    model = fold(teacher, torch.float32)
+    model = unload(teacher, torch.float32)
     assert isinstance(model, PreTrainedModel)
     stack = transformer_layers(model)
     config, depth = model.config.get_text_config(), len(stack)

@@ -15,8 +15,9 @@ from llmrec_peft.distillation.pruning import check_prunable
 from llmrec_peft.distillation.shallow_student import NO_SHALLOW, choose_layers, write_shallow_student
 from llmrec_peft.distillation.teacher import Teacher
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models.base import check_positions, load_config, resolve_base
+from llmrec_peft.models.base import load_config, resolve_base
 from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.models.stock_parts import is_encoder
 
 

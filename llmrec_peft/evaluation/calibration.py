@@ -2,32 +2,36 @@
 
     p = softmax(logits / temperature + bias)
 
-The temperature (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017) mends over- and underconfidence and
-leaves the order of two classes' answers as it is. The bias mends a class share that training changed on purpose:
-sampled negatives, class weights, or a prior that has moved (Elkan, "The Foundations of Cost-Sensitive Learning", IJCAI
-2001).
+The temperature (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017) corrects over- and underconfidence
+and does not change the ranking of targets of two classes. The bias corrects class shares that training changed on
+purpose: by sampled negatives, class weights, or a shifted prior (Elkan, "The Foundations of Cost-Sensitive Learning",
+IJCAI 2001).
 
-Fit on validation only: a temperature that has seen the test set makes the test's logloss a training loss.
+Fit on validation only: with a temperature that was fitted on the test set, the test's logloss is a training loss.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
 
 from llmrec_peft.errors import DataError
 from llmrec_peft.probabilities import calibrated, read_calibration
 
-# A validation set that is ranked without a fault has its best temperature at 0: the bounds keep answers finite.
-# Both, and the fitted biases' bound, lie inside of what a bundle may hold (`probabilities.read_calibration`).
+# A validation set that is ranked perfectly has its best temperature at 0: the bounds keep probabilities off 0 and 1.
+# All bounds lie inside those of a bundle (`probabilities.read_calibration`).
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_FITTED_BIAS = 30.0
 
-# What is believed before any target is seen: log temperature and biases are normal around 0 with these deviations. So
-# a few targets move them little, and thousands as far as the data say.
+# Standard deviations of the normal priors around 0 of log temperature and biases. A few targets move them little, and
+# thousands as far as the data require.
 SPREAD_LOG_TEMPERATURE, SPREAD_BIAS = 1.0, 3.0
 
 
@@ -38,7 +42,7 @@ class Calibration:
     temperature: float = 1.0
     bias: tuple[float, ...] | None = None
 
-    def apply(self, logits: np.ndarray) -> np.ndarray:
+    def apply(self, logits: np.ndarray) -> NDArray[np.float64]:
         """Probabilities float64 [n, C] of logits [n, C].
 
         Raises DataError if C is not the number of biases, and ModelError for logits that are not finite.
@@ -46,7 +50,7 @@ class Calibration:
         self._check_width(np.asarray(logits))
         return calibrated(logits, self.temperature, self.bias)
 
-    def shift(self, logits: np.ndarray) -> np.ndarray:
+    def shift(self, logits: np.ndarray) -> NDArray[np.float64]:
         """Calibrated logits float64 [n, C], before the softmax."""
         logits = np.asarray(logits, dtype=np.float64)
         self._check_width(logits)
@@ -59,27 +63,27 @@ class Calibration:
                 "use the calibration that was fitted with this head"
             )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain mapping for JSON."""
         return {"temperature": self.temperature, "bias": None if self.bias is None else list(self.bias)}
 
     @classmethod
-    def from_dict(cls, mapping: Mapping | None) -> "Calibration":
+    def from_dict(cls, mapping: Mapping[str, Any] | None) -> Calibration:
         """Read back `to_dict`; None gives the calibration that changes nothing. Raises BundleError out of bounds."""
         return cls(*read_calibration(mapping, None, "bundle"))
 
 
-def fit_temperature(logits, labels) -> float:
+def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """The temperature that minimises the logloss of softmax(logits / T), between 0.05 and 20.
 
     logits: float [n, C]; labels: int [n]. Raises DataError on NaN logits, or labels that do not fit.
     """
-    logits, labels = _read(logits, labels)
+    scores, classes = _read(logits, labels)
 
     def loss(log_inverse: float) -> float:
-        return _logloss(logits * math.exp(log_inverse), labels)
+        return _logloss(scores * math.exp(log_inverse), classes)
 
-    # Logloss is convex in 1/T, hence has one valley in log(1/T).
+    # Logloss is convex in 1/T, so it has one minimum in log(1/T).
     found = minimize_scalar(
         loss, bounds=(-math.log(MAX_TEMPERATURE), -math.log(MIN_TEMPERATURE)), method="bounded", options={"xatol": 1e-8}
     )
@@ -91,51 +95,62 @@ def sampling_bias(rates: Sequence[float]) -> tuple[float, ...]:
 
     With every positive kept and one negative in ten, rates = (0.1, 1.0) in class order.
     """
-    rates = _positive(rates, "sampling rates")
-    return _centred(-np.log(rates))
+    return _centred(-np.log(_positive(rates, "sampling rates")))
 
 
 def prior_bias(trained: Sequence[float], prior: Sequence[float]) -> tuple[float, ...]:
     """Biases that move the class shares seen in training to the prior: log(prior / trained), centred on 0."""
-    trained, prior = _positive(trained, "class shares of training"), _positive(prior, "prior class shares")
-    if len(trained) != len(prior):
-        raise DataError(f"prior has {len(prior)} classes, training has {len(trained)}: give one share a class")
-    return _centred(np.log(prior / prior.sum()) - np.log(trained / trained.sum()))
+    old, new = _positive(trained, "class shares of training"), _positive(prior, "prior class shares")
+    if len(old) != len(new):
+        raise DataError(f"prior has {len(new)} classes, training has {len(old)}: give one share a class")
+    # Softmax ignores a constant, so biases are centred on 0.
+    return _centred(np.log(new / new.sum()) - np.log(old / old.sum()))
 
 
-def fit_calibration(logits, labels, prior: Sequence[float] | None = None) -> Calibration:
-    """Temperature and bias that explain held-out targets best: least logloss, with a weak pull to no calibration.
+def fit_calibration(logits: ArrayLike, labels: ArrayLike, prior: Sequence[float] | None = None) -> Calibration:
+    """Temperature and bias that minimise the logloss of held-out targets, weakly regularised to no calibration.
 
-    logits: float [n, C]; labels: int [n], both of validation. prior: the class shares of the traffic to come, one a
-    class, if they differ from those of `labels`, such as after sampled negatives; the fitted bias is then moved there.
-    Where validation lacks a class, nothing is known of its share, and the calibration that changes nothing is returned.
+    Where validation lacks a class, its share is unknown, and the calibration that changes nothing is returned.
+
+    Args:
+        logits: float [n, C], of validation.
+        labels: int [n], of validation.
+        prior: class shares of the traffic to come, one a class, where they differ from those of `labels`, such as
+            after sampled negatives; the fitted bias is then moved there.
     """
-    logits, labels = _read(logits, labels)
-    counts = np.bincount(labels, minlength=logits.shape[1])
-    shift = np.zeros(len(counts)) if prior is None else np.asarray(prior_bias(np.maximum(counts, 0.5), prior))
+    scores, classes = _read(logits, labels)
+    counts = np.bincount(classes, minlength=scores.shape[1])
+    trained = np.maximum(counts, 0.5).tolist()
+    shift = np.zeros(len(counts)) if prior is None else np.asarray(prior_bias(trained, prior))
     if (counts == 0).any():
         return Calibration()
-    temperature, bias = _fit_both(logits, labels)
+    temperature, bias = _fit_both(scores, classes)
     return Calibration(float(temperature), _centred(bias + shift))
 
 
 def _fit_both(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
-    """The most probable 1/T and biases under SPREAD_*, that is of the mean logloss plus the pull over n."""
+    """Maximum a posteriori T and biases [C] under the priors SPREAD_*.
+
+    Minimises over s = 1/T and b, with the sigmas of the priors,
+
+        mean logloss(s * logits + b) + (log(s)^2 / (2 sigma_T^2) + |b|^2 / (2 sigma_b^2)) / n
+    """
     n, classes = logits.shape
-    truth = np.eye(classes)[labels]
-    pull_scale, pull_bias = 1 / (2 * n * SPREAD_LOG_TEMPERATURE**2), 1 / (2 * n * SPREAD_BIAS**2)
+    truth = np.eye(classes)[labels]  # [n, C], one-hot
+    weight_scale, weight_bias = 1 / (2 * n * SPREAD_LOG_TEMPERATURE**2), 1 / (2 * n * SPREAD_BIAS**2)
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         scale, bias = x[0], x[1:]
         log_p = log_softmax(logits * scale + bias, axis=1)
         error = (np.exp(log_p) - truth) / n
-        value = -(log_p * truth).sum() / n + pull_scale * math.log(scale) ** 2 + pull_bias * (bias**2).sum()
-        slope = (error * logits).sum() + 2 * pull_scale * math.log(scale) / scale
-        return value, np.r_[slope, error.sum(axis=0) + 2 * pull_bias * bias]
+        value = -(log_p * truth).sum() / n + weight_scale * math.log(scale) ** 2 + weight_bias * (bias**2).sum()
+        # d loss / d scale; that of the biases is the column sum of the error.
+        slope = (error * logits).sum() + 2 * weight_scale * math.log(scale) / scale
+        return value, np.r_[slope, error.sum(axis=0) + 2 * weight_bias * bias]
 
     bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)] + [(-MAX_FITTED_BIAS, MAX_FITTED_BIAS)] * classes
     found = minimize(loss, np.r_[1.0, np.zeros(classes)], jac=True, bounds=bounds, method="L-BFGS-B")
-    return 1 / found.x[0], found.x[1:]
+    return 1 / found.x[0], found.x[1:]  # fitted as 1/T, in which the loss is convex
 
 
 def _logloss(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -153,7 +168,8 @@ def _positive(values: Sequence[float], what: str) -> np.ndarray:
     return array
 
 
-def _read(logits, labels) -> tuple[np.ndarray, np.ndarray]:
+def _read(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Checked logits [n, C] and labels [n]."""
     logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) == 0 or labels.shape != (len(logits),):
         raise DataError(

@@ -1,31 +1,43 @@
-"""The report's two pictures: reliability of the probabilities, and the learning curve.
+"""The report's two figures: reliability of the probabilities, and the learning curve.
 
-Figures are made with matplotlib's objects and the Agg canvas, so no global state, display or window is touched.
+They are drawn with matplotlib's objects and the Agg canvas, without global state, display or window.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmrec_peft.evaluation.metrics import ECE_BINS, bin_numbers, calibration_view, compute_metrics
+from llmrec_peft.evaluation.metrics import compute_metrics
+from llmrec_peft.evaluation.probability_metrics import ECE_BINS, bin_numbers, calibration_view
 from llmrec_peft.evaluation.targets import Targets
 from llmrec_peft.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#d1661c", "#8a8a8a"
 INK = "#2b2b2b"
 
 
-def plot_reliability(path: str | Path, answers: Mapping[str, Targets], what: str) -> Path:
-    """One panel for each named set of answers: stated against observed share by bin, and how many answers a bin has.
+def plot_reliability(path: str | Path, systems: Mapping[str, Targets], what: str) -> Path:
+    """Draw one panel a system: stated chance against observed share by bin, and the targets of each bin.
 
-    answers: name to checked targets (`targets.read_targets`). what: the event whose probability is meant.
     The bins are those of `ece`. Bars are 95 % Wilson intervals of a bin's share, as if its targets were independent.
+
+    Args:
+        systems: name to checked targets (`targets.read_targets`).
+        what: the event whose probability is predicted.
     """
-    figure = _figure(width=0.6 + 3.7 * len(answers), height=4.9)
-    grid = figure.add_gridspec(2, len(answers), height_ratios=[3.2, 1], hspace=0.08, wspace=0.16)
+    figure = _figure(width=0.6 + 3.7 * len(systems), height=4.9)
+    grid = figure.add_gridspec(2, len(systems), height_ratios=[3.2, 1], hspace=0.08, wspace=0.16)
     top = bottom = None
-    for column, (name, targets) in enumerate(answers.items()):
+    for column, (name, targets) in enumerate(systems.items()):
         top = figure.add_subplot(grid[0, column], sharey=top)
         bottom = figure.add_subplot(grid[1, column], sharex=top, sharey=bottom)
         _draw_reliability(top, bottom, targets)
@@ -41,8 +53,8 @@ def plot_reliability(path: str | Path, answers: Mapping[str, Targets], what: str
     return _save(figure, path)
 
 
-def plot_learning_curve(path: str | Path, log_history: Sequence[Mapping]) -> Path | None:
-    """Training loss and validation metrics by step, from `Trainer.state.log_history`; None if it has neither.
+def plot_learning_curve(path: str | Path, log_history: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Draw training loss and validation metrics by step, from `Trainer.state.log_history`; None if it has neither.
 
     Left: loss of the training batches and `eval_logloss` (or `eval_loss`). Right, where there is any: `eval_auc`,
     `eval_gauc`.
@@ -50,10 +62,10 @@ def plot_learning_curve(path: str | Path, log_history: Sequence[Mapping]) -> Pat
     train = _series(log_history, "loss")
     loss_key = "eval_logloss" if len(_series(log_history, "eval_logloss")) else "eval_loss"
     losses = _series(log_history, loss_key)
-    ranks = {key: _series(log_history, f"eval_{key}") for key in ("auc", "gauc")}
-    ranks = {key: series for key, series in ranks.items() if len(series)}
+    areas = {key: _series(log_history, f"eval_{key}") for key in ("auc", "gauc")}
+    areas = {key: series for key, series in areas.items() if len(series)}
     has_losses = len(train) > 0 or len(losses) > 0
-    panels = has_losses + bool(ranks)
+    panels = has_losses + bool(areas)
     if panels == 0:
         return None
     figure = _figure(width=0.4 + 4.3 * panels, height=3.6)
@@ -61,16 +73,16 @@ def plot_learning_curve(path: str | Path, log_history: Sequence[Mapping]) -> Pat
     if has_losses:
         left = figure.add_subplot(1, panels, 1)
         _draw_losses(left, train, losses)
-    if ranks:
+    if areas:
         right = figure.add_subplot(1, panels, panels, sharex=left)
-        for (key, series), (color, style) in zip(ranks.items(), ((ORANGE, "o-"), (GREY, "s--")), strict=False):
+        for (key, series), (color, style) in zip(areas.items(), ((ORANGE, "o-"), (GREY, "s--")), strict=False):
             right.plot(*series.T, style, color=color, linewidth=2, markersize=5, label=f"validation {key}")
         _finish_curve(right, "area under the ROC curve")
     figure.tight_layout(w_pad=2)
     return _save(figure, path)
 
 
-def _draw_losses(axes, train: np.ndarray, losses: np.ndarray) -> None:
+def _draw_losses(axes: Axes, train: np.ndarray, losses: np.ndarray) -> None:
     if len(train):
         axes.plot(*train.T, color=BLUE, alpha=0.3, linewidth=1)
         axes.plot(*_smoothed(train).T, color=BLUE, linewidth=2, label="training batches, smoothed")
@@ -79,7 +91,7 @@ def _draw_losses(axes, train: np.ndarray, losses: np.ndarray) -> None:
     _finish_curve(axes, "loss")
 
 
-def _draw_reliability(top, bottom, targets: Targets) -> None:
+def _draw_reliability(top: Axes, bottom: Axes, targets: Targets) -> None:
     chance, came_true = calibration_view(targets)
     bins = bin_numbers(chance, ECE_BINS)
     size = np.bincount(bins, minlength=ECE_BINS)
@@ -98,24 +110,28 @@ def _draw_reliability(top, bottom, targets: Targets) -> None:
 
 
 def _wilson(share: np.ndarray, n: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson (1927) score interval of a share; unlike share +- z s, it has a width at shares 0 and 1."""
+    """Wilson (1927) score interval [bins] of shares [bins] of n [bins]; it has a width at shares 0 and 1 too.
+
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+    """
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     return middle - half, middle + half
 
 
-def _series(log_history: Sequence[Mapping], key: str) -> np.ndarray:
-    """[points, 2] of step and value, in step order; of several values of a step the last stands."""
+def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
+    """[points, 2] of step and value, in step order; the last of several values of a step counts."""
     points = {entry["step"]: entry[key] for entry in log_history if "step" in entry and _is_number(entry.get(key))}
     return np.array(sorted(points.items()), dtype=np.float64).reshape(-1, 2)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and np.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and bool(np.isfinite(value))
 
 
 def _smoothed(series: np.ndarray) -> np.ndarray:
     """Mean over a centred window of about a tenth of the points, shorter at the ends."""
+    # Differences of the running sum give the sums of windows.
     half = len(series) // 20
     total = np.r_[0.0, np.cumsum(series[:, 1])]
     start = np.maximum(np.arange(len(series)) - half, 0)
@@ -123,7 +139,7 @@ def _smoothed(series: np.ndarray) -> np.ndarray:
     return np.column_stack([series[:, 0], (total[stop] - total[start]) / (stop - start)])
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -132,7 +148,7 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _finish_curve(axes, label: str) -> None:
+def _finish_curve(axes: Axes, label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel="step", ylabel=label)
@@ -143,12 +159,12 @@ def _finish_curve(axes, label: str) -> None:
 
 
 def _plain_text(text: str, longest: int = 30) -> str:
-    """One short line, in which matplotlib finds no formula (between two "$")."""
+    """One short line, with "$" escaped, which matplotlib would read as a formula."""
     text = " ".join(text.split())
     return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
 
 
-def _plain(axes) -> None:
+def _plain(axes: Axes) -> None:
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -156,7 +172,7 @@ def _plain(axes) -> None:
     axes.tick_params(colors=INK, labelsize=9)
 
 
-def _save(figure, path: str | Path) -> Path:
+def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:

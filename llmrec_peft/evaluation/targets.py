@@ -1,32 +1,48 @@
 """The arrays of one evaluation, checked and encoded once for all metrics."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from llmrec_peft.errors import DataError
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Checked arrays of one evaluation: labels [n], probabilities [n, C], codes of users [n] and of lists [n]."""
+    """Checked arrays of one evaluation.
 
-    labels: np.ndarray
-    probabilities: np.ndarray
-    users: np.ndarray
+    Attributes:
+        labels: [n], class numbers.
+        probabilities: [n, C], in class order.
+        users: [n], codes 0 ... num_users - 1.
+        candidate_sets: [n], codes of the candidate set of each target, or None.
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    users: NDArray[np.int64]
     num_users: int
-    lists: np.ndarray | None
+    candidate_sets: NDArray[np.int64] | None
 
     @property
     def classes(self) -> int:
+        """Number of classes, C."""
         return self.probabilities.shape[1]
 
 
-def read_targets(labels, probabilities, users=None, lists=None) -> Targets:
-    """Check and encode the arrays of an evaluation.
+def read_targets(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    users: ArrayLike | None = None,
+    candidate_sets: ArrayLike | None = None,
+) -> Targets:
+    """Check and encode the arrays of an evaluation; without `users` all targets are of one.
 
     Raises DataError where lengths differ, nothing is given, a value is NaN or infinite, a probability row does not
-    sum to 1 (within 1e-3), a label is outside 0 ... C-1, a user is null, or a list spans two users.
+    sum to 1 (within 1e-3), a label is outside 0 ... C-1, a user is null, or a candidate set has two users.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     if probabilities.ndim != 2 or probabilities.shape[1] < 2:
@@ -41,18 +57,19 @@ def read_targets(labels, probabilities, users=None, lists=None) -> Targets:
     _refuse(bad, "probabilities must be finite", probabilities, "look for a diverged training or an overflow in fp16")
     bad = (probabilities < 0).any(axis=1) | (np.abs(probabilities.sum(axis=1) - 1) > 1e-3)
     _refuse(bad, "probabilities must be >= 0 and sum to 1 in each row", probabilities, "pass softmax, not logits")
-    labels = _read_labels(labels, n, classes)
+    label_codes = _read_labels(labels, n, classes)
     user_codes = np.zeros(n, dtype=np.int64) if users is None else _encode(users, n, "users")
-    list_codes = None if lists is None else _encode(lists, n, "lists")
-    if list_codes is not None:
-        first = np.zeros(list_codes.max() + 1, dtype=np.int64)
-        first[list_codes[::-1]] = user_codes[::-1]
-        shared = user_codes != first[list_codes]
-        _refuse(shared, "a list belongs to one user", np.asarray(lists), "give each candidate set its own list id")
-    return Targets(labels, probabilities, user_codes, int(user_codes.max()) + 1, list_codes)
+    if candidate_sets is None:
+        return Targets(label_codes, probabilities, user_codes, int(user_codes.max()) + 1, None)
+    set_codes = _encode(candidate_sets, n, "candidate_sets")
+    first = np.zeros(set_codes.max() + 1, dtype=np.int64)
+    first[set_codes[::-1]] = user_codes[::-1]  # of the set's first row, which is written last
+    shared = user_codes != first[set_codes]
+    _refuse(shared, "a candidate set belongs to one user", np.asarray(candidate_sets), "give each set its own id")
+    return Targets(label_codes, probabilities, user_codes, int(user_codes.max()) + 1, set_codes)
 
 
-def _read_labels(labels, n: int, classes: int) -> np.ndarray:
+def _read_labels(labels: ArrayLike, n: int, classes: int) -> NDArray[np.int64]:
     raw = np.asarray(labels)
     if raw.shape != (n,):
         raise DataError(f"labels must be [{n}] to match the probabilities, got shape {raw.shape}: give one a target")
@@ -65,7 +82,8 @@ def _read_labels(labels, n: int, classes: int) -> np.ndarray:
     return codes
 
 
-def _encode(ids, n: int, what: str) -> np.ndarray:
+def _encode(ids: ArrayLike, n: int, what: str) -> NDArray[np.int64]:
+    """Codes [n] of ids, in the order of the sorted ids."""
     ids = np.asarray(ids)
     if ids.shape != (n,):
         raise DataError(f"{what} must be [{n}] to match the probabilities, got shape {ids.shape}: give one a target")
@@ -77,8 +95,8 @@ def _encode(ids, n: int, what: str) -> np.ndarray:
         raise DataError(f"{what} must be of one type, got a mixture ({error}): convert them to strings") from error
 
 
-def _is_null(value) -> bool:
-    """None, NaN, NaT and pandas' NA, which alone refuses to be called equal or not."""
+def _is_null(value: object) -> bool:
+    """Whether a value is None, NaN, NaT or pandas' NA, whose comparison has no truth value."""
     if value is None:
         return True
     try:

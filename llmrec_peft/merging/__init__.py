@@ -1,1 +1,1 @@
-"""An adapter, or several, folded into the weights of the base."""
+"""Merging adapters into the weights of their base."""

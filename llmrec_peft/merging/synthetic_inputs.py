@@ -1,9 +1,9 @@
-"""Streams of made-up events by a domain's own templates, where two states of a model are compared without a log."""
+"""Synthetic inputs: streams of random events in a domain's own templates, to compare two models without a log."""
 
 from __future__ import annotations
 
 import string
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,24 +12,30 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.data.vocabulary import Vocabulary
 
-WINDOWS, EVENTS, PROBES = 6, 6, 3
-"""Streams, events on the prefix of each, and candidates that hang off its end."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WINDOWS, EVENTS, CANDIDATES = 6, 6, 3
+"""Streams, events on the prefix of each, and candidates at its end."""
 TOKENS = 384
 """Tokens of a stream, at most, where the domain allows more."""
 _SYLLABLES = ("ba", "kel", "no", "ri", "sto", "um", "va", "zin", "tor", "mi", "lue", "par", "sh", "ond", "ex", "qua")
 
 
 class SyntheticStreams:
-    """A few streams with history, several answers each and candidates, always the same for a domain and a tokenizer.
+    """A few streams with history, several predictions each and candidates, the same for a domain and a tokenizer.
 
-    Predictions are read after each prefix event, each of which sees all before it, and in the candidates. Labels are
-    made up, so no metric of them means anything. `independent` gives each answer a row of its own, as encoders need it.
+    Predictions are at the markers of the prefix events, each of which sees all before it, and of the candidates. Labels
+    are random, so metrics of them are meaningless. `independent` gives each prediction a row of its own, for encoders.
 
     Attributes:
+        lengths: int64 [rows], tokens of each row.
         texts: by target number, the whole prompt as text, up to its marker.
     """
 
-    def __init__(self, domain: Domain, tokenizer: Any, *, independent: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, domain: Domain, tokenizer: PreTrainedTokenizerBase, *, independent: bool = False, seed: int = 0
+    ) -> None:
         self._domain, self._vocabulary = domain, Vocabulary(domain, tokenizer)
         self._rng = np.random.default_rng(seed)
         self._streams: list[Stream] = []
@@ -50,20 +56,22 @@ class SyntheticStreams:
         return self._streams[number]
 
     def _stream(self, first: int) -> Stream:
-        """One stream whose targets are numbered from `first`; the first event is laid down however long it is."""
+        """One stream whose targets are numbered from `first`; the first event is taken however long it is."""
         vocabulary, rng = self._vocabulary, self._rng
         room = min(TOKENS, self._domain.stream.max_length) - len(vocabulary.suffix)
         text, header = self._header()
         build = StreamBuilder([vocabulary.prefix, header])
-        markers, labels, words = [], [], list(self._domain.outcomes.values())
-        for place in range(EVENTS + PROBES):
-            (spelled, event), label = self._event(), int(rng.integers(len(vocabulary.outcomes)))
+        markers: list[int] = []
+        labels: list[int] = []
+        words = list(self._domain.outcomes.values())
+        for position in range(EVENTS + CANDIDATES):
+            (event_text, event), label = self._event(), int(rng.integers(len(vocabulary.outcomes)))
             longest = len(vocabulary.marker) + max(map(len, vocabulary.outcomes))
             if markers and build.length + len(event) + longest > room:
                 break
-            prompt = text + spelled + self._domain.marker
+            prompt = text + event_text + self._domain.marker
             self.texts.append(prompt)
-            if place < EVENTS:
+            if position < EVENTS:
                 text = prompt + words[label]
                 markers.append(build.prefix(event, vocabulary.marker))
                 build.prefix(vocabulary.outcomes[label])
@@ -86,7 +94,7 @@ class SyntheticStreams:
         return texts[0], self._vocabulary.tokens(texts)[0]
 
     def _columns(self, template: str) -> dict[str, pa.Array]:
-        """A made-up value for each column that a template names: a text, or a number where its format wants one."""
+        """A random value for each column that a template names: a text, or a number where its format needs one."""
         fields = {name: spec or "" for _, name, spec, _ in string.Formatter().parse(template) if name is not None}
         return {name: pa.array([self._value(spec)]) for name, spec in fields.items()}
 
@@ -99,4 +107,4 @@ class SyntheticStreams:
             except ValueError:
                 continue
             return value
-        return ""  # a format that none of these takes is refused by the template's own check
+        return ""  # the template's own check refuses a format that takes none of these

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models.base import backbone_of
+from llmrec_peft.models.stock_parts import backbone_of
 from llmrec_peft.models.tuning_options import AdapterOptions
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}

@@ -16,20 +16,12 @@ from torch import nn
 from llmrec_peft.checkpoints.manifest import MANIFEST, is_merged
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models import attention
-from llmrec_peft.models.base import (
-    Quantization,
-    backbone_of,
-    head_name,
-    is_encoder,
-    load_model,
-    load_tokenizer,
-    modules_named,
-    resolve_base,
-)
+from llmrec_peft.models.base import Quantization, load_model, load_tokenizer, resolve_base
 from llmrec_peft.models.head import outcomes_of, start_head
 from llmrec_peft.models.last_layer import LastLayer
 from llmrec_peft.models.selftest import check_base_for
 from llmrec_peft.models.sharding import assign, whole, whole_shape
+from llmrec_peft.models.stock_parts import backbone_of, head_name, is_encoder, modules_named
 from llmrec_peft.models.tuning_options import (
     METHODS,
     AdapterOptions,

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models.base import head_of, is_encoder, word_rows
+from llmrec_peft.models.base import word_rows
+from llmrec_peft.models.stock_parts import head_of, is_encoder
 from llmrec_peft.models.tuning_options import ModelOptions
 
 

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.messages import shortened
-from llmrec_peft.models.base import HEAD_NAMES, backbone_entries, backbone_of
+from llmrec_peft.models.base import backbone_entries
 from llmrec_peft.models.fused_lora import fuse_lora
+from llmrec_peft.models.stock_parts import HEAD_NAMES, backbone_of
 from llmrec_peft.models.tensor_files import read_tensor
 from llmrec_peft.models.tuning_options import LoraOptions, QloraOptions, changes_base, matching_names
 

@@ -11,9 +11,10 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import IndependentPrompts, Streams
 from llmrec_peft.errors import ModelError
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.evaluation.predictions import measure, metric_names, prediction_table
-from llmrec_peft.models.base import check_positions
+from llmrec_peft.evaluation.prediction_table import prediction_table
+from llmrec_peft.evaluation.stream_metrics import choose_metrics, measure
 from llmrec_peft.models.predict import predict
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.runs.candidate_sets import CandidateSets
 from llmrec_peft.runs.console import main_printer
 from llmrec_peft.runs.ranking import check_ranking, rank
@@ -79,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
         # Measure: by default the metrics that training wrote into the bundle, so that the numbers can be compared.
         calibration = Calibration.from_dict(bundle.calibration)
-        names = metric_names(streams, config.metrics or list(manifest["metrics"].get("test") or ()))
+        names = choose_metrics(streams, config.metrics or list(manifest["metrics"].get("test") or ()))
         metrics = measure(predictions, streams, names, calibration=calibration)
         for name, value in metrics.items():
             show(f"{name:<22}{value:>14.6f}" if isinstance(value, float) else f"{name:<22}{value:>14,}")

@@ -11,10 +11,11 @@ from llmrec_peft.config.schema import IndexConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.predict import predict
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.retrieval.histories import feedback
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
+from llmrec_peft.retrieval.index_files import DIRECTORY
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.console import main_printer
 from llmrec_peft.runs.fused_systems import FusionTargets, compare_systems, fit_fusion, predict_systems
 from llmrec_peft.runs.index_results import check_index_output, index_metrics, prediction_columns, print_comparison

@@ -1,7 +1,7 @@
 """Merging a bundle, or several, into a stock checkpoint."""
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from llmrec_peft.checkpoints.manifest import MANIFEST
 from llmrec_peft.checkpoints.merged import check_output
@@ -9,24 +9,12 @@ from llmrec_peft.config.schema import DataConfig, MergeConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import Streams
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.merging.merging import Dtype, merge_bundle, mergeable
-from llmrec_peft.merging.weighted import combine_bundles
+from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle, mergeable
+from llmrec_peft.merging.weighted_merge import combine_bundles
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.runs.output_paths import check_output_directory, check_writable
 from llmrec_peft.runs.split_streams import check_split, read_log, split_by_domain, streams_for_split
 from llmrec_peft.training.distributed import distributed_session
-
-
-class MergeOptions(TypedDict):
-    """Options that `merge_bundle` and `combine_bundles` share."""
-
-    dtype: Dtype | None
-    base: str | None
-    streams: Streams | None
-    tolerance: float | None
-    max_shard_size: str | int
-    batch_tokens: int
-    trust_remote_code: bool
 
 
 def merge(config: MergeConfig) -> dict[str, Any]:
@@ -57,22 +45,22 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         streams = None if config.data.path is None else _streams(config, config.data.path, bundles[0], manifest)
 
         # Merge, measure and save.
-        options: MergeOptions = {
-            "dtype": config.dtype,
-            "base": config.base,
-            "streams": streams,
-            "tolerance": config.tolerance,
-            "max_shard_size": config.max_shard_size,
-            "batch_tokens": config.batch_tokens,
-            "trust_remote_code": config.trust_remote_code,
-        }
+        options = MergeOptions(
+            dtype=config.dtype,
+            base=config.base,
+            streams=streams,
+            tolerance=config.tolerance,
+            max_shard_size=config.max_shard_size,
+            batch_tokens=config.batch_tokens,
+            trust_remote_code=config.trust_remote_code,
+        )
         print(f"merging {', '.join(bundles)}", flush=True)
         if many:
             found = combine_bundles(
-                bundles, config.weights or [], out, combination=config.combination, density=config.density, **options
+                bundles, config.weights or [], out, options, combination=config.combination, density=config.density
             )
         else:
-            found = merge_bundle(bundles[0], out, **options)
+            found = merge_bundle(bundles[0], out, options)
 
         # Report.
         _print(found, out)

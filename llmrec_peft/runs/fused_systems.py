@@ -12,9 +12,10 @@ from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.evaluation.bootstrap import Interval, differences, intervals
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, compute_metrics
-from llmrec_peft.evaluation.predictions import metric_names, users_of
+from llmrec_peft.evaluation.stream_metrics import choose_metrics, users_of
 from llmrec_peft.models.predict import Predictions
-from llmrec_peft.retrieval.fusion import GATES, Features, Fusion
+from llmrec_peft.retrieval.fusion import Fusion
+from llmrec_peft.retrieval.pair_features import GATES, Features
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 
 METRICS = ("auc", "gauc", "logloss", "ece")
@@ -113,7 +114,7 @@ def compare_systems(
     """
     labels, users = test.predictions.labels, test.users
     lists = test.streams.target_lists[test.predictions.targets]
-    names = [*METRICS, *(name for name in metric_names(test.streams, None) if name not in DEFAULT_NAMES)]
+    names = [*METRICS, *(name for name in choose_metrics(test.streams, None) if name not in DEFAULT_NAMES)]
     others = {system: p for system, p in systems.items() if system != FUSED}
     if samples:
         values = {

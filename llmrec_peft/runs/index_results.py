@@ -14,7 +14,7 @@ from llmrec_peft.evaluation.bootstrap import Interval
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import higher_is_better
 from llmrec_peft.retrieval.fusion import Fusion
-from llmrec_peft.retrieval.retrieval_index import MANIFEST
+from llmrec_peft.retrieval.index_files import is_index
 from llmrec_peft.runs.console import format_interval, print_table
 from llmrec_peft.runs.fused_systems import COLLABORATIVE, FUSED, LLM, FusionTargets, Intervals, positive_classes
 from llmrec_peft.runs.output_paths import check_output_directory
@@ -40,7 +40,7 @@ def check_index_output(config: IndexConfig, directory: Path) -> None:
                 f"output_dir {config.output_dir} is retrieval {directory}, or lies in it, and would be replaced with "
                 "it; choose another directory"
             )
-    if directory.exists() and not (directory / MANIFEST).is_file() and any(directory.iterdir()):
+    if directory.exists() and not is_index(directory) and any(directory.iterdir()):
         raise ConfigError(
             f"retrieval {directory} exists and holds nothing that this recipe fitted, so it is not replaced; "
             "choose another directory"

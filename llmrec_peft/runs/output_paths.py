@@ -9,10 +9,15 @@ from pathlib import Path
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.messages import shortened
 
+
+def _has(directory: Path, *names: str) -> bool:
+    return all((directory / name).is_file() for name in names)
+
+
 _KINDS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("a bundle or a merged model", lambda path: (path / "behavior.json").is_file()),
     ("an export", lambda path: (path / "serving.json").is_file()),
-    ("a retrieval index", lambda path: (path / "evidence.json").is_file()),
+    ("a retrieval index", lambda path: _has(path, "index.json", "index.safetensors") or _has(path, "evidence.json")),
     ("a base model", lambda path: (path / "config.json").is_file() and any(path.glob("*.safetensors"))),
     ("a log", lambda path: path.is_dir() and any(path.glob("interactions[.-]*"))),
     ("a run's checkpoints", lambda path: path.name == "checkpoints" and (path / "streams.json").is_file()),

@@ -16,8 +16,9 @@ from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant
 from llmrec_peft.retrieval.histories import Histories
+from llmrec_peft.retrieval.index_files import DIRECTORY
 from llmrec_peft.retrieval.recommender import Recommender
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.candidate_sets import CandidateSets
 from llmrec_peft.runs.console import format_interval, print_table
 from llmrec_peft.scoring.scorer import Scorer

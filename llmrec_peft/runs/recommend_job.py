@@ -13,8 +13,8 @@ from llmrec_peft.checkpoints.sealing import sha256
 from llmrec_peft.config.schema import RecommendConfig
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import DataError, LLMRecError
+from llmrec_peft.retrieval.index_files import DIRECTORY, manifest_path
 from llmrec_peft.retrieval.recommender import Recommendation, Recommender
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, MANIFEST
 from llmrec_peft.runs.id_files import read_ids, table_fingerprint
 from llmrec_peft.runs.job_users import JobUsers, UserRequest
 from llmrec_peft.runs.settings import flat_settings, versions
@@ -49,7 +49,7 @@ def job_metadata(
     """Everything that the recommendations depend on, by the names that messages use."""
     settings = flat_settings(config)
     metadata = {key: repr(value) for key, value in settings.items() if not key.startswith(PATHS) and key not in FREE}
-    retrieval_index = Path(config.retrieval or Path(config.bundle) / DIRECTORY) / MANIFEST
+    retrieval_index = manifest_path(config.retrieval or Path(config.bundle) / DIRECTORY)
     metadata["the bundle"] = digest(manifest)
     metadata["the retrieval"] = sha256(retrieval_index) if retrieval_index.is_file() else "none"
     metadata["the log"] = users.log_fingerprint()

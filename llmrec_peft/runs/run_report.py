@@ -8,8 +8,10 @@ import pyarrow as pa
 
 from llmrec_peft.evaluation.baselines import past_rates, rate_baselines
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.evaluation.predictions import prediction_table, users_of
-from llmrec_peft.evaluation.report import ReportContent, count_slices, write_report
+from llmrec_peft.evaluation.prediction_table import prediction_table
+from llmrec_peft.evaluation.report import write_report
+from llmrec_peft.evaluation.report_content import ReportContent, count_slices
+from llmrec_peft.evaluation.stream_metrics import users_of
 from llmrec_peft.files import write_json, write_parquet, writing
 from llmrec_peft.runs.run_directory import Run
 from llmrec_peft.runs.run_results import RunResults
@@ -65,7 +67,7 @@ def _report_content(run: Run, trainer: BehaviorTrainer, streams: SplitStreams, r
         uncalibrated=Calibration().apply(after.logits) if config.evaluation.calibrate else None,
         baselines=_baselines(streams, after.targets),
         split_by=config.domain.split.by,
-        lists=test.target_lists[after.targets],
+        candidate_sets=test.target_lists[after.targets],
         slices=_slices(streams, after.targets),
         log_history=trainer.state.log_history,
         run={

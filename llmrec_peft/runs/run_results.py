@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from llmrec_peft.evaluation.calibration import Calibration, fit_calibration
-from llmrec_peft.evaluation.predictions import measure, metric_names
+from llmrec_peft.evaluation.stream_metrics import choose_metrics, measure
 from llmrec_peft.runs.run_directory import Run
 from llmrec_peft.runs.split_predictions import SplitPredictions
 from llmrec_peft.runs.split_streams import SplitStreams
@@ -59,7 +59,7 @@ def measure_run(
     calibration = Calibration()  # the plain softmax
     if wanted.calibrate:
         calibration = fit_calibration(after.valid.logits, after.valid.labels, wanted.prior)
-    names = metric_names(streams.train, wanted.metrics)
+    names = choose_metrics(streams.train, wanted.metrics)
     metrics = _metrics(streams, names, before, after, calibration)
     return RunResults(before, after, calibration, names, metrics, _cost(trainer, timings))
 

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 from llmrec_peft.config.schema import TrainConfig
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from llmrec_peft.evaluation.metrics import higher_is_better
-from llmrec_peft.evaluation.predictions import measure, metric_names
+from llmrec_peft.evaluation.stream_metrics import choose_metrics, measure
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.runs.run_directory import Run
 from llmrec_peft.runs.split_streams import SplitStreams, limit_targets
@@ -79,7 +79,7 @@ def build_trainer(
         options: further arguments of the class.
     """
     config = run.config
-    names = metric_names(streams.train, config.evaluation.metrics)
+    names = choose_metrics(streams.train, config.evaluation.metrics)
     if config.train.select_metric not in names:
         names.append(config.train.select_metric)
     valid = limit_targets(streams.valid, config.evaluation.valid_targets, classifier)

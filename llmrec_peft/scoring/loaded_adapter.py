@@ -19,10 +19,11 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.models.base import check_positions, head_name
 from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transformer_layers
 from llmrec_peft.models.classifier import quantization_of
 from llmrec_peft.models.fingerprints import fits
+from llmrec_peft.models.requirements import check_positions
+from llmrec_peft.models.stock_parts import head_name
 from llmrec_peft.models.tensor_files import TensorEntry
 from llmrec_peft.models.tuning_options import AdapterOptions, HeadOptions, LoraOptions
 from llmrec_peft.scoring.adapter_layers import Bias, Bottleneck, Delta, LowRank, count_bytes, dora_ratio

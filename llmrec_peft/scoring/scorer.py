@@ -15,12 +15,12 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import DataError
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.merging.unload import fold
-from llmrec_peft.models.base import check_positions
+from llmrec_peft.merging.unload import unload
 from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.retrieval.fusion import Fusion
+from llmrec_peft.retrieval.index_files import DIRECTORY
 from llmrec_peft.retrieval.recommender import Recommendation, Recommender
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY as EVIDENCE
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.scoring.bank import BATCH_TOKENS, Items, load_base
 from llmrec_peft.scoring.chunks import Wanted, probabilities
@@ -91,7 +91,7 @@ class Scorer:
             bundle = load_answering(directory, base=None if base is None else str(base), **options)
             classifier, tokenizer = bundle.classifier, bundle.tokenizer
             if classifier.method == "lora":
-                classifier = BehaviorClassifier(fold(classifier, torch.float32), "merged", classifier.labels)
+                classifier = BehaviorClassifier(unload(classifier, torch.float32), "merged", classifier.labels)
             domain = Domain.of_manifest(bundle.domain, source=str(directory / MANIFEST))
             calibration = Calibration.from_dict(bundle.calibration)
             engine = Engine(classifier.to(device) if device else classifier, tokenizer.pad_token_id)
@@ -111,7 +111,7 @@ class Scorer:
         engine.kept = PrefixCache(cache_bytes) if cache_bytes else None
         prompts = Prompts(member.vocabulary, catalogue)
         scorer = cls(engine, lambda: (member, prompts))
-        place = directory / EVIDENCE if retrieval is None else Path(retrieval)
+        place = directory / DIRECTORY if retrieval is None else Path(retrieval)
         if retrieval is not None or place.is_dir():
             scorer.retrieval_index, scorer.fusion = RetrievalIndex.load(place, adapter=adapter_of(manifest))
         return scorer
@@ -184,12 +184,12 @@ class Scorer:
     def recommend(self, history: Sequence[tuple[Event, str]], k: int = 10, **options: Any) -> list[Recommendation]:
         """The k best items of the table for a history, best first; options as `Recommender.recommend` has them.
 
-        Without evidence of a log the LLM ranks the whole table.
+        Without a retrieval index the LLM ranks the whole table.
         """
         return self.recommender().recommend(history, k, **options)
 
     def recommender(self) -> Recommender:
-        """What `recommend` ranks by, with this scorer's evidence and fusion."""
+        """What `recommend` ranks by, with this scorer's retrieval index and fusion."""
         parts = (self.catalogue, self.retrieval_index, self.fusion)
         if self._recommender is None or any(a is not b for a, b in zip(self._recommender[0], parts, strict=True)):
             self._recommender = (parts, Recommender(self, self.retrieval_index, self.fusion))

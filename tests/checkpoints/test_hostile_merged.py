@@ -18,7 +18,7 @@ from llmrec_peft.checkpoints.model_card import merged_card
 from llmrec_peft.checkpoints.sealing import sha256
 from llmrec_peft.data.vocabulary import tokenise
 from llmrec_peft.errors import BundleError, StreamError, input_errors
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import merge_bundle
 from llmrec_peft.models.base import load_tokenizer
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
 from llmrec_peft.models.tensor_files import fingerprint, read_headers

@@ -18,7 +18,7 @@ from llmrec_peft.checkpoints.manifest import CONFIG, FILES, MANIFEST, WEIGHTS
 from llmrec_peft.checkpoints.merged import load_merged
 from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.errors import BundleError, ConfigError, LLMRecError
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
 from tests.support.bundles import answers, edit_manifest, write_bundle
 from tests.support.stub_hub import MAY_READ, MAY_WRITE, StubHub, running_hub
 
@@ -55,7 +55,7 @@ def sound(tiny_base, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("sound")
     write_bundle(directory / "bundle", tiny_base("llama"), r=4)
     for name, size in {"sharded": "40KB", "merged": "1GB"}.items():
-        merge_bundle(directory / "bundle", directory / name, max_shard_size=size)
+        merge_bundle(directory / "bundle", directory / name, MergeOptions(max_shard_size=size))
     torch.set_num_threads(threads)
     return directory
 

@@ -24,7 +24,7 @@ METADATA = {"z": "1", "a": 'é \U0001f3ac "quoted" \\ \n\t\x01\x7f', "labels": '
 SAVE = """
 import sys, torch
 from tests.support.bundles import write_bundle
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import merge_bundle
 torch.set_num_threads(1)
 write_bundle(f"{sys.argv[2]}/bundle", sys.argv[1], r=4, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
 merge_bundle(f"{sys.argv[2]}/bundle", f"{sys.argv[2]}/merged")

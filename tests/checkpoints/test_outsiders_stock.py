@@ -22,12 +22,12 @@ from llmrec_peft.checkpoints.manifest import MANIFEST
 from llmrec_peft.checkpoints.merged import load_answering, load_merged
 from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.checkpoints.sealing import sealed
-from llmrec_peft.checkpoints.stock_loading import StockModel
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.merging import merging
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging import merge_bundle as merge_module
+from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
+from llmrec_peft.merging.stock_comparison import StockModel
 from llmrec_peft.models import base as bases
 from llmrec_peft.models.base import load_tokenizer
 from llmrec_peft.models.fingerprints import fits, tokenizer_fingerprint
@@ -136,10 +136,10 @@ def test_a_tokenizer_that_cannot_be_told_is_refused_by_name(tmp_path, monkeypatc
 
 def test_wrong_pooling_does_not_pass_the_measure(tmp_path, monkeypatch):
     """Without the rules above, the stock forward itself says so: an end token, and a marker that pads."""
-    monkeypatch.setattr(merging, "prepare_tokenizer", lambda *args, **options: None)
+    monkeypatch.setattr(merge_module, "prepare_tokenizer", lambda *args, **options: None)
     bundle = write_bundle(tmp_path / "bundle", write_base(tmp_path / "base", marked_pad()), domain=PADS, r=4)
-    with pytest.raises(BundleError, match="answers otherwise in stock classes"):
-        merge_bundle(bundle, tmp_path / "merged", tolerance=1e9)
+    with pytest.raises(BundleError, match="differs in stock classes"):
+        merge_bundle(bundle, tmp_path / "merged", MergeOptions(tolerance=1e9))
     assert not (tmp_path / "merged").exists()
 
 
@@ -156,7 +156,7 @@ def test_whole_texts_of_our_tokens_must_give_our_answers(wrong, tiny_base, tmp_p
     monkeypatch.setattr(StockModel, "of_texts", moved)
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"), r=4)
     with pytest.raises(BundleError, match=r"where whole texts give our tokens, logits differ by 0\.5"):
-        merge_bundle(bundle, tmp_path / "merged", tolerance=1e9)
+        merge_bundle(bundle, tmp_path / "merged", MergeOptions(tolerance=1e9))
     assert not (tmp_path / "merged").exists()
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec_peft.data.batches import plan_micro_batches
-from llmrec_peft.data.collator import PAD, StreamCollator, collate
-from llmrec_peft.data.streams import Stream
+from llmrec_peft.data.batches import PAD, plan_micro_batches
+from llmrec_peft.data.collator import StreamCollator, collate
+from llmrec_peft.data.layout import Stream
 
 
 def stream(length, *, candidate=0, seed=0, markers=None, target=0):

@@ -16,7 +16,7 @@ import pytest
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.times import check_moment
 from llmrec_peft.errors import ConfigError, DataError
-from llmrec_peft.retrieval.collaborative import Popularity
+from llmrec_peft.retrieval.popularity import Popularity
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 
 SECONDS = np.array([1_577_934_245, 1_578_020_645, 1_578_107_045])

@@ -20,7 +20,7 @@ from llmrec_peft.distillation.item_id_student import write_item_id_student
 from llmrec_peft.distillation.quantise import quantise
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
 from llmrec_peft.errors import BundleError, DataError, ModelError
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import merge_bundle
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
 from llmrec_peft.serving import OnnxScorer

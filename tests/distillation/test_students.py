@@ -17,7 +17,7 @@ from llmrec_peft.distillation.item_id_student import first_item, item_id_tokeniz
 from llmrec_peft.distillation.shallow_student import choose_layers, write_shallow_student
 from llmrec_peft.distillation.teacher_item_embeddings import principal_components
 from llmrec_peft.errors import BundleError, ConfigError, DataError, DomainError, ModelError, StreamError
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
 from llmrec_peft.models.base import load_tokenizer
 from llmrec_peft.models.predict import predict
 
@@ -92,11 +92,14 @@ def test_a_bundle_on_ids_is_merged_with_a_log_alone(small_log, tmp_path):
     make_ids(small_log(), tmp_path / "base")
     adapted = load_classifier(str(tmp_path / "base"), IDS, "lora")
     save_bundle(tmp_path / "bundle", adapted, adapted.tokenizer, IDS.to_dict())
-    with pytest.raises(BundleError, match="cannot answer made-up items.*; give streams, or data.path"):
+    with pytest.raises(BundleError, match="cannot read synthetic items.*; give streams, or data.path"):
         merge_bundle(tmp_path / "bundle", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     streams = build_streams(small_log().split().test, IDS, adapted.tokenizer)
-    assert merge_bundle(tmp_path / "bundle", tmp_path / "merged", streams=streams)["answers"] == streams.num_targets
+    assert (
+        merge_bundle(tmp_path / "bundle", tmp_path / "merged", MergeOptions(streams=streams))["answers"]
+        == streams.num_targets
+    )
 
 
 def test_an_id_cannot_be_an_outcome_or_a_special_token():

@@ -34,37 +34,37 @@ def offline(tmp_path_factory):
 
 
 @pytest.fixture
-def answers():
+def predictions():
     rng = np.random.default_rng(0)
     p = rng.random(60).round(2)
     return (rng.random(60) < p).astype(int), np.column_stack([1 - p, p]), rng.integers(0, 9, 60)
 
 
 @pytest.mark.parametrize("path", [DIRECTORY, DIRECTORY / "behavior_metrics.py"])
-def test_loads_by_path_and_equals_the_package(offline, answers, path):
-    y, p, users = answers
+def test_loads_by_path_and_equals_the_package(offline, predictions, path):
+    y, p, users = predictions
     metric = offline.load(str(path))
     assert metric.compute(predictions=p, references=y, users=users) == compute_metrics(y, p, users)
-    assert "ndcg" in metric.description and "candidate list" in metric.inputs_description
+    assert "ndcg" in metric.description and "candidate set" in metric.inputs_description
 
 
-def test_one_number_a_target_means_class_one(offline, answers):
-    y, p, _ = answers
+def test_one_number_a_target_means_class_one(offline, predictions):
+    y, p, _ = predictions
     found = load_metric().compute(predictions=p[:, 1].tolist(), references=y.tolist(), names=["auc", "logloss"])
     assert found == compute_metrics(y, np.column_stack([1 - p[:, 1], p[:, 1]]), names=["auc", "logloss"])
 
 
-def test_batches_add_up(offline, answers):
-    y, p, users = answers
+def test_batches_add_up(offline, predictions):
+    y, p, users = predictions
     metric = load_metric()
     for start in range(0, 60, 25):
         metric.add_batch(predictions=p[start : start + 25], references=y[start : start + 25])
-    assert metric.compute(users=users, lists=users, names=["gauc", "ndcg@2"]) == compute_metrics(
+    assert metric.compute(users=users, candidate_sets=users, names=["gauc", "ndcg@2"]) == compute_metrics(
         y, p, users, users, names=["gauc", "ndcg@2"]
     )
 
 
-def test_an_unknown_name_is_refused(offline, answers):
-    y, p, _ = answers
+def test_an_unknown_name_is_refused(offline, predictions):
+    y, p, _ = predictions
     with pytest.raises(ConfigError, match="'acc' does not exist"):
         load_metric().compute(predictions=p, references=y, names=["acc"])

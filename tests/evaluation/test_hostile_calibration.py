@@ -12,11 +12,11 @@ from llmrec_peft import DomainBank, Scorer
 from llmrec_peft.checkpoints.bundle import load_bundle
 from llmrec_peft.checkpoints.manifest import check_calibration
 from llmrec_peft.checkpoints.merged import load_merged, write_manifest
+from llmrec_peft.checkpoints.sealing import sealed
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration, fit_calibration
 from llmrec_peft.probabilities import MOST_BIAS, MOST_TEMPERATURE, calibrated, checked
 from llmrec_peft.serving import OnnxScorer
-from llmrec_peft.serving.export_manifest import sealed
 from tests.support.bundles import edit_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")

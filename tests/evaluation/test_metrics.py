@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and against brute force, on answers with many ties."""
+"""Metrics against scikit-learn and against brute force, on predictions with many ties."""
 
 import math
 
@@ -11,7 +11,7 @@ from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation import metrics as m
 
 
-def answers(n=400, classes=2, seed=0, steps=12):
+def predictions(n=400, classes=2, seed=0, steps=12):
     """Labels, probabilities on a coarse grid (so that many tie), and users of 1 to 20 targets."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
@@ -23,7 +23,7 @@ def answers(n=400, classes=2, seed=0, steps=12):
 
 
 def test_two_classes_match_scikit_learn():
-    y, p, users = answers()
+    y, p, users = predictions()
     p[:, 1] = p[:, 1].round(1)
     p[:, 0] = 1 - p[:, 1]
     assert len(np.unique(p[:, 1])) < 20
@@ -41,7 +41,7 @@ def test_two_classes_match_scikit_learn():
 
 
 def test_many_classes_match_scikit_learn():
-    y, p, users = answers(classes=5)
+    y, p, users = predictions(classes=5)
     found = m.compute_metrics(y, p, users, names=["auc", "logloss", "accuracy", "f1", "macro_f1"])
     assert found["auc"] == pytest.approx(roc_auc_score(y, p, multi_class="ovr", average="macro"), abs=1e-12)
     assert found["logloss"] == pytest.approx(log_loss(y, p, labels=range(5)), abs=1e-12)
@@ -50,7 +50,7 @@ def test_many_classes_match_scikit_learn():
 
 
 def test_a_class_nobody_took_leaves_the_macro_averages():
-    y, p, _ = answers(classes=3)
+    y, p, _ = predictions(classes=3)
     wide = np.column_stack([p[:, :2], np.zeros(len(y)), p[:, 2]])
     y = np.where(y == 2, 3, y)
     assert m.auc(y, wide) == pytest.approx(np.mean([roc_auc_score(y == c, wide[:, c]) for c in (0, 1, 3)]), abs=1e-12)
@@ -59,7 +59,7 @@ def test_a_class_nobody_took_leaves_the_macro_averages():
 
 @pytest.mark.parametrize("classes", [2, 4])
 def test_gauc_is_the_weighted_mean_over_users_with_two_classes(classes):
-    y, p, users = answers(classes=classes, seed=3)
+    y, p, users = predictions(classes=classes, seed=3)
     total, weight, excluded = 0.0, 0, 0
     for user in np.unique(users):
         rows = users == user
@@ -80,7 +80,7 @@ def test_gauc_is_the_weighted_mean_over_users_with_two_classes(classes):
 
 
 def test_gauc_does_not_depend_on_the_order_of_rows_or_the_type_of_ids():
-    y, p, users = answers(seed=4)
+    y, p, users = predictions(seed=4)
     order = np.random.default_rng(0).permutation(len(y))
     codes = np.unique(users, return_inverse=True)[1]
     assert m.gauc(y, p, users) == pytest.approx(m.gauc(y[order], p[order], codes[order]), abs=1e-12)
@@ -147,7 +147,7 @@ def test_bad_arrays_are_refused_in_one_line(labels, probabilities, users, messag
 
 
 def test_names_are_looked_up_in_one_registry():
-    y, p, users = answers(n=50)
+    y, p, users = predictions(n=50)
     assert list(m.compute_metrics(y, p, users, names=["ece@7", "auc"])) == ["ece@7", "auc"]
     assert "gauc" not in m.compute_metrics(y, p)
     with pytest.raises(ConfigError, match="'aucc' does not exist, known are auc, gauc.*ndcg@k.*did you mean 'auc'"):
@@ -160,7 +160,7 @@ def test_names_are_looked_up_in_one_registry():
         m.find_metric("auc@3")
     with pytest.raises(DataError, match="'gauc' needs users, got none"):
         m.compute_metrics(y, p, names=["gauc"])
-    with pytest.raises(DataError, match="'ndcg@3' needs lists, got none"):
+    with pytest.raises(DataError, match="'ndcg@3' needs candidate_sets, got none"):
         m.compute_metrics(y, p, users, names=["ndcg@3"])
 
 

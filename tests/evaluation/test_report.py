@@ -9,7 +9,8 @@ from sklearn.metrics import classification_report
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.evaluation.plots import plot_learning_curve
-from llmrec_peft.evaluation.report import ReportContent, count_slices, write_report
+from llmrec_peft.evaluation.report import write_report
+from llmrec_peft.evaluation.report_content import ReportContent, count_slices
 
 HISTORY = [
     {"loss": 0.7, "step": 1},
@@ -71,7 +72,7 @@ def test_numbers_are_those_of_the_metrics(tmp_path):
         assert table[name][5].startswith(f"{gap['value']:+.4f} [")
     assert [table[name][1] for name in ("auc", "logloss", "po_ratio")] == ["higher", "lower", "1"]
     assert f"240 test targets of 20 users: auc {plain['auc']:.4f} [" in text
-    assert "the best of counting" in text
+    assert "the best counting baseline" in text
     assert set(found["intervals"]) == {"before", "uncalibrated", "after", "item_rate"}
 
 

@@ -25,11 +25,12 @@ from llmrec_peft.checkpoints.merged import load_answering, load_merged, read_ans
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.errors import BundleError, ModelError
-from llmrec_peft.merging import merging as merge_module
-from llmrec_peft.merging.merging import merge_bundle
-from llmrec_peft.merging.synthetic_inputs import EVENTS, PROBES, WINDOWS, SyntheticStreams
-from llmrec_peft.models.base import base_fingerprint, head_of
+from llmrec_peft.merging import merge_bundle as merge_module
+from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
+from llmrec_peft.merging.synthetic_inputs import CANDIDATES, EVENTS, WINDOWS, SyntheticStreams
+from llmrec_peft.models.base import base_fingerprint
 from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.models.stock_parts import head_of
 from tests.conftest import ROOT
 from tests.support.bundles import DOMAIN, answers, edit, edit_manifest, stock_answers, write_bundle
 
@@ -66,7 +67,7 @@ def check_merged(bundle: Path, merged: Path, base: Path, atol: float = 2e-5) -> 
 
 @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_answers_as_adapted_and_not_as_the_base(kind, method, tiny_base, tmp_path):
+def test_merged_predicts_as_adapted_and_not_as_the_base(kind, method, tiny_base, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", tiny_base(kind), method)
     found = merge_bundle(bundle, tmp_path / "merged")
     assert found["max_difference"] <= 2e-5 and 0 <= found["mean_difference"] <= found["max_difference"]
@@ -133,7 +134,7 @@ def test_quantised_weights_are_those_that_the_bundle_computes_with(tiny_base, tm
 @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
 def test_bfloat16(method, tiny_base, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"), method)
-    found = merge_bundle(bundle, tmp_path / "merged", dtype="bfloat16")
+    found = merge_bundle(bundle, tmp_path / "merged", MergeOptions(dtype="bfloat16"))
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     head = tensors.pop("score.weight")
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16} and head.dtype == torch.float32
@@ -155,9 +156,9 @@ def test_tolerance_follows_the_formats(tiny_base, tmp_path):
     whole, half = (
         write_bundle(tmp_path / kind, base, "qlora", r=4, compute_dtype=kind) for kind in ("float32", "bfloat16")
     )
-    found = merge_bundle(whole, tmp_path / "merged", dtype="float32")
+    found = merge_bundle(whole, tmp_path / "merged", MergeOptions(dtype="float32"))
     assert found["tolerance"] == 1e-3 * max(1, found["spread"])
-    found = merge_bundle(half, tmp_path / "merged", dtype="float32")
+    found = merge_bundle(half, tmp_path / "merged", MergeOptions(dtype="float32"))
     assert found["tolerance"] == 0.25 * max(1, found["spread"]) and found["max_difference"] > 1e-3
 
 
@@ -165,7 +166,7 @@ def test_sums_are_rounded_once(tiny_base, tmp_path):
     """A bundle trained on a bfloat16 base: the update is added in float32, not to weights in bfloat16."""
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"), r=4, scale=0.02, dtype="bfloat16")
     merge_bundle(bundle, tmp_path / "half")
-    merge_bundle(bundle, tmp_path / "whole", dtype="float32")
+    merge_bundle(bundle, tmp_path / "whole", MergeOptions(dtype="float32"))
     half, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "whole"))
     assert half["model.norm.weight"].dtype == torch.bfloat16 and whole["model.norm.weight"].dtype == torch.float32
     assert all(torch.equal(half[name], whole[name].to(half[name].dtype)) for name in half)
@@ -185,7 +186,7 @@ def test_a_base_in_bfloat16_on_disk(tiny_base, tmp_path):
 def test_shards(tiny_base, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"))
     merge_bundle(bundle, tmp_path / "one")
-    merge_bundle(bundle, tmp_path / "many", max_shard_size="20KB")
+    merge_bundle(bundle, tmp_path / "many", MergeOptions(max_shard_size="20KB"))
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 2 and (tmp_path / "many" / "model.safetensors.index.json").is_file()
     fingerprints = [read_merged(tmp_path / name)["weights"] for name in ("one", "many")]
@@ -264,20 +265,20 @@ def test_a_tokenizer_without_a_pad_token_gets_one_that_is_saved(tiny_base, tmp_p
     assert torch.allclose(stock_answers(tmp_path / "merged"), answers(bundle), atol=2e-5)
 
 
-# -- what answers ------------------------------------------------------------------------------
+# -- what is compared---------------------------------------------------------------------------
 
 
-def test_samples_have_history_several_answers_and_candidates(tiny_tokenizer):
+def test_synthetic_streams_have_history_several_predictions_and_candidates(tiny_tokenizer):
     domain = Domain.from_dict(DOMAIN | {"header": "Viewer {name}, {age:d}:\n", "stream": {"max_length": 512}})
-    samples = SyntheticStreams(domain, tiny_tokenizer)
+    inputs = SyntheticStreams(domain, tiny_tokenizer)
     again = SyntheticStreams(domain, tiny_tokenizer)
-    assert len(samples) == WINDOWS and max(samples.lengths) <= 384
-    whole = [stream for stream in samples if len(stream.markers) == EVENTS + PROBES]
-    assert whole and all((stream.segment[stream.markers] > 0).sum() == PROBES for stream in whole)
-    texts = [tiny_tokenizer.decode(stream.input_ids) for stream in samples]
+    assert len(inputs) == WINDOWS and max(inputs.lengths) <= 384
+    whole = [stream for stream in inputs if len(stream.markers) == EVENTS + CANDIDATES]
+    assert whole and all((stream.segment[stream.markers] > 0).sum() == CANDIDATES for stream in whole)
+    texts = [tiny_tokenizer.decode(stream.input_ids) for stream in inputs]
     assert texts == [tiny_tokenizer.decode(stream.input_ids) for stream in again] and len(set(texts)) == WINDOWS
     assert all(text.startswith("Viewer ") and text.count(" ->") >= 2 for text in texts)
-    targets = [number for stream in samples for number in stream.targets]
+    targets = [number for stream in inputs for number in stream.targets]
     assert targets == list(range(len(targets)))
     alone = SyntheticStreams(domain, tiny_tokenizer, independent=True)
     assert len(alone) == len(targets) and all(len(stream.markers) == 1 for stream in alone)
@@ -291,27 +292,27 @@ def test_streams_of_a_log_give_auc_of_both(kind, small_log, tiny_base, tiny_toke
     bundle = write_bundle(tmp_path / "bundle", tiny_base(kind), domain=domain)
     splits = small_log().split(by="time", valid=0.2, test=0.2)
     streams = build_streams(splits.test, Domain.from_dict(domain), tiny_tokenizer)
-    found = merge_bundle(bundle, tmp_path / "merged", streams=streams)
+    found = merge_bundle(bundle, tmp_path / "merged", MergeOptions(streams=streams))
     assert found["answers"] == streams.num_targets and found["streams"] == "test of small"
     assert 0 < found["auc_adapted"] < 1 and found["auc_merged"] == pytest.approx(found["auc_adapted"], abs=1e-6)
     assert read_merged(tmp_path / "merged")["measured"]["auc_merged"] == found["auc_merged"]
 
 
-def test_auc_is_of_each_models_own_answers(small_log, tiny_base, tiny_tokenizer, tmp_path, monkeypatch):
-    """Answers of the merged model that are turned round give an AUC turned round."""
+def test_auc_is_of_each_models_own_predictions(small_log, tiny_base, tiny_tokenizer, tmp_path, monkeypatch):
+    """Negated logits of the merged model give one minus the AUC."""
     domain = DOMAIN | {"event": "{title}", "stream": {"context": 3, "targets": 5, "max_length": 400}}
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"), domain=domain)
     splits = small_log().split(by="time", valid=0.2, test=0.2)
     streams = build_streams(splits.valid, Domain.from_dict(domain), tiny_tokenizer)
-    original = merge_module.fold
+    original = merge_module.unload
 
     def turned(classifier, dtype):
         model = original(classifier, dtype)
         model.score.weight.data.neg_()
         return model
 
-    monkeypatch.setattr(merge_module, "fold", turned)
-    found = merge_bundle(bundle, tmp_path / "merged", streams=streams, tolerance=1e3)
+    monkeypatch.setattr(merge_module, "unload", turned)
+    found = merge_bundle(bundle, tmp_path / "merged", MergeOptions(streams=streams, tolerance=1e3))
     assert found["auc_merged"] == pytest.approx(1 - found["auc_adapted"], abs=1e-6)
     assert abs(found["auc_merged"] - 0.5) > 0.01
 
@@ -335,17 +336,17 @@ def names_in(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("factor", "tolerance"), [(1.1, None), (1 + 1e-5, 1e-7)])
-def test_answers_that_differ_are_refused_and_leave_nothing(factor, tolerance, bundle, tmp_path, monkeypatch):
-    original = merge_module.fold
+def test_predictions_that_differ_are_refused_and_leave_nothing(factor, tolerance, bundle, tmp_path, monkeypatch):
+    original = merge_module.unload
 
     def wrong(classifier, dtype):
         model = original(classifier, dtype)
         model.model.layers[1].mlp.down_proj.weight.data.mul_(factor)
         return model
 
-    monkeypatch.setattr(merge_module, "fold", wrong)
+    monkeypatch.setattr(merge_module, "unload", wrong)
     with pytest.raises(BundleError, match=r"logits differ by [\d.e-]+ at most and .* over the tolerance [\d.e-]+"):
-        merge_bundle(bundle, tmp_path / "merged", tolerance=tolerance)
+        merge_bundle(bundle, tmp_path / "merged", MergeOptions(tolerance=tolerance))
     assert names_in(tmp_path) == ["bundle"]
 
 
@@ -359,7 +360,7 @@ def test_differences_are_looked_for_in_what_was_written(bundle, tmp_path, monkey
         model.score.weight.data.div_(1.5)
 
     monkeypatch.setattr(merge_module, "save_merged", spoilt)
-    with pytest.raises(BundleError, match="answers otherwise"):
+    with pytest.raises(BundleError, match="differs from what it was merged from"):
         merge_bundle(bundle, tmp_path / "merged")
     assert names_in(tmp_path) == ["bundle"]
 
@@ -384,7 +385,7 @@ def test_a_bottleneck_adapter_is_told_what_to_do(tiny_base, tmp_path):
 
 def test_a_wrong_base_is_refused(bundle, tiny_base, tmp_path):
     with pytest.raises(BundleError, match="load it on the base that it was trained on"):
-        merge_bundle(bundle, tmp_path / "merged", base=str(tiny_base("mistral")))
+        merge_bundle(bundle, tmp_path / "merged", MergeOptions(base=str(tiny_base("mistral"))))
     assert names_in(tmp_path) == ["bundle"]
 
 
@@ -406,7 +407,7 @@ def test_what_is_no_bundle_is_refused(tmp_path):
 )
 def test_settings_out_of_range(settings, message, bundle, tmp_path):
     with pytest.raises(ModelError, match=message):
-        merge_bundle(bundle, tmp_path / "merged", **settings)
+        merge_bundle(bundle, tmp_path / "merged", MergeOptions(**settings))
 
 
 def test_an_output_that_is_something_else_is_not_replaced(bundle, merged, tiny_base, tmp_path):
@@ -419,7 +420,7 @@ def test_an_output_that_is_something_else_is_not_replaced(bundle, merged, tiny_b
         with pytest.raises(BundleError, match=message):
             merge_bundle(bundle, tmp_path / place)
     with pytest.raises(BundleError, match="base is what is merged"):
-        merge_bundle(bundle, base, base=str(base))
+        merge_bundle(bundle, base, MergeOptions(base=str(base)))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
@@ -438,7 +439,7 @@ def test_a_merged_model_is_replaced_and_an_empty_directory_used(bundle, merged, 
 def test_a_refused_merge_leaves_the_old_one(bundle, merged, tmp_path, monkeypatch):
     before = files_of(merged)
     with pytest.raises(BundleError, match="over the tolerance"):
-        merge_bundle(bundle, merged, dtype="bfloat16", tolerance=1e-9)
+        merge_bundle(bundle, merged, MergeOptions(dtype="bfloat16", tolerance=1e-9))
     assert files_of(merged) == before and names_in(tmp_path) == ["bundle", "merged"]
 
 
@@ -541,7 +542,7 @@ class TestTampering:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_goes_on_from_a_merged_model_with_its_head(dtype, bundle, tmp_path):
-    merge_bundle(bundle, tmp_path / "merged", dtype=dtype)
+    merge_bundle(bundle, tmp_path / "merged", MergeOptions(dtype=dtype))
     merged = load_merged(tmp_path / "merged").classifier
     further = load_classifier(str(tmp_path / "merged"), DOMAIN, "lora", r=2, dtype=dtype)
     assert further.method == "lora" and any(value.requires_grad for value in further.parameters())
@@ -600,7 +601,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import safetensors.torch, transformers.modeling_utils
-from llmrec_peft.merging import merging as merge
+from llmrec_peft.merging import merge_bundle as merge
 from llmrec_peft.checkpoints import merged
 
 point = {point!r}
@@ -628,7 +629,7 @@ else:
             die()
         replace(*args)
     os.replace = second
-merge.merge_bundle({bundle!r}, {out!r}, max_shard_size="20KB")
+merge.merge_bundle({bundle!r}, {out!r}, merge.MergeOptions(max_shard_size="20KB"))
 """
 
 
@@ -656,7 +657,7 @@ def test_killed_and_run_again(point, bundle, tmp_path):
 
 def test_a_merge_under_way_is_left_alone(bundle, tmp_path, monkeypatch):
     """Another merge to the same place removes what a dead process left, and not what a living one writes."""
-    original, inner = merge_module.fold, []
+    original, inner = merge_module.unload, []
 
     def meanwhile(classifier, dtype):
         if not inner:
@@ -664,7 +665,7 @@ def test_a_merge_under_way_is_left_alone(bundle, tmp_path, monkeypatch):
             merge_bundle(bundle, tmp_path / "merged")
         return original(classifier, dtype)
 
-    monkeypatch.setattr(merge_module, "fold", meanwhile)
+    monkeypatch.setattr(merge_module, "unload", meanwhile)
     merge_bundle(bundle, tmp_path / "merged")
     assert inner and torch.allclose(answers(tmp_path / "merged"), answers(bundle), atol=2e-5)
     assert names_in(tmp_path) == ["bundle", "merged"]
@@ -673,7 +674,7 @@ def test_a_merge_under_way_is_left_alone(bundle, tmp_path, monkeypatch):
 FULL_DISK = """
 mount -t tmpfs -o size=2m tmpfs {place} && df --output=avail {place} | tail -1 &&
 head -c {fill} /dev/zero > {place}/filler && cd {root} && {python} -c '
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import merge_bundle
 import os, sys
 try:
     merge_bundle("{bundle}", "{place}/merged")

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 from llmrec_peft.checkpoints.manifest import WEIGHTS, read_manifest
 from llmrec_peft.checkpoints.merged import load_merged, read_merged
 from llmrec_peft.errors import BundleError, ModelError
-from llmrec_peft.merging.merging import merge_bundle
-from llmrec_peft.merging.weighted import COMBINATIONS, WITH_DENSITY, combine_bundles
+from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
+from llmrec_peft.merging.weighted_merge import COMBINATIONS, WITH_DENSITY, combine_bundles
 from tests.support.bundles import DOMAIN, answers, stock_answers, write_bundle
 
 pytestmark = [
@@ -165,7 +165,7 @@ def test_manifest_of_a_combination(pair, tmp_path):
 
 
 def test_saved_in_bfloat16(pair, tmp_path):
-    found = combine_bundles(pair, [0.5, 0.5], tmp_path / "out", dtype="bfloat16")
+    found = combine_bundles(pair, [0.5, 0.5], tmp_path / "out", MergeOptions(dtype="bfloat16"))
     tensors = weights_of(tmp_path / "out")
     assert tensors.pop("score.weight").dtype == torch.float32
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16}

@@ -31,10 +31,6 @@ from llmrec_peft.models import tensor_files as tensors_module
 from llmrec_peft.models.base import (
     BASES,
     base_fingerprint,
-    cache_dir,
-    check_positions,
-    head_of,
-    is_encoder,
     load_config,
     load_model,
     load_tokenizer,
@@ -42,6 +38,9 @@ from llmrec_peft.models.base import (
     word_rows,
 )
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.model_files import cache_dir
+from llmrec_peft.models.requirements import check_positions
+from llmrec_peft.models.stock_parts import head_of, is_encoder
 from llmrec_peft.models.tensor_files import fingerprint
 
 NAMES = {0: "dislike", 1: "like", 2: "love"}

@@ -337,7 +337,7 @@ def _killed_at(number: int, write) -> bool:
 
 
 @pytest.mark.parametrize("before", ["nothing", "an earlier one"])
-@pytest.mark.parametrize("what", ["bundle", "evidence", "results"])
+@pytest.mark.parametrize("what", ["bundle", "index", "results"])
 @pytest.mark.usefixtures("one_thread")
 def test_killed_and_written_again_it_is_whole(what, before, trained, data, tmp_path):
     """What evaluate, fuse and training end with, killed before any of its moves; also any other writer of files.py."""
@@ -365,7 +365,7 @@ def _writer(what: str, trained, data):
         table = pa.table({"user_id": ["a"] * 1000})
         return lambda place: write_results(place, {"test": {"targets": 1}}, {"predictions": table, "ranking": table})
     log = BehaviorLog.read(data)
-    if what == "evidence":
+    if what == "index":
         found = RetrievalIndex.fit(log, np.arange(len(log)), np.ones(len(log), np.int64))
         return found.save
     bundle = load_bundle(trained("head") / "bundle")

@@ -86,7 +86,7 @@ def _usable(name: str, trained, data, arguments, place: Path) -> dict[str, objec
     (place / "requests.jsonl").write_text('{"domain": "a", "history": [], "candidates": []}\n')
     every = {
         "teacher": bundle, "bundle": bundle, "data.path": data, "output_dir": place / "out",
-        "retrieval": place / "evidence", "users": place / "users.csv", "candidates": place / "candidates.csv",
+        "retrieval": place / "index", "users": place / "users.csv", "candidates": place / "candidates.csv",
         "bundles": json.dumps({"a": str(bundle)}), "items": json.dumps({"a": str(data)}),
         "requests": place / "requests.jsonl", "output": place / "answers.jsonl",
     }  # fmt: skip

@@ -26,10 +26,11 @@ from llmrec_peft.config.schema import CONFIGS, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import BundleError, ConfigError
 from llmrec_peft.evaluation.bootstrap import differences
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import merge_bundle
 from llmrec_peft.retrieval.histories import Histories, feedback
-from llmrec_peft.retrieval.retrieval_index import ARRAYS, DIRECTORY, RetrievalIndex
-from llmrec_peft.retrieval.retrieval_index import MANIFEST as EVIDENCE
+from llmrec_peft.retrieval.index_files import ARRAYS, DIRECTORY
+from llmrec_peft.retrieval.index_files import MANIFEST as INDEX
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from tests.recipes.test_merge import refused
 from tests.support.logs import DOMAIN, noisy_bundle, tables, write_log
 from tests.support.stub_hub import MAY_WRITE, running_hub
@@ -140,7 +141,7 @@ def flipped(directory: Path, since: float) -> Path:
     return write_log(directory, interactions.set_column(place, "rating", ratings), items)
 
 
-def test_evidence_is_of_training_and_the_fusion_of_validation_alone(fuse, sound, log, tmp_path):
+def test_the_index_is_of_training_and_the_fusion_of_validation_alone(fuse, sound, log, tmp_path):
     first_valid, first_test = BehaviorLog.read(log).split(by="time", valid=0.15, test=0.2).boundaries
     kept = {}
     for name, data in {
@@ -150,7 +151,7 @@ def test_evidence_is_of_training_and_the_fusion_of_validation_alone(fuse, sound,
     }.items():
         place = tmp_path / name
         fuse(sound, "--retrieval", str(place), "--test_targets", "5", data=data)
-        kept[name] = ((place / ARRAYS).read_bytes(), (place / EVIDENCE).read_text())
+        kept[name] = ((place / ARRAYS).read_bytes(), (place / INDEX).read_text())
     assert kept["other test"] == kept["as it is"]
     from safetensors.numpy import load
 
@@ -205,11 +206,11 @@ def test_a_bundle_with_it_inside_is_still_one(fuse, bundle, log, recipe, tiny_ba
     recipe("evaluate")([*evaluate, str(tmp_path / "after")])
     assert predictions(tmp_path / "before").equals(predictions(tmp_path / "after"))
     # Again: what was there is replaced.
-    (bundle / DIRECTORY / EVIDENCE).write_text("{}")
+    (bundle / DIRECTORY / INDEX).write_text("{}")
     fuse(bundle, *FEW)
     RetrievalIndex.load(bundle / DIRECTORY)
     _push(bundle, tmp_path, monkeypatch)
-    # Another run in its place takes its evidence with it, which was fitted with other weights.
+    # Another run in its place takes its retrieval index with it, which was fitted with other weights.
     noisy_bundle(bundle, tiny_base("llama"), seed=6)
     assert not (bundle / DIRECTORY).exists()
 

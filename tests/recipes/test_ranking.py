@@ -17,8 +17,9 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.retrieval.histories import feedback
+from llmrec_peft.retrieval.index_files import DIRECTORY
 from llmrec_peft.retrieval.recommender import Recommender
-from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.runs.candidate_sets import CandidateSets
 from llmrec_peft.runs.split_streams import split_by_domain
 from tests.recipes.test_merge import refused
@@ -123,7 +124,7 @@ def test_fixed_lists_against_brute_force(rank, plain, data):
             right += [0] * above + [1] + [0] * (11 - above)
         names = ["ndcg@10", "hr@10", "mrr@10"]
         p, number = np.array(scores), np.repeat(np.arange(len(table)), 12)
-        wanted = compute_metrics(right, np.column_stack([1 - p, p]), lists=number, names=names)
+        wanted = compute_metrics(right, np.column_stack([1 - p, p]), candidate_sets=number, names=names)
         assert {name: found["systems"][system][name]["value"] for name in names} == pytest.approx(wanted)
     gap = found["systems"]["llm"]["mrr@10"]["value"] - found["systems"]["popularity"]["mrr@10"]["value"]
     assert found["llm_minus"]["popularity"]["mrr@10"]["value"] == pytest.approx(gap)
@@ -309,7 +310,7 @@ def test_lists_are_drawn_uniformly_or_by_training_counts():
 # -- what is refused -------------------------------------------------------------------------------
 
 
-def test_evidence_that_has_seen_the_split_is_refused(recipe, plain, data, tmp_path, capfd):
+def test_an_index_that_has_seen_the_split_is_refused(recipe, plain, data, tmp_path, capfd):
     log, domain = BehaviorLog.read(data), Domain.from_dict(DOMAIN)
     splits = log.split(**SPLIT)
     flags = ["--bundle", str(plain), "--data.path", str(data), "--limit", "4", "--ranking.candidates", "5"]
@@ -323,7 +324,7 @@ def test_evidence_that_has_seen_the_split_is_refused(recipe, plain, data, tmp_pa
     recipe("evaluate")(flags)
 
 
-def test_a_split_by_user_needs_evidence_of_its_training_users(recipe, tiny_base, data, tmp_path, capfd):
+def test_a_split_by_user_needs_an_index_of_its_training_users(recipe, tiny_base, data, tmp_path, capfd):
     domain = Domain.from_dict({**DOMAIN, "split": {"by": "user", "valid": 0.3, "test": 0.3}})
     bundle = noisy_bundle(tmp_path / "bundle", tiny_base("llama"), domain=domain.to_dict())
     log = BehaviorLog.read(data)

@@ -47,8 +47,8 @@ def domain(bundle) -> Domain:
 
 @pytest.fixture(scope="module")
 def retrieval(log, domain, tmp_path_factory):
-    """A directory of evidence of the log."""
-    directory = tmp_path_factory.mktemp("evidence") / "retrieval"
+    """A directory with a retrieval index of the log."""
+    directory = tmp_path_factory.mktemp("index") / "retrieval"
     RetrievalIndex.fit(log, np.arange(len(log)), feedback(log, domain)).save(directory)
     return directory
 
@@ -512,7 +512,7 @@ def test_a_bad_file_of_users_is_named(columns, message, recipe, flags, users, tm
         (["--context={hour: 9}"], "context has 'hour', but the event of domain 'shop' takes from it only none"),
         (["--quotas={charts: 1}"], "there is no source 'charts'"),
         (["--quotas={popularity: 1}", "--retrieval=null"], "quotas and embeddings are for retrieval"),
-        (["--retrieval=nowhere"], "nowhere has no file evidence.json"),
+        (["--retrieval=nowhere"], "nowhere has no file index.json"),
         (["--candidates=nowhere.parquet"], "candidates must be an existing file"),
         (["--bundle=nowhere"], "bundle nowhere has no behavior.json"),
         (["--data.path=nowhere"], "nowhere"),

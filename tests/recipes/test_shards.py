@@ -12,7 +12,7 @@ import safetensors.numpy
 from safetensors.numpy import load_file
 
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.evaluation.predictions import metric_names
+from llmrec_peft.evaluation.stream_metrics import choose_metrics
 from llmrec_peft.runs.split_streams import build_split_streams
 from llmrec_peft.training import trainer as trainer_module
 from tests.invariants.setup_run import DOMAIN, make_trainer
@@ -69,8 +69,8 @@ def test_the_fingerprint_sees_the_base(streams, tiny_base, tmp_path):
 )
 def test_ranking_looks_at_fewer_places_than_lists_have(sizes, ranking):
     streams = SimpleNamespace(target_lists=np.repeat(np.arange(len(sizes)), sizes))
-    assert [name for name in metric_names(streams, None) if "@" in name] == ranking
-    assert metric_names(streams, ["auc"]) == ["auc", "targets"]
+    assert [name for name in choose_metrics(streams, None) if "@" in name] == ranking
+    assert choose_metrics(streams, ["auc"]) == ["auc", "targets"]
 
 
 def test_the_clock_runs_in_training_steps_alone(tiny_base, tiny_tokenizer, streams, tmp_path, monkeypatch):

@@ -8,18 +8,15 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.baselines import STRENGTH
-from llmrec_peft.retrieval.collaborative import (
-    DAY,
-    MODELS,
-    ItemCooccurrence,
-    LabelFactors,
-    MatrixFactorisation,
-    Popularity,
-    UserItemRates,
-    best,
-)
-from llmrec_peft.retrieval.factors import Penalty, Side, factorise, half_step
+from llmrec_peft.retrieval.collaborative import MODELS
+from llmrec_peft.retrieval.collaborative_model import CollaborativeModel
+from llmrec_peft.retrieval.cooccurrence import ItemCooccurrence
+from llmrec_peft.retrieval.factor_models import LabelFactors, MatrixFactorisation
 from llmrec_peft.retrieval.histories import Histories, feedback, user_items
+from llmrec_peft.retrieval.item_codes import top_k
+from llmrec_peft.retrieval.least_squares import FixedSide, Regularisation, als_item_vectors, half_step
+from llmrec_peft.retrieval.popularity import DAY, Popularity
+from llmrec_peft.retrieval.rates import UserItemRates
 
 DOMAIN = Domain.from_dict(
     {
@@ -86,7 +83,7 @@ def test_histories_before_are_strictly_earlier_labelled_rows_of_the_user(log, la
     assert late.counts[0] == (labels[log.user_codes == users[0]] >= 0).sum()
 
 
-def test_signs_follow_the_domains_negative_class(log):
+def test_feedback_follows_the_domains_negative_class(log):
     assert (feedback(log, DOMAIN) == DOMAIN.classes(log)).all()
     content = DOMAIN.to_dict() | {"label": {"column": "behaviour", "map": {"click": "like", "skip": None}}}
     found = feedback(log, Domain.from_dict(content))
@@ -178,7 +175,7 @@ def test_cooccurrence_equals_a_dense_loop(log, labels, train, neighbours):
 
 def test_cooccurrence_in_small_blocks_is_the_same(log, labels, train, monkeypatch):
     whole = ItemCooccurrence(neighbours=3).fit(log, train, labels)
-    monkeypatch.setattr("llmrec_peft.retrieval.collaborative.CELLS", 40)
+    monkeypatch.setattr(CollaborativeModel, "BLOCK_SIZE", 40)
     parts = ItemCooccurrence(neighbours=3).fit(log, train, labels)
     assert all((whole.arrays[name] == parts.arrays[name]).all() for name in whole.arrays)
     past, candidates = history(log, labels, 3), np.arange(log.num_items)
@@ -210,7 +207,7 @@ def plain_half_step(matrix, met, other, background, strengths):
 @pytest.mark.parametrize("background", [0.0, 0.3])
 @pytest.mark.parametrize("gathered", [10, 200, 4_000_000])
 def test_half_step_solves_the_least_squares(background, gathered, monkeypatch):
-    monkeypatch.setattr("llmrec_peft.retrieval.factors.GATHERED", gathered)
+    monkeypatch.setattr("llmrec_peft.retrieval.least_squares.BATCH_SIZE", gathered)
     rng = np.random.default_rng(0)
     users, items = rng.integers(0, 12, 90), rng.integers(0, 15, 90)
     users[users == 4] = 5  # user 4 met nothing
@@ -218,24 +215,24 @@ def test_half_step_solves_the_least_squares(background, gathered, monkeypatch):
     met = np.zeros((12, 15), bool)
     met[users, items] = True
     other = rng.normal(size=(15, 4)).astype(np.float32)
-    penalty = Penalty(background, 0.2)
+    penalty = Regularisation(background, 0.2)
     strengths = 0.2 * (met.sum(axis=1) + background * 15)
     wanted = plain_half_step(sparse.toarray(), met, other.astype(float), background, strengths)
-    assert half_step(sparse, Side(other), penalty) == pytest.approx(wanted, abs=1e-5)
+    assert half_step(sparse, FixedSide(other), penalty) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_factorise_lowers_the_objective_each_round():
+def test_als_lowers_the_objective_each_round():
     rng = np.random.default_rng(1)
     users, items = rng.integers(0, 20, 150), rng.integers(0, 15, 150)
     matrix = user_items(users, items, np.ones(150, bool), (20, 15))
-    dense, penalty = matrix.toarray(), Penalty(0.2, 0.05)
+    dense, penalty = matrix.toarray(), Regularisation(0.2, 0.05)
 
     def objective(rounds: int) -> float:
-        vectors = factorise(matrix, 3, rounds, penalty, seed=0)
-        own = half_step(matrix, Side(vectors), penalty)
+        vectors = als_item_vectors(matrix, 3, rounds, penalty, seed=0)
+        own = half_step(matrix, FixedSide(vectors), penalty)
         guess = own @ vectors.T
         fit = ((dense > 0) * (1 - guess) ** 2).sum() + 0.2 * (guess**2).sum()
-        rows, columns = penalty.of((dense > 0).sum(axis=1), 15), penalty.of((dense > 0).sum(axis=0), 20)
+        rows, columns = penalty.penalties((dense > 0).sum(axis=1), 15), penalty.penalties((dense > 0).sum(axis=0), 20)
         return fit + (rows * (own**2).sum(axis=1)).sum() + (columns * (vectors**2).sum(axis=1)).sum()
 
     values = [objective(rounds) for rounds in (1, 2, 4, 8, 16)]
@@ -246,7 +243,7 @@ def test_items_that_nobody_met_change_no_vector():
     rng = np.random.default_rng(2)
     users, items = rng.integers(0, 20, 150), rng.integers(0, 15, 150)
     few, many = (user_items(users, items, np.ones(150, bool), (20, size)) for size in (15, 40))
-    one, other = (factorise(matrix, 3, 2, Penalty(0.2, 0.05), seed=0) for matrix in (few, many))
+    one, other = (als_item_vectors(matrix, 3, 2, Regularisation(0.2, 0.05), seed=0) for matrix in (few, many))
     assert other[:15] == pytest.approx(one, abs=1e-5) and not other[15:].any()
 
 
@@ -256,7 +253,7 @@ def test_a_folded_in_user_is_the_trained_user(log, labels, train):
     matrix = user_items(
         log.user_codes[taken], log.item_codes[taken], np.ones(len(taken), bool), (log.num_users, log.num_items)
     )
-    trained = half_step(matrix, Side(model.arrays["factors"]), model._penalty)
+    trained = half_step(matrix, FixedSide(model.arrays["factors"]), model._regularisation)
     for user in range(log.num_users):
         rows = train[log.user_codes[train] == user]
         past = Histories.of(log.item_codes[rows], labels[rows] == 1)
@@ -329,7 +326,7 @@ def test_pairs_are_scored_as_one_by_one(log, labels, train, model, monkeypatch):
     together = model.score_pairs(past, owners, candidates)
     single = [model.score(past.part(o, o + 1), [c])[0] for o, c in zip(owners.tolist(), candidates, strict=True)]
     assert together == pytest.approx(single, abs=1e-5)
-    monkeypatch.setattr("llmrec_peft.retrieval.collaborative.CELLS", 60)
+    monkeypatch.setattr(CollaborativeModel, "BLOCK_SIZE", 60)
     assert model.score_pairs(past, owners, candidates) == pytest.approx(together, abs=1e-5)
     assert np.isfinite(together).all()
 
@@ -355,7 +352,7 @@ def test_only_the_given_rows_are_learnt_from(log, labels, train, model):
 
 
 @ALL
-def test_a_new_user_and_a_new_item_get_the_neutral_answer(log, labels, train, model):
+def test_a_new_user_and_a_new_item_get_the_neutral_score(log, labels, train, model):
     hidden = 5  # no training row has it
     rows = train[log.item_codes[train] != hidden]
     model.fit(log, rows, labels)
@@ -396,7 +393,7 @@ def test_same_seed_same_model(log, labels, train, model):
 
 
 @ALL
-def test_recoded_models_answer_the_same_for_moved_items(log, labels, train, model):
+def test_recoded_models_score_the_same_for_moved_items(log, labels, train, model):
     model.fit(log, train, labels)
     rng = np.random.default_rng(3)
     places = np.insert(np.delete(rng.permutation(log.num_items), 2), [0, 5], -1)  # two new items, one gone
@@ -409,7 +406,7 @@ def test_recoded_models_answer_the_same_for_moved_items(log, labels, train, mode
     assert moved.score(new, kept) == pytest.approx(model.score(old, places[kept]), abs=1e-5)
     fresh = moved.score(new, np.flatnonzero(places < 0))
     assert fresh == pytest.approx(model.score(old, [-1, -1]), abs=1e-6)
-    assert moved.sound(len(places)) and not moved.sound(len(places) + 1)
+    assert moved.has_valid_arrays(len(places)) and not moved.has_valid_arrays(len(places) + 1)
 
 
 @ALL
@@ -443,10 +440,10 @@ def test_bad_settings_are_refused():
 
 def test_best_takes_ties_by_the_lower_place():
     scores = np.array([1.0, 3.0, -np.inf, 3.0, 1.0, 1.0, 0.0])
-    assert best(scores, 3).tolist() == [1, 3, 0]
-    assert best(scores, 4).tolist() == [1, 3, 0, 4]
-    assert best(scores, 99).tolist() == [1, 3, 0, 4, 5, 6]
-    assert best(scores, 0).tolist() == best(np.full(3, -np.inf), 2).tolist() == []
+    assert top_k(scores, 3).tolist() == [1, 3, 0]
+    assert top_k(scores, 4).tolist() == [1, 3, 0, 4]
+    assert top_k(scores, 99).tolist() == [1, 3, 0, 4, 5, 6]
+    assert top_k(scores, 0).tolist() == top_k(np.full(3, -np.inf), 2).tolist() == []
 
 
 def test_a_large_log_takes_memory_by_rows_and_not_by_users_times_items():

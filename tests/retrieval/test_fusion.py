@@ -1,4 +1,4 @@
-"""Fusion: helps where evidence helps, is the LLM itself where there is none, and never sees what it is tested on."""
+"""Fusion: uses collaborative scores where they help, equals the LLM without them, and never sees test targets."""
 
 import json
 
@@ -8,13 +8,15 @@ from scipy.special import expit, softmax
 
 from llmrec_peft.errors import BundleError, DataError
 from llmrec_peft.evaluation.metrics import logloss
-from llmrec_peft.retrieval.fusion import GATES, MIN_TARGETS, Features, Fusion, _cross_validate, _solve, log_odds
+from llmrec_peft.retrieval.fusion import MIN_TARGETS, Fusion
+from llmrec_peft.retrieval.pair_features import GATES, Features
+from llmrec_peft.retrieval.stacking import cross_validate, fit_correction, log_odds
 
 NAMES = ("taste", "noise", *GATES)
 
 
 def targets(n=3000, seed=0, users=60):
-    """Log-odds: what the LLM says of a new item, what the evidence says of a known one."""
+    """Log-odds: the LLM knows new items, the collaborative score knows old ones."""
     rng = np.random.default_rng(seed)
     known = rng.random(n) < 0.5
     text, taste = rng.normal(0, 1.5, n), rng.normal(0, 1.5, n)
@@ -37,7 +39,7 @@ def test_fusion_beats_both_and_weighs_by_what_is_known():
     assert logloss(labels, fused) < logloss(labels, alone) - 0.05
     assert logloss(labels, fused) < logloss(labels, np.column_stack([1 - taste, taste])) - 0.05
     known = features.values[:, -1] > 0
-    # Of new items the evidence says nothing, and the LLM's word is kept; of known ones it is moved far.
+    # New items have no collaborative score, so the LLM's log-odds stay; known ones move far.
     moved = np.abs(fused - alone)[:, 1]
     assert moved[known].mean() > 4 * moved[~known].mean()
 
@@ -49,7 +51,7 @@ def test_without_gates_the_same_scores_do_worse():
     assert gated.loss < plain.loss - 0.02
 
 
-def test_missing_features_get_the_llms_own_answer():
+def test_missing_features_get_the_llms_own_probabilities():
     logits, features, labels, users = targets()
     fusion = Fusion.fit(logits, features, labels, users)
     own = softmax(logits, axis=1)
@@ -90,7 +92,7 @@ def test_too_little_to_learn_from_leaves_the_llm_alone(change, why):
 
 
 def test_noise_that_does_not_help_is_not_taken():
-    """The LLM is right and the evidence is noise: the correction is none, or hardly any."""
+    """The LLM is right and the collaborative scores are noise: the correction is none, or hardly any."""
     rng = np.random.default_rng(0)
     refused = 0
     for seed in range(4):
@@ -111,12 +113,12 @@ def test_solution_is_the_penalised_least_logloss():
     rng = np.random.default_rng(0)
     columns = rng.normal(size=(500, 3))
     truth = (rng.random(500) < expit(columns @ [1.0, -0.5, 0])).astype(float)
-    bias, weights = _solve(np.zeros(500), columns, truth, 4.0)
+    bias, weights = fit_correction(np.zeros(500), columns, truth, 4.0)
     # Here b is under the prior too, so it is a column there.
     other = LogisticRegression(C=1 / 4.0, fit_intercept=False, tol=1e-9, max_iter=1000)
     other.fit(np.column_stack([np.ones(500), columns]), truth)
     assert [bias, *weights] == pytest.approx(other.coef_[0], abs=1e-4)
-    far = _solve(np.zeros(500), columns, truth, 1e9)
+    far = fit_correction(np.zeros(500), columns, truth, 1e9)
     assert abs(far[0]) < 1e-6 and np.abs(far[1]).max() < 1e-6
 
 
@@ -127,8 +129,8 @@ def test_folds_never_part_a_user():
     mood = rng.normal(0, 2, 40)[users]
     truth = (rng.random(1000) < expit(mood)).astype(float)
     columns = np.eye(40)[users]
-    losses = _cross_validate(np.zeros(1000), columns, truth, users, 0)
-    apart = _cross_validate(np.zeros(1000), columns, truth, np.arange(1000), 0)
+    losses = cross_validate(np.zeros(1000), columns, truth, users, 0)
+    apart = cross_validate(np.zeros(1000), columns, truth, np.arange(1000), 0)
     assert min(losses.values()) > 0.68 and min(apart.values()) < 0.55
 
 
@@ -140,7 +142,7 @@ def test_values_beyond_validation_are_held_at_its_edge():
     assert fusion.apply(logits[:1], wild) == pytest.approx(fusion.apply(logits[:1], held))
 
 
-def test_one_targets_answer_does_not_depend_on_the_others():
+def test_one_targets_prediction_does_not_depend_on_the_others():
     logits, features, labels, users = targets()
     fusion = Fusion.fit(logits, features, labels, users)
     whole = fusion.apply(logits, features)

@@ -34,7 +34,7 @@ def scorer(bundle_of, items) -> Scorer:
 
 @pytest.fixture
 def fitted(small_log):
-    """A log, the signs of its rows, and the evidence of all rows but those of HIDDEN."""
+    """A log, the feedback of its rows, and the retrieval index of all rows but those of HIDDEN."""
     log = small_log(users=30, events=18)
     feedback = log.column("label").to_numpy().astype(np.int8)
     rows = np.flatnonzero(log.item_codes != log.item_index(HIDDEN))
@@ -71,7 +71,7 @@ def with_exclude(domains, labels) -> None:
 # -- the whole catalogue -----------------------------------------------------------------------
 
 
-def test_without_evidence_the_whole_catalogue_is_ranked(scorer, items):
+def test_without_an_index_the_whole_catalogue_is_ranked(scorer, items):
     found = scorer.recommend(HISTORY, k=100)
     left = [item for item in items.column("item_id").to_pylist() if item not in MET]
     assert set(by_item(found)) == set(left) and {entry.source for entry in found} == {"all"}
@@ -140,7 +140,7 @@ def test_retrieval_names_the_pool(scorer, fitted):
 
 
 def test_a_new_item_is_reached_by_a_quota_and_scored_by_its_text(scorer, fitted, items):
-    """Its place in the table is another than in the log that the evidence is of, and it has no row there."""
+    """Its place in the table is another than in the log that the index is of, and it has no row there."""
     order = [*range(23, 12, -1), *range(13)]
     new = pa.table({"item_id": ["brand new"], "title": ["A film nobody met"], "genres": ["Comedy"]})
     table = pa.concat_tables([items.take(order), new], promote_options="permissive")
@@ -179,10 +179,10 @@ def test_fusion_is_applied_to_what_the_scorer_says(scorer, fitted, fusion):
 # -- many at once ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", ["nothing", "evidence", "fusion", "candidates"])
+@pytest.mark.parametrize("parts", ["nothing", "index", "fusion", "candidates"])
 def test_many_are_answered_as_one_by_one(parts, scorer, fitted, fusion):
     options = {"k": 7, "pool": 9 if parts != "fusion" else 3, "exclude": ["i9"]}
-    if parts in ("evidence", "fusion"):
+    if parts in ("index", "fusion"):
         scorer.retrieval_index = fitted[2]
     if parts == "fusion":
         scorer.fusion = fusion

@@ -1,6 +1,8 @@
-"""Merged retrieval and the evidence that it stands on: who is reached, what is left out, and files that hold."""
+"""Retrieval from merged sources, the index that it uses, and the index's files."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -8,11 +10,16 @@ import pytest
 
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import BundleError, ConfigError, DataError
-from llmrec_peft.retrieval.collaborative import DAY, ItemCooccurrence, MatrixFactorisation, Popularity
-from llmrec_peft.retrieval.fusion import Features, Fusion
+from llmrec_peft.retrieval.cooccurrence import ItemCooccurrence
+from llmrec_peft.retrieval.factor_models import MatrixFactorisation
+from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.histories import Histories
-from llmrec_peft.retrieval.retrieval_index import ARRAYS, MANIFEST, RetrievalIndex, choose_half_life
-from llmrec_peft.retrieval.retriever import QUOTAS, SOURCES, Retriever, TextNeighbours, _interleave, recall
+from llmrec_peft.retrieval.index_files import ARRAYS, FORMER_NAMES, MANIFEST
+from llmrec_peft.retrieval.pair_features import Features
+from llmrec_peft.retrieval.popularity import DAY, Popularity, choose_half_life
+from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
+from llmrec_peft.retrieval.retriever import QUOTAS, SOURCES, Retriever, _interleave, recall
+from llmrec_peft.retrieval.text_neighbours import TextNeighbours
 
 HIDDEN = 5  # an item without training rows
 
@@ -126,7 +133,7 @@ def test_quotas_that_cannot_be_are_refused(retrieval_index, embeddings):
         ({"popularity": -1}, "share of popularity must be 0 or more, not -1"),
         ({"popularity": float("nan")}, "must be 0 or more, not nan"),
         ({"popularity": 0}, "no source has a share above 0"),
-        ({"text": 1}, "source text has a share, but is not there"),
+        ({"text": 1}, "source text has a share, but is not available"),
     ):
         with pytest.raises(ConfigError, match=message):
             Retriever(retrieval_index, quotas=quotas)
@@ -139,7 +146,7 @@ def test_quotas_that_cannot_be_are_refused(retrieval_index, embeddings):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("block", [5, 65_536])
 def test_text_neighbours_equal_plain_cosines(embeddings, dtype, block, monkeypatch):
-    monkeypatch.setattr("llmrec_peft.retrieval.retriever.BLOCK", block)
+    monkeypatch.setattr("llmrec_peft.retrieval.text_neighbours.BLOCK", block)
     given = embeddings.astype(dtype)
     plain = given.astype(np.float64)
     has = plain.any(axis=1)
@@ -152,7 +159,7 @@ def test_text_neighbours_equal_plain_cosines(embeddings, dtype, block, monkeypat
     assert found[has] == pytest.approx(wanted[has], abs=1e-4) and (found[~has] == -np.inf).all()
     order = [i for i in np.lexsort((np.arange(len(found)), -found)) if has[i] and i not in (3, 6)]
     assert text.top(PAST, 5, [3, 6]).tolist() == order[:5]
-    monkeypatch.setattr("llmrec_peft.retrieval.retriever.NEWEST", 2)
+    monkeypatch.setattr("llmrec_peft.retrieval.text_neighbours.NEWEST", 2)
     newest = plain[[9, 6]].mean(axis=0)
     assert text.scores(PAST)[has] == pytest.approx((plain @ newest / np.linalg.norm(newest))[has], abs=1e-4)
 
@@ -180,7 +187,7 @@ def test_recall_counts_each_relevant_item_once():
     assert recall([], [1], 3) == 0.0
 
 
-# ---- evidence ------------------------------------------------------------------------------------------------------
+# ---- index ----------------------------------------------------------------------------------------------------------
 
 
 def test_features_are_those_of_strictly_earlier_events(log, labels, train, retrieval_index, monkeypatch):
@@ -220,11 +227,11 @@ def test_empty_targets_and_other_tables(log, labels, retrieval_index):
         len(retrieval_index.feature_names),
     )
     small = retrieval_index.for_items(retrieval_index.item_ids.to_pylist()[:5])
-    with pytest.raises(DataError, match="has 24 items, the evidence 5; take evidence.for_items"):
+    with pytest.raises(DataError, match="has 24 items, the retrieval index 5; take index.for_items"):
         small.target_features(log, labels, np.arange(3))
 
 
-def test_evidence_follows_the_item_table(retrieval_index):
+def test_an_index_follows_the_item_table(retrieval_index):
     ids = retrieval_index.item_ids.to_pylist()
     moved = retrieval_index.for_items(["brand new", *ids[::-1]])
     assert retrieval_index.for_items(pa.chunked_array([ids])) is retrieval_index
@@ -268,7 +275,7 @@ def fusion(retrieval_index, log, labels):
     return Fusion.fit(logits, retrieval_index.target_features(log, labels, rows), labels[rows], log.user_codes[rows])
 
 
-def test_saved_evidence_answers_the_same(retrieval_index, fusion, embeddings, log, labels, tmp_path):
+def test_a_saved_index_retrieves_the_same(retrieval_index, fusion, embeddings, log, labels, tmp_path):
     assert fusion.strength is not None
     place = retrieval_index.save(tmp_path / "retrieval", fusion=fusion, adapter="a" * 64)
     assert sorted(path.name for path in place.iterdir()) == [MANIFEST, ARRAYS]
@@ -340,11 +347,11 @@ def cut(place):
 
 
 DAMAGE = [
-    (flip, "is not the file that evidence.json was written with"),
-    (cut, "is not the file that evidence.json was written with"),
-    (lambda p: (p / ARRAYS).unlink(), "has no file evidence.safetensors"),
+    (flip, "is not the file that index.json was written with"),
+    (cut, "is not the file that index.json was written with"),
+    (lambda p: (p / ARRAYS).unlink(), "has no file index.safetensors"),
     (lambda p: (p / MANIFEST).write_text("{"), "is not readable JSON"),
-    (lambda p: (p / "extra.npz").write_bytes(b"x"), "holds extra.npz, which Evidence.save does not write"),
+    (lambda p: (p / "extra.npz").write_bytes(b"x"), "holds extra.npz, which RetrievalIndex.save does not write"),
     (lambda p: edit(p, lambda m: m.update(format_version=2)), "has format_version 2, and this version reads 1"),
     (lambda p: edit(p, lambda m: m.pop("fusion")), "has no valid entry 'fusion'"),
     (lambda p: edit(p, lambda m: m["fitted"].update(rows=1)), "was changed after it was written"),
@@ -375,7 +382,7 @@ def test_nothing_else_is_overwritten_and_other_features_are_not_saved(
 ):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(BundleError, match="exists and holds no evidence, so it is not replaced"):
+    with pytest.raises(BundleError, match="exists and holds no retrieval index, so it is not replaced"):
         retrieval_index.save(tmp_path / "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     fewer = RetrievalIndex.fit(log, train, labels, [ItemCooccurrence(), MatrixFactorisation(rank=2, rounds=1)])
@@ -383,3 +390,29 @@ def test_nothing_else_is_overwritten_and_other_features_are_not_saved(
         fewer.save(tmp_path / "r", fusion=fusion)
     assert not (tmp_path / "r").exists()
     assert isinstance(fewer.features(PAST, np.array([0]), np.array([1])), Features)
+
+
+def test_the_names_of_version_0_1_0_are_read_and_replaced(retrieval_index, fusion, tmp_path):
+    place = retrieval_index.save(tmp_path / "retrieval", fusion=fusion)
+    manifest = json.loads((place / MANIFEST).read_text())
+    manifest["files"] = {FORMER_NAMES[1]: manifest["files"][ARRAYS]}
+    (place / FORMER_NAMES[0]).write_text(json.dumps(manifest))
+    (place / ARRAYS).rename(place / FORMER_NAMES[1])
+    (place / MANIFEST).unlink()
+    loaded, found = RetrievalIndex.load(place)
+    assert found == fusion and loaded.item_ids.equals(retrieval_index.item_ids)
+    loaded.save(place)
+    assert sorted(path.name for path in place.iterdir()) == [MANIFEST, ARRAYS]
+
+
+def test_retrieval_imports_neither_torch_nor_transformers():
+    code = """
+import importlib, pkgutil, sys
+import llmrec_peft.retrieval as package
+for module in pkgutil.iter_modules(package.__path__, "llmrec_peft.retrieval."):
+    if not module.name.endswith(".recommender"):
+        importlib.import_module(module.name)
+print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from llmrec_peft import Domain, Scorer
+from llmrec_peft.data.layout import window_start
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import BundleError, DataError, ModelError
-from llmrec_peft.merging.merging import merge_bundle
+from llmrec_peft.merging.merge_bundle import merge_bundle
 from llmrec_peft.models import attention
 from llmrec_peft.scoring import engine as engine_module
 from llmrec_peft.scoring.bank import DomainBank
 from llmrec_peft.scoring.item_table import Catalogue
-from llmrec_peft.scoring.prompts import Prompts, window_start
+from llmrec_peft.scoring.prompts import Prompts
 from tests.support.requests import CALIBRATION, HISTORY, MOVIES, SHOP, SHOP_HISTORY, USER, alone
 
 pytestmark = [

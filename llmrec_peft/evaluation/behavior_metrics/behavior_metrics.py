@@ -1,8 +1,11 @@
 """The `evaluate` module of llmrec_peft's metrics. Load it with `llmrec_peft.evaluation.load_metric()`."""
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, METRICS, compute_metrics, metric_names
 
@@ -15,10 +18,10 @@ Args:
         target: the probability of class 1.
     references: class number of each target.
     users: id of each target's user, for gauc and its counts.
-    lists: id of each target's candidate list, for ndcg@k, hr@k and mrr@k.
+    candidate_sets: id of the candidate set of each target, for ndcg@k, hr@k and mrr@k.
     names: what to compute, of {", ".join(metric_names())}; by default {", ".join(DEFAULT_NAMES)}.
 Returns:
-    the asked values by name, NaN where a metric is undefined.
+    the requested values by name, NaN where a metric is undefined.
 """
 _CITATION = """\
 @inproceedings{zhu2017gauc, title={Optimized Cost per Click in Taobao Display Advertising},
@@ -29,8 +32,8 @@ _CITATION = """\
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
-class BehaviorMetrics(evaluate.Metric):
-    """See the module's text; the numbers come from `llmrec_peft.evaluation.metrics.compute_metrics`."""
+class BehaviorMetrics(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+    """A thin door to the package's metrics: the numbers come from `llmrec_peft.evaluation.metrics.compute_metrics`."""
 
     def _info(self) -> evaluate.MetricInfo:
         number = datasets.Value("float64")
@@ -45,8 +48,15 @@ class BehaviorMetrics(evaluate.Metric):
             ],
         )
 
-    def _compute(self, predictions, references, users=None, lists=None, names=None) -> dict[str, float | int]:
+    def _compute(
+        self,
+        predictions: ArrayLike,
+        references: ArrayLike,
+        users: ArrayLike | None = None,
+        candidate_sets: ArrayLike | None = None,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, float | int]:
         probabilities = np.asarray(predictions, dtype=np.float64)
         if probabilities.ndim == 1:
             probabilities = np.column_stack([1 - probabilities, probabilities])
-        return compute_metrics(references, probabilities, users, lists, names)
+        return compute_metrics(references, probabilities, users, candidate_sets, names)
