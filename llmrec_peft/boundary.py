@@ -1,4 +1,4 @@
-"""The boundary of every command: errors that are no faults of the program become one line and an exit code."""
+"""The boundary of every command: errors of the input or the machine become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn errors that are no faults of the program into one line on standard error and exit code 2.
+    """Turn errors of the input or the machine into one line on standard error and exit code 2.
 
-    These are the errors that this package raises on purpose, and what the machine refuses: space, rights, memory, file
-    names. An interrupt ends with 130. Every other exception keeps its traceback.
+    These are the errors that this package raises on purpose, and what the machine refuses: space, permissions, memory,
+    file names. An interrupt exits with 130. Every other exception keeps its traceback.
     """
     try:
         yield
@@ -50,6 +50,6 @@ def _say(line: str) -> None:
 
 
 def _drop_output() -> None:
-    """Send what is still to be printed nowhere: nobody reads it, and the interpreter would fail on it at its end."""
+    """Discard pending output: no process reads it, and the interpreter would fail on it at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,7 @@
-"""Reads JSON and YAML that others wrote, within limits on bytes, depth and numbers: the one place that parses either.
+"""Parse JSON and YAML from outside, within limits on bytes, depth and numbers.
 
 No other module of the package calls `json.load`, `json.loads` or a YAML loader on a file or text from outside. The
-functions raise the error class that the caller names, always in one line. Nothing here needs torch or Arrow.
+functions raise the error class that the caller passes, with a one-line message. Nothing here needs torch or Arrow.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from llmrec_peft.errors import DataError, LLMRecError, one_line
 from llmrec_peft.messages import quoted, shortened
 
 MAX_JSON_BYTES = 64 << 20
-"""Bytes of a JSON file, at most: the largest tokenizer.json in use has about 35 MB."""
+"""Most bytes of a JSON file: the largest tokenizer.json in use has about 35 MB."""
 MAX_YAML_BYTES = 1 << 20
-"""Bytes of a YAML file, at most: its loader is slow, and configurations are small."""
+"""Most bytes of a YAML file: its loader is slow, and configurations are small."""
 MAX_DEPTH = 100
-"""Levels of nested lists and mappings, at most."""
+"""Most levels of nested lists and mappings."""
 MAX_DIGITS = 40
-"""Digits of a whole number, at most: every such number is a finite float too."""
+"""Most digits of a whole number: every such number is also a finite float."""
 MAX_ALIASES = 1000
-"""Aliases in one YAML document, at most."""
+"""Most aliases in one YAML document."""
 MAX_MERGED = 10_000
-"""Keys of a YAML mapping with those that `<<` brings, at most."""
+"""Most keys of a YAML mapping, including those merged by `<<`."""
 MAX_NODES = 4_000_000
-"""Values in one document, at most: Gemma's tokenizer.json has 2,200,000. A YAML alias counts as all it stands for."""
+"""Most values in one document: Gemma's tokenizer.json has 2,200,000. A YAML alias counts as all its values."""
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
@@ -38,8 +38,8 @@ _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 def read_bytes(path: str | Path, *, error: type[LLMRecError] = DataError, limit: int, pipes: bool = False) -> bytes:
     """Bytes of a file, `limit` at most.
 
-    A file that grows under the read, is sparse, or is a device never takes more memory than the limit. Pipes are
-    refused unless `pipes`, since one without a writer would wait for ever.
+    Memory stays within the limit even if the file grows meanwhile, is sparse, or is a device. Pipes are refused unless
+    `pipes`, since reading one without a writer never ends.
 
     Raises:
         error: no such file, not a regular file, a path that no file system takes, or more bytes than the limit.
@@ -107,8 +107,8 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text; `where` names it in messages, such as `line 7 of x.jsonl`.
 
-    Depth and digits are always limited. `strict` also refuses NaN, infinities, half surrogate pairs and a key that
-    stands twice in one mapping, which data may hold and manifests may not.
+    Depth and digits are always limited. `strict`, for manifests, also refuses NaN, infinities, half surrogate pairs and
+    repeated keys in one mapping.
 
     Raises:
         error: not UTF-8, not JSON, or beyond a limit.
@@ -128,14 +128,14 @@ def parse_json(
         raise error(f"{where} nests deeper than {MAX_DEPTH} levels; {advice}") from None
     except ValueError:  # Python reads no whole number of more than 4,300 digits
         raise error(f"{where} holds a whole number of more than {MAX_DIGITS} digits; {advice}") from None
-    # Most lines of a log are spared the walk: with so few brackets a text cannot be too deep.
+    # Most lines of a log skip the walk: with so few brackets a text cannot be too deep.
     if strict or text.count("[") + text.count("{") > MAX_DEPTH or _LONG_NUMBER.search(text):
         check_tree(value, where, error=error, advice=advice, strict=strict)
     return value
 
 
 class _RepeatedKey(Exception):
-    """A key that stands twice in one mapping."""
+    """A repeated key in one mapping."""
 
     def __init__(self, key: Any) -> None:
         super().__init__(str(key))
@@ -205,7 +205,7 @@ def parse_yaml(
 def _yaml_loader(dates: bool) -> type:
     """PyYAML's SafeLoader that refuses repeated keys, and aliases beyond a limit.
 
-    Merge keys (`<<`) copy what they name: without the limit a few of them grow without end before any value is seen.
+    Merge keys (`<<`) copy mappings: without the limit, a few of them grow exponentially before any value is checked.
     """
     import yaml
 

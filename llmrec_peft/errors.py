@@ -23,9 +23,8 @@ from contextlib import contextmanager
 class LLMRecError(ValueError):
     """Base of all errors that this package raises on purpose.
 
-    Line breaks and other characters that cannot be printed are escaped, whatever input a message quotes, and a message
-    longer than 2,000 characters loses its middle. `said_elsewhere` is set where several processes fail by one error and
-    another of them says so.
+    Line breaks and other characters that cannot be printed are escaped. A message of more than 2,000 characters loses
+    its middle. `said_elsewhere` is set if several processes fail by one error and another process prints it.
     """
 
     said_elsewhere = False
@@ -61,10 +60,10 @@ class BundleError(LLMRecError):
 
 @contextmanager
 def input_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[None]:
-    """Turn what a library raises on a user's input into one of our errors: the door that all input of a kind enters by.
+    """Turn what a library raises on a user's input into one of our errors.
 
-    Put around the whole reading of a log, a bundle, a configuration or a request, never around computation. Our own
-    errors pass as they are. The library's exception stays as the cause.
+    Wrap the whole reading of a log, a bundle, a configuration or a request in it, never a computation. Our own errors
+    pass unchanged. The library's exception is the cause of the new one.
 
     Args:
         kind: the class to raise.
@@ -91,7 +90,7 @@ def input_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[No
 
 @contextmanager
 def output_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[None]:
-    """Turn what this and other libraries raise where the disk is full or may not be written into one of our errors.
+    """Turn what any library raises when the disk is full or not writable into one of our errors.
 
     Args:
         kind: the class to raise.
@@ -110,9 +109,9 @@ def output_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[N
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """One line on what the machine refused (space, rights, memory, names), or None for an error of another kind.
+    """One line on what the machine refused (space, permissions, memory, names), or None for an error of another kind.
 
-    Libraries wrap such errors in classes of their own: safetensors, tokenizers and torch.
+    safetensors, tokenizers and torch wrap such errors in their own classes.
     """
     text = " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else None
@@ -130,9 +129,9 @@ def machine_fault(error: BaseException) -> str | None:
 
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust spell an OSError."""
+"""Format of an OSError in messages of libraries written in Rust."""
 _ARCHIVE = re.compile(r"inline_container|PytorchStreamWriter|file write failed|iostream error")
-"""How torch says that an archive could not be written."""
+"""Messages of torch for an archive that could not be written."""
 _NO_MEMORY = re.compile(r"^OutOfMemoryError|can't allocate memory|not enough memory")
 _ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",

@@ -1,10 +1,10 @@
-"""Types and bounds of configuration values, each said once beside its field.
+"""Types and bounds of configuration values, declared once beside each field.
 
     r: int = number(16, 1, 4096)
     learning_rate: float = number(3e-4, 0, 100, above=True)
 
-`check_fields` holds an object to its annotations and bounds. Every number has a lower and an upper bound, NaN and
-infinity never pass, and a bool is no number. Nothing here needs torch or Arrow.
+`check_fields` checks an object against its annotations and bounds. Every number has a lower and an upper bound, NaN and
+infinity never pass, and a bool is not a number. Nothing here needs torch or Arrow.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from llmrec_peft.errors import ConfigError
 from llmrec_peft.messages import quoted
 
 MAX_TEXT = 4096
-"""Characters of a text, at most, where its field says nothing else: as long as the longest path."""
+"""Most characters of a text by default: as many as the longest path."""
 MAX_ENTRIES = 100_000
-"""Entries of a list or a mapping, at most."""
+"""Most entries of a list or a mapping."""
 MAX_SEED = 2**32 - 1
-"""NumPy takes no larger one."""
+"""Largest seed of NumPy."""
 MAX_COUNT = 10**9
-"""Bound of what only counts and is never allocated, such as steps."""
+"""Bound of numbers that are only counted and never allocated, such as steps."""
 MAX_TOKENS = 10**8
 """Bound of the tokens in one forward pass."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number may be, or every number of a list or mapping.
+    """Bounds of a number, or of every number in a list or mapping.
 
     Args:
         low, high: inclusive, except where `above` or `below` is set.
-        also: single values outside the bounds that are allowed too.
+        also: allowed values outside the bounds.
     """
 
     low: float
@@ -52,14 +52,14 @@ class Bounds:
     also: tuple[float, ...] = ()
 
     def hold(self, value: Any) -> bool:
-        """Whether a number keeps the bounds; NaN never does."""
+        """Whether a number is within the bounds; NaN never is."""
         if value in self.also:
             return True
         low = self.low < value if self.above else self.low <= value
         return bool(low and (value < self.high if self.below else value <= self.high))
 
     def words(self, value: Any, *, whole: bool, brief: bool) -> str:
-        """The bound that a value breaks, for a message."""
+        """The bound that a value violates, for a message."""
         low = f"{'above' if self.above else 'at least'} {_plain(self.low)}"
         high = f"{'below' if self.below else 'at most'} {_plain(self.high)}"
         finite = isinstance(value, numbers.Integral) or abs(value) < float("inf")
@@ -83,7 +83,7 @@ def number(
     below: bool = False,
     also: tuple[float, ...] = (),
 ) -> Any:
-    """A dataclass field of numbers with bounds; see `Bounds`. A callable default makes the value."""
+    """A dataclass field for numbers with bounds; see `Bounds`. A callable default is a factory."""
     metadata = {"bounds": Bounds(low, high, above, below, also)}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -91,12 +91,12 @@ def number(
 
 
 def text(default: Any = MISSING, *, most: int) -> Any:
-    """A dataclass field of a text of `most` characters or fewer."""
+    """A dataclass field for a text of at most `most` characters."""
     return dataclasses.field(default=default, metadata={"most": most})
 
 
 def require(rule: bool, field: str, requirement: str, value: object) -> None:
-    """Raise ConfigError unless a setting keeps its rule."""
+    """Raise ConfigError unless the rule of a setting holds."""
     if not rule:
         key = key_of(field)
         raise ConfigError(f"{key} must be {requirement}, not {quoted(value, 100)}; change {key} in the configuration")
@@ -107,7 +107,7 @@ _section: ContextVar[str] = ContextVar("section", default="")
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """Values that are checked in the block belong to this section of a configuration; messages name them by it."""
+    """Name the section of a configuration whose values are checked in the block, for messages."""
     token = _section.set(name)
     try:
         yield
@@ -116,7 +116,7 @@ def section(name: str) -> Iterator[None]:
 
 
 def key_of(field: str) -> str:
-    """The key of a field: behind its section's name, unless the field has it already."""
+    """The key of a field: prefixed with its section, unless the field has the prefix already."""
     name = _section.get()
     return field if not name or field == name or field.startswith(f"{name}.") else f"{name}.{field}"
 
@@ -126,7 +126,7 @@ def check_fields(options: Any, prefix: str = "", *, brief: bool = False) -> None
 
     Args:
         options: a dataclass object.
-        prefix: section that messages put before a field's name, such as `train.`.
+        prefix: section before a field's name in messages, such as `train.`.
         brief: name a bound without the kind of number.
     """
     for name, requirement, value in broken_fields(options, brief=brief):
@@ -151,7 +151,7 @@ def annotations_of(kind: type) -> dict[str, tuple[Any, Any]]:
 
 
 def describe(hint: Any) -> str:
-    """Say a type in words, for messages."""
+    """A type in words, for messages."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in words:
@@ -169,7 +169,7 @@ def describe(hint: Any) -> str:
 
 @dataclass(frozen=True)
 class _Fault:
-    """What a value must be; `fits` where its type is right and only a bound is broken."""
+    """What a value must be; `fits` if its type is right and only a bound is violated."""
 
     requirement: str
     fits: bool = False

@@ -1,8 +1,8 @@
-"""Files and directories written whole or not at all: under a temporary name beside their place, and then moved into it.
+"""Write files and directories atomically: under a temporary name beside the target, then moved into place.
 
-A temporary name is `.NAME.<8 hex digits>.partial`, and `.NAME-old-<8 hex digits>` is what steps aside while a directory
-is replaced. Whoever uses one holds a lock on it, which the system lets go of however the process ends: so `sweep` knows
-what a killed process left, and removes that alone.
+A temporary name is `.NAME.<8 hex digits>.partial`. While a directory is replaced, the old one is called
+`.NAME-old-<8 hex digits>`. The process that uses such a name holds a lock on it, which the system releases however the
+process ends. So `sweep` recognises and removes only what killed processes left.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _SCRATCH = re.compile(r"\.(.+)-merging-[0-9a-z_]{8}", re.DOTALL)  # of earlier v
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the temporary name to write to; it takes the place of `path` at the end, and is gone after an error.
+    """Yield a temporary name to write to; it replaces `path` at the end, and is removed after an error.
 
     Raises:
-        FileExistsError: `path` is a link, a device, a pipe or a directory, before anything is written.
+        FileExistsError: `path` is a link, a device, a pipe or a directory; raised before anything is written.
     """
     _check_replaced(path)
     with scratch_file(path) as partial:
@@ -54,7 +54,7 @@ def _check_replaced(path: Path) -> None:
 
 @contextmanager
 def scratch_file(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` to write to, gone when the block ends; what killed processes left goes too."""
+    """An empty file beside `path` to write to, removed when the block ends; leftovers of killed processes go too."""
     with _scratch(path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))) as scratch:
         try:
             yield scratch
@@ -64,8 +64,7 @@ def scratch_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
-    """A directory beside `path` to fill and `move_into_place`, gone when the block ends; what killed processes left
-    goes too."""
+    """A directory beside `path` to fill and `move_into_place`, removed when the block ends; leftovers go too."""
     path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(path, os.mkdir) as scratch:
@@ -88,7 +87,7 @@ def _scratch(path: Path, make: Callable[[Path], Any]) -> Iterator[Path]:
 
 
 def move_into_place(scratch: Path, directory: Path) -> None:
-    """Rename onto `directory`; an old one steps aside first, as a directory cannot replace a full one."""
+    """Rename `scratch` to `directory`; an existing one is renamed first, as a directory cannot replace a full one."""
     directory = _named(directory)
     if not directory.exists():
         os.replace(scratch, directory)
@@ -105,10 +104,10 @@ def move_into_place(scratch: Path, directory: Path) -> None:
 
 
 def sweep(directory: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in a directory: of the file or directory `name`, or of all.
+    """Remove what killed processes left in a directory, of the file or directory `name` or of all.
 
-    Where a replacement was broken off between its two renames, the old directory comes back. What a living process
-    writes stays, and so does everything on file systems without locks.
+    If a replacement was interrupted between its two renames, the old directory is restored. Files of running processes
+    stay, and so does everything on file systems without locks.
     """
     with contextlib.suppress(OSError):
         for entry in sorted(os.listdir(directory)):
@@ -120,7 +119,7 @@ def sweep(directory: Path, name: str | None = None) -> None:
 
 
 def _remove_if_left(path: Path, place: Path | None) -> None:
-    """Remove what no process holds a lock on; what stepped aside from `place` goes back where nothing is there."""
+    """Remove `path` if no process holds a lock on it; an old directory goes back to `place` if that is free."""
     with _locked(path) as left:
         if not left:
             return
@@ -134,7 +133,7 @@ def _remove_if_left(path: Path, place: Path | None) -> None:
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock on a file or directory; gives False where another process holds it, or there are no locks."""
+    """Hold a lock on a file or directory; yields False if another process holds it, or without file locks."""
     handle, locked = None, False
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -148,7 +147,7 @@ def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def _named(path: Path) -> Path:
-    """A path that ends in a name, as `.` and `..` do not, and the place that a link stands for."""
+    """The path with `.`, `..` and a link resolved, so that it ends in a name."""
     return Path(os.path.realpath(path)) if path.name in ("", "..") or path.is_symlink() else path
 
 

@@ -1,4 +1,4 @@
-"""Calibrated probabilities and their bounds: the one place that training, scoring and the torch-free server share.
+"""Calibrated probabilities and their bounds, shared by training, scoring and the torch-free server.
 
 p = softmax(logits / temperature + bias)
 """
@@ -13,18 +13,18 @@ import numpy as np
 from llmrec_peft.errors import BundleError, ModelError
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
-"""A temperature outside of these comes from no fit (0.05 to 20), and lets finite logits overflow or vanish."""
+"""Bounds of a temperature: fits give 0.05 to 20, and beyond these bounds finite logits overflow or vanish."""
 MOST_BIAS = 100.0
 """Largest absolute bias of a class: odds of e^100."""
 
 
 def read_calibration(calibration: Any, labels: int | None, where: str) -> tuple[float, tuple[float, ...] | None]:
-    """Temperature and biases of a stored calibration; (1, None), which changes nothing, for None.
+    """Temperature and biases of a stored calibration; (1, None), the identity, for None.
 
     Args:
         calibration: None, or a mapping with `temperature` and, unless null or left out, `bias`, one number a label.
-        labels: how many labels there are; None leaves their number unchecked.
-        where: what holds it, for the error.
+        labels: number of labels; None leaves it unchecked.
+        where: source of the calibration, for the error.
 
     Raises BundleError for anything else, and for values out of bounds.
     """

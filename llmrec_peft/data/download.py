@@ -34,7 +34,7 @@ WAIT = 1.0
 TIMEOUT = 30.0
 """Seconds without a byte before a connection counts as broken."""
 MAX_UNPACKED = 20 << 30
-"""Bytes that an archive may unpack to; the largest MovieLens takes a tenth of it."""
+"""Most unpacked bytes of an archive; the largest MovieLens has a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ ARCHIVES = {
         "ml-25m": "sha256:8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
     }.items()
 }
-"""MovieLens archives and their checksums. GroupLens sets the terms: non-commercial, cite Harper & Konstan 2015."""
+"""MovieLens archives and their checksums. Terms of GroupLens: non-commercial use, cite Harper & Konstan 2015."""
 
 
 def default_directory() -> Path:
-    """Where data sets go: `$LLMREC_PEFT_CACHE/data`, else `~/.cache/llmrec_peft/data`."""
+    """Directory of data sets: `$LLMREC_PEFT_CACHE/data`, else `~/.cache/llmrec_peft/data`."""
     root = os.environ.get("LLMREC_PEFT_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "llmrec_peft") / "data"
 
@@ -79,7 +79,7 @@ def download_movielens(
     Args:
         name: one of `ARCHIVES`.
         directory: where the data set's own directory is made; `default_directory()` by default.
-        url: another place to take the archive from.
+        url: another URL of the archive.
         checksum: `sha256:hex` or `md5:hex` of another edition; the known one by default.
 
     Raises:
@@ -211,12 +211,12 @@ def _append(response: requests.Response, part: Path, start: int) -> str | None:
 
 
 def unpack(archive: Path, target: Path) -> Path:
-    """Unpack a zip archive into the directory `target`, which appears only when every file is out.
+    """Unpack a zip archive into the directory `target`, which appears only when every file is unpacked.
 
     An archive whose files all lie in one directory loses that level.
 
     Raises:
-        DataError: not a zip, a damaged member, a path that leaves the target, a link, more than `MAX_UNPACKED` bytes.
+        DataError: not a zip, a damaged file in it, a path outside the target, a link, more than `MAX_UNPACKED` bytes.
     """
     try:
         with scratch_directory(target) as work:
@@ -227,14 +227,14 @@ def unpack(archive: Path, target: Path) -> Path:
 
 
 def _extract(archive: Path, work: Path, target: Path) -> None:
-    """Unpack all members into `work`, and move what it holds to `target`."""
+    """Unpack all files into `work`, and move what it holds to `target`."""
     with zipfile.ZipFile(archive) as content:
-        members = [member for member in content.infolist() if not member.is_dir()]
-        _check_members(members, archive)
-        for member in tqdm(members, unit="file", desc=f"unpacking {archive.name}", delay=2):
-            place = work / member.filename
+        entries = [entry for entry in content.infolist() if not entry.is_dir()]
+        _check_entries(entries, archive)
+        for entry in tqdm(entries, unit="file", desc=f"unpacking {archive.name}", delay=2):
+            place = work / entry.filename
             place.parent.mkdir(parents=True, exist_ok=True)
-            with content.open(member) as source, open(place, "wb") as sink:
+            with content.open(entry) as source, open(place, "wb") as sink:
                 shutil.copyfileobj(source, sink, BLOCK)
     tops = list(work.iterdir())
     inner = tops[0] if len(tops) == 1 and tops[0].is_dir() else work
@@ -242,26 +242,26 @@ def _extract(archive: Path, work: Path, target: Path) -> None:
     os.replace(inner, target)
 
 
-def _check_members(members: list[zipfile.ZipInfo], archive: Path) -> None:
-    if not members:
+def _check_entries(entries: list[zipfile.ZipInfo], archive: Path) -> None:
+    if not entries:
         raise DataError(f"{archive} holds no files; download it again")
-    for member in members:
-        path = PurePosixPath(member.filename.replace("\\", "/"))
+    for entry in entries:
+        path = PurePosixPath(entry.filename.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
-            raise DataError(f"{archive} holds {member.filename!r}, which leads out of its directory; do not use it")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise DataError(f"{archive} holds the link {member.filename!r}; only plain files are unpacked")
-    total = sum(member.file_size for member in members)
+            raise DataError(f"{archive} holds {entry.filename!r}, which leads out of its directory; do not use it")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            raise DataError(f"{archive} holds the link {entry.filename!r}; only plain files are unpacked")
+    total = sum(entry.file_size for entry in entries)
     if total > MAX_UNPACKED:
         raise DataError(f"{archive} unpacks to {total} bytes, more than {MAX_UNPACKED}; do not use it")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: download a data set and print its directory; exit code 2 with one line when it cannot."""
+    """Command line: download a data set and print its directory; on failure print one line and exit with code 2."""
     parser = argparse.ArgumentParser(prog="python -m llmrec_peft.data.download", description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default="ml-latest-small", help=f"one of {listed(list(ARCHIVES))}")
     parser.add_argument("--directory", help="where to put it; default: the package's cache directory")
-    parser.add_argument("--url", help="another place to take the archive from")
+    parser.add_argument("--url", help="another URL of the archive")
     parser.add_argument("--checksum", help="sha256:<hex> or md5:<hex> of another edition")
     options = parser.parse_args(arguments)
     try:

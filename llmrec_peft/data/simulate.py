@@ -1,7 +1,7 @@
 """A simulated shop: products, users with tastes, and sessions in which products are shown and clicked or skipped.
 
-Nothing in it was measured. It exists so that a first run needs no download, and so that tests know the truth: the
-probability of each click is known, hence the AUC of an ideal observer too.
+Nothing in it was measured. It allows a first run without a download, and tests that know the true probability of each
+click, hence the AUC of an ideal observer.
 
 The logit of a click of user u on product i is
 
@@ -9,8 +9,8 @@ The logit of a click of user u on product i is
     + intercept
 
 with normal biases, appeals, tastes and qualities, the price rank of i inside its category and the budget of u both in
-[0, 1]. So what all users clicked says which products are liked, and what one user clicked before says what that user
-will click next, both through words of the title, the category and the price.
+[0, 1]. So the clicks of all users show which products are liked, and the earlier clicks of a user predict the next ones,
+both through words of the title, the category and the price.
 
     python -m llmrec_peft.data.simulate DIRECTORY
 """
@@ -166,7 +166,7 @@ def write_simulated_shop(
 
 
 def draw_shop(users: int = 300, seed: int = 0, *, items: int = 400, sessions: float = 9.5) -> Shop:
-    """Draw a shop and keep the truth; the arguments are those of `simulate_shop`."""
+    """Draw a shop with its true probabilities; the arguments are those of `simulate_shop`."""
     for argument, value, least in (("users", users, 1), ("items", items, len(CATALOGUE)), ("sessions", sessions, 0.1)):
         if not value >= least:
             raise DataError(f"simulate_shop: {argument} must be at least {least}, got {value}; raise it")
@@ -174,7 +174,7 @@ def draw_shop(users: int = 300, seed: int = 0, *, items: int = 400, sessions: fl
     table, category, brand, price_rank = _draw_items(rng, items)
     user, session, item, seconds = _draw_exposures(rng, users, category, sessions)
 
-    # The tastes come from their own stream, so that they do not depend on how many products were shown.
+    # The tastes have their own generator, so that they do not depend on how many products were shown.
     taste_rng = np.random.default_rng([seed, 1])
     taste = taste_rng.normal(0.0, 1.2, (users, len(CATALOGUE))) + taste_rng.normal(0.0, 1.2, len(CATALOGUE))
     loyalty = taste_rng.normal(0.0, 0.7, (users, brand.max() + 1))
@@ -199,7 +199,7 @@ def draw_shop(users: int = 300, seed: int = 0, *, items: int = 400, sessions: fl
             "session_id": _names("s", session, int(session.max()) + 1),
         }
     )
-    # Rows go in sorted by user and time, and a log keeps such rows as they are, so probabilities stay in step.
+    # Rows are sorted by user and time already; a log does not reorder them, so probabilities stay aligned.
     log = BehaviorLog(interactions, table, name=NAME)
     return Shop(log, probability, _auc(label, probability))
 
@@ -238,7 +238,7 @@ def _draw_items(rng: np.random.Generator, items: int) -> tuple[pa.Table, np.ndar
 def _draw_exposures(
     rng: np.random.Generator, users: int, category: np.ndarray, sessions: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What was shown: user, session, item and second of each row; a session shows a product once."""
+    """The shown products: user, session, item and second of each row; a session shows a product once."""
     per_user = 1 + rng.poisson(max(sessions - 1.0, 0.0), users)
     session_user = np.repeat(np.arange(users), per_user)
     count = len(session_user)
@@ -259,13 +259,13 @@ def _draw_exposures(
     elapsed = np.cumsum(gaps)
     elapsed -= elapsed[np.searchsorted(session, session)]
     seconds = start[session] + elapsed
-    _, kept = np.unique(session * len(category) + item, return_index=True)
-    kept.sort()
-    return session_user[session[kept]], session[kept], item[kept], seconds[kept]
+    _, first_shown = np.unique(session * len(category) + item, return_index=True)
+    first_shown.sort()
+    return session_user[session[first_shown]], session[first_shown], item[first_shown], seconds[first_shown]
 
 
 def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Share of (clicked, skipped) pairs that the scores order rightly; scores are continuous, so ties do not count."""
+    """Fraction of (clicked, skipped) pairs that the scores order correctly; scores are continuous, without ties."""
     ranks = np.empty(len(scores))
     ranks[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
     positives = int(labels.sum())
@@ -276,7 +276,7 @@ def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: write a simulated shop and say so; exit code 2 with one line when it cannot."""
+    """Command line: write a simulated shop; on failure print one line and exit with code 2."""
     parser = argparse.ArgumentParser(prog="python -m llmrec_peft.data.simulate", description=__doc__.splitlines()[0])
     parser.add_argument("directory", help="where to write interactions.parquet, items.parquet and README.md")
     parser.add_argument("--users", type=int, default=300)

@@ -1,9 +1,9 @@
-"""Times of a log as seconds since 1970, and what other numbers in a time column look like.
+"""Times of a log as seconds since 1970, and detection of other units in a time column.
 
 A log's times are of one of two kinds. Either all of them are seconds since 1970, from 1990 to 2100: the log is *dated*.
-Or all of them are below 10^8 (March 1973): row numbers, or times from a start of their own. Such numbers put events in
-order and say nothing else, so whatever needs a date or a duration (`until`, a half-life) leaves them alone. Anything
-else is another unit taken for seconds, or several units in one column, and is refused by name.
+Or all of them are below 10^8 (March 1973): row numbers, or times since an unknown start. Such numbers only define an
+order, so they are not used as dates or durations (`until`, a half-life). Anything else is another unit, or several
+units in one column, and is refused with the name of the unit.
 """
 
 import logging
@@ -18,11 +18,11 @@ from llmrec_peft.messages import listed
 logger = logging.getLogger(__name__)
 
 ORDER_BELOW = 10**8
-"""Numbers below this only put events in order."""
+"""Numbers below this only define an order."""
 EARLIEST, LATEST = 631_152_000, 4_102_444_800
 """Seconds since 1970 of 1990-01-01 and 2100-01-01: dated times lie from the first to before the second."""
 SHOWN = 3
-"""How many offenders a message names."""
+"""Rows that a message names, at most."""
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -30,7 +30,7 @@ _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 class Unit:
     """A range of numbers [low, high) that times of one unit lie in.
 
-    name: what messages call such numbers. mend: what turns them into seconds since 1970.
+    name: of such numbers in messages. mend: how to convert them into seconds since 1970.
     """
 
     low: float
@@ -69,7 +69,7 @@ _ALSO = ((1990, 2100, "years"), (7_305, 47_482, "days since 1970"), (32_874, 73_
 
 
 def to_seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Timestamps as seconds since 1970 or as numbers that only order, int64 or float64, array [rows].
+    """Timestamps as seconds since 1970, or as numbers that only define an order; int64 or float64 [rows].
 
     Dates and datetimes become seconds (UTC where a zone is given), whole where every one is whole.
 
@@ -98,10 +98,10 @@ def to_seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
 
 
 def from_milliseconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Times that their publisher writes in milliseconds as seconds; float64 [rows], NaN where null.
+    """Published times in milliseconds as seconds; float64 [rows], NaN where null.
 
     Raises:
-        DataError: numbers of another unit; the message names it and the numbers as they stand in the file.
+        DataError: numbers of another unit; the message names the unit and the numbers as in the file.
     """
     known = column.drop_null() if column.null_count else column
     numbers = known.to_numpy()
@@ -119,12 +119,12 @@ def from_milliseconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
 
 
 def check_left_out(times: np.ndarray, rows: np.ndarray, where: str) -> None:
-    """Raise DataError where times outside 1990 to 2100 are no wrong dates, but times of a finer unit than seconds.
+    """Raise DataError if times outside 1990 to 2100 are not wrong dates, but times in a finer unit than seconds.
 
     Args:
         times: int64 [n], of the rows that a reader would leave out.
-        rows: int64 [n], the numbers of these rows.
-        where: names their source in messages.
+        rows: int64 [n], numbers of these rows.
+        where: name of their source in messages.
     """
     numbers = _unit_numbers(times)
     found = np.flatnonzero((numbers > _UNITS.index(SECONDS)) & (numbers < len(_UNITS) - 1))
@@ -137,17 +137,17 @@ def check_left_out(times: np.ndarray, rows: np.ndarray, where: str) -> None:
 
 
 def are_dated(seconds: np.ndarray) -> bool:
-    """Whether checked times are seconds since 1970; otherwise they only put events in order."""
+    """Whether validated times are seconds since 1970; otherwise they only define an order."""
     return not len(seconds) or bool(seconds[0] >= ORDER_BELOW)
 
 
 def check_moment(moment: float | None, dated: bool, what: str) -> None:
-    """Raise ConfigError where a moment that a user names cannot be compared with the times of a log.
+    """Raise ConfigError if a configured moment cannot be compared with the times of a log.
 
     Args:
         moment: seconds since 1970, or None.
         dated: whether the log's times are seconds since 1970.
-        what: the setting that names the moment, such as `until`.
+        what: the setting of the moment, such as `until`.
     """
     if moment is None:
         return
@@ -215,7 +215,7 @@ def _check_units(seconds: np.ndarray, where: str) -> None:
                     "2020-01-31 12:00:00, or as seconds"
                 )
         if ordered:
-            _tell_order(seconds, where)
+            _warn_order(seconds, where)
         return
     numbers = _unit_numbers(seconds)
     found = [(_UNITS[number], np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
@@ -233,7 +233,7 @@ def _check_units(seconds: np.ndarray, where: str) -> None:
 
 
 def _unit_numbers(seconds: np.ndarray) -> np.ndarray:
-    """The place in `_UNITS` of the unit that each number lies in, int64 [rows]."""
+    """Index in `_UNITS` of the unit of each number, int64 [rows]."""
     number = np.full(len(seconds), len(_UNITS) - 1, np.int64)
     for place, unit in enumerate(_UNITS[:-1]):
         number[(seconds >= unit.low) & (seconds < unit.high)] = place
@@ -241,7 +241,7 @@ def _unit_numbers(seconds: np.ndarray) -> np.ndarray:
 
 
 def _spells(numbers: np.ndarray, parts: tuple[tuple[int, tuple[int, int]], ...]) -> bool:
-    """Whether every number is whole and its digits spell a date."""
+    """Whether every number is whole and its digits form a date."""
     rest = numbers
     for divisor, (low, high) in parts:
         part, rest = rest // divisor, rest % divisor
@@ -250,8 +250,8 @@ def _spells(numbers: np.ndarray, parts: tuple[tuple[int, tuple[int, int]], ...])
     return not np.any(rest)
 
 
-def _tell_order(numbers: np.ndarray, where: str) -> None:
-    """Log what numbers that only order are taken for. Row numbers need no word."""
+def _warn_order(numbers: np.ndarray, where: str) -> None:
+    """Warn how numbers that only define an order are read; plain row numbers need no warning."""
     low, high = numbers.min(), numbers.max()
     if low in (0, 1) and high - low == len(numbers) - 1 and len(np.unique(numbers)) == len(numbers):
         return

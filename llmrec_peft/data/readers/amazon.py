@@ -58,8 +58,9 @@ def _holds_reviews(file: Path) -> bool:
 def read_amazon(path: str) -> RawLog:
     """Read one category of Amazon Reviews 2023; an item is a `parent_asin`, a time is in seconds.
 
-    Left out on purpose: the text, title and votes of a review, which come after its rating, and an item's average
-    rating and count, which were taken after all of them. Items without metadata or title keep their id as their title.
+    Left out on purpose, since they would leak the label: the text, title and votes of a review, which come after its
+    rating, and an item's average rating and count, which include later reviews. Items without metadata or title
+    have their id as their title.
 
     Raises:
         DataError: no reviews, more than one file of them, times that are not in milliseconds, or a damaged file.

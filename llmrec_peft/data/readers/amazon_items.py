@@ -22,9 +22,9 @@ from llmrec_peft.messages import quoted
 _log = logging.getLogger(__name__)
 
 PRICE_CHARACTERS = 40
-"""A price that is longer is no price: metadata of 2018 hold pieces of the page's code there."""
+"""Longer texts are not prices: metadata of 2018 have fragments of the page's code there."""
 
-# Only with its semicolon is it an entity: `Black&Copper` holds none.
+# An entity ends with a semicolon: `Black&Copper` contains none.
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:[ '’][0-9]{3})+(?![0-9])")
 _PRICE = re.compile(r"(?:(?<![^\W\d_])[.,])?[0-9](?:[0-9.,]*[0-9])?")
@@ -54,7 +54,7 @@ def read_items(path: Path | None, key: str, texts: Mapping[str, str]) -> pa.Tabl
 
 
 def _rows(path: Path, key: str, texts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of the item table; what was mended is logged after the last."""
+    """Rows of the item table; warnings with counts of repairs follow the last row."""
     halves = 0
     prices: list[str] = []
     for number, record in enumerate(read_records(path), start=1):
@@ -75,15 +75,15 @@ def _rows(path: Path, key: str, texts: Mapping[str, str]) -> Iterator[dict[str, 
         yield row
     warn_halves(halves, str(path))
     if prices:
-        _log.warning("%s: %d prices are not one number or may be read in two ways (first: %s); they are empty", path,
+        _log.warning("%s: %d prices are not one number or are ambiguous (first: %s); they are empty", path,
                      len(prices), quoted(prices[0]))  # fmt: skip
 
 
 def shown_text(value: Any) -> tuple[str | None, int]:
-    """A text with its HTML entities as characters, a list of texts joined by "; ", anything else as no text.
+    """A text with HTML entities unescaped, or a list of texts joined by "; "; None for anything else.
 
     Returns:
-        The text, and how many halves of surrogate pairs in it became U+FFFD.
+        The text, and the number of halves of surrogate pairs that became U+FFFD.
     """
     if isinstance(value, list):
         value = "; ".join(part for part in value if isinstance(part, str))
@@ -95,17 +95,17 @@ def shown_text(value: Any) -> tuple[str | None, int]:
 
 
 def _entity(found: re.Match[str]) -> str:
-    """What an entity stands for; a name that is none stays, though its start may be one, as in `&notit;`."""
+    """The character of an entity; an unknown name stays, even if its start is an entity, as in `&notit;`."""
     text = found.group()
     return html.unescape(text) if text[1] == "#" or text[1:] in html5 else text
 
 
 def price_of(value: Any) -> float | None:
-    """A price as a number, the first of a range, or None where it is no price or may be read in two ways.
+    """A price as a number, the first of a range, or None if it is not a price or is ambiguous.
 
-    With one sign before one or two digits it is decimal: `12,99 €` and `$.99`. Before groups of three digits, signs of
-    one kind group thousands: `$1,299` is 1299, and so is the start of `$1,299.00 - $1,499.00`, whose last sign is
-    another. A point before three digits may be either (`1.299 €`), and texts with other numbers have no single price.
+    One point or comma before one or two digits is decimal: `12,99 €` and `$.99`. Before groups of three digits, equal
+    signs group thousands: `$1,299` is 1299, and so is the start of `$1,299.00 - $1,499.00`, whose last sign differs. A
+    point before three digits is ambiguous (`1.299 €`), and texts with several numbers have no single price.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if abs(value) <= sys.float_info.max else None
@@ -121,16 +121,16 @@ def price_of(value: Any) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    """A number in ASCII digits with points and commas, or None where their meaning is open."""
-    feedback = re.findall("[.,]", text)
-    if not feedback:
+    """A number in ASCII digits with points and commas, or None if these are ambiguous."""
+    signs = re.findall("[.,]", text)
+    if not signs:
         return float(text)
     whole, last, rest = re.fullmatch(r"(.*)([.,])([0-9]*)", text).groups()  # type: ignore[union-attr]
-    if len(feedback) == 1:
+    if len(signs) == 1:
         if len(rest) == 3 and whole not in ("", "0") and len(whole) <= 3:
             return float(whole + rest) if last == "," else None
         return float(f"{whole or 0}.{rest}") if last == "." or len(rest) < 3 or whole in ("", "0") else None
-    grouping, grouped = feedback[0], whole if last != feedback[0] else text
+    grouping, grouped = signs[0], whole if last != signs[0] else text
     if not re.fullmatch(rf"[0-9]{{1,3}}(?:{re.escape(grouping)}[0-9]{{2,3}})*{re.escape(grouping)}[0-9]{{3}}", grouped):
         return None
     return float(grouped.replace(grouping, "") + (f".{rest}" if grouped is whole else ""))

@@ -36,7 +36,7 @@ _ROWS = {("user_id", "item_id"): f"^{_USER},{_ITEM}{_REST}", ("item_id", "user_i
 
 
 def _order(file: Path) -> list[str] | None:
-    """The columns of a csv of ratings, told by its first row: 2014 has the user first, 2018 the item."""
+    """The columns of a csv of ratings, detected from its first row: 2014 has the user first, 2018 the item."""
     if not file.is_file() or not file.name.lower().endswith((".csv", ".csv.gz")):
         return None
     line = first_line(file)
@@ -58,7 +58,7 @@ def read_amazon_older(path: str) -> RawLog:
     """Read one category of Amazon reviews of 2014 or 2018; an item is an `asin`.
 
     The text and votes of a review are left out, as in `amazon_reviews_2023`. Items without metadata or title keep their
-    id as their title. A csv of ratings has no header: its first row tells user from item.
+    id as their title. A csv of ratings has no header; its first row shows which column is the user.
 
     Raises:
         DataError: no reviews, more than one file of them, or a damaged file.

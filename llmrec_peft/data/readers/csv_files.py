@@ -45,8 +45,8 @@ def read_csv(
         names: column names of a file without a header.
         columns: the columns to keep, in order; all if None.
         skip_rows: lines before the data, or before the header.
-        loose: columns that are read as text where a value does not fit its type, with a warning but for `timestamp`,
-            whose texts `mending` reads.
+        loose: columns that are read as text if a value does not fit its type, with a warning, except for `timestamp`,
+            whose texts `mending` parses.
 
     Raises:
         DataError: the file is empty, not UTF-8, or not such a table.
@@ -70,12 +70,12 @@ def read_csv(
             declared[name], types[name] = types[name], pa.string()
             continue
         for name in declared.keys() & set(table.column_names) - {"timestamp"}:
-            _tell_loose(table.column(name), name, declared[name], path)
+            _warn_loose(table.column(name), name, declared[name], path)
         return table
 
 
-def _tell_loose(column: pa.ChunkedArray, name: str, kind: pa.DataType, path: Path) -> None:
-    """Log how many values of a column did not fit its declared type, and the first of them by row."""
+def _warn_loose(column: pa.ChunkedArray, name: str, kind: pa.DataType, path: Path) -> None:
+    """Warn how many values of a column did not fit its declared type, and name the first row."""
     known = pc.or_(pc.match_substring_regex(column, _FLOAT), pc.is_in(column, value_set=pa.array(sorted(NULLS))))
     wrong = bool_numpy(pc.invert(pc.fill_null(known, True)))
     count, rows = offenders(wrong)
@@ -103,7 +103,7 @@ def open_csv(path: Path, schema: pa.Schema, *, delimiter: str = ",", quoted: boo
 def read_text_csv(path: Path) -> pa.Table:
     """A csv file with a header, every column as text; see `typed_columns`.
 
-    A file whose header has no comma but names separated by semicolons, tabs or bars is read so, with a warning.
+    If the header has no comma, but semicolons, tabs or bars, these are the delimiter; a warning says so.
 
     Raises:
         DataError: the file is empty, not UTF-8, or not a table.
@@ -125,7 +125,7 @@ def header_of(path: Path, delimiter: str) -> list[str]:
 
 
 def typed_columns(table: pa.Table) -> pa.Table:
-    """A table of texts whose columns are whole numbers, truths or numbers where that loses nothing; see `csv_rules`."""
+    """A table of texts with its columns as integers, booleans or floats where no value loses information."""
     columns = [
         table.column(place) if name in (*TEXTS, "timestamp") else _typed(table.column(place))
         for place, name in enumerate(table.column_names)
@@ -134,7 +134,7 @@ def typed_columns(table: pa.Table) -> pa.Table:
 
 
 def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """As `csv_rules.typed_values`, chunk by chunk so that texts are found out by their first values."""
+    """As `csv_rules.typed_values`, chunk by chunk, so that the first values reveal a text column."""
     missing = pa.array(sorted(NULLS))
     kinds: list[tuple[str, pa.DataType]] = [(WHOLE, pa.int64()), (TRUTH, pa.bool_()), (NUMBER, pa.float64())]
     some = blank = False

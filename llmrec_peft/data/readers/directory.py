@@ -11,7 +11,7 @@ from llmrec_peft.messages import listed
 
 
 def _base(path: str) -> Path:
-    """The directory; a path to its interactions file stands for it."""
+    """The directory of a log; also given by the path of its interactions file."""
     place = Path(path)
     return place.parent if place.is_file() and place.name.startswith("interactions") else place
 
@@ -20,7 +20,7 @@ def find_parts(directory: Path, stem: str) -> list[Path]:
     """The files of one table: `stem.<suffix>`, or shards `stem-*.<suffix>` or `stem/*.<suffix>`, sorted by name.
 
     Raises:
-        DataError: files of more than one kind, of which none can be preferred.
+        DataError: files of more than one format.
     """
     if not directory.is_dir():
         return []

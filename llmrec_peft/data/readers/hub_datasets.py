@@ -21,7 +21,7 @@ from llmrec_peft.messages import listed
     local=False,
 )
 def read_hub(path: str) -> RawLog:
-    """Read a data set by `datasets.load_dataset`; its splits are joined, since a log makes its own split.
+    """Read a data set by `datasets.load_dataset`; its splits are concatenated, since a log is split by its domain.
 
     The data set has configurations (or files) `interactions` and `items`, or one table: of pointwise records (`input`,
     `label`), of instructions (`instruction`, `output`), or of interactions with a `title` column.

@@ -26,23 +26,23 @@ _SURROGATES = re.compile(
     rb"(\\u[dD][89abAB][0-9a-fA-F]{2})(\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
 )
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-# Where one of these is not found, all surrogates stand in pairs: a high one without a low one after it, a low one
-# without a high one before it, or a backslash ahead that may change what the escape means.
+# Without a match, all surrogates are in pairs. Matches: a high one without a low one after it, a low one without a high
+# one before it, or a preceding backslash, which may change the meaning of the escape.
 _SUSPECT = re.compile(
     rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!" + _LOW + rb")|[c-fC-F][0-9a-fA-F]{2}(?<!" + _HIGH + _LOW + rb")"
     rb"|(?<=\\\\u[dD])[89a-fA-F])"
 )
 _HALF = rb"\ufffd"
 ID_KEYS = ("user_id", "item_id", "parent_asin", "reviewerID", "asin")
-"""Keys of the ids in a record: two that differ only in halves of surrogate pairs would become one."""
+"""Keys of ids: two ids that differ only in halves of surrogate pairs must not become one."""
 
 
 class CheckedLines(io.RawIOBase):
-    """The bytes of a file of JSON lines as Arrow may parse them: whole lines, UTF-8, not too deep, surrogates in pairs.
+    """The bytes of a file of JSON lines, made safe for Arrow: whole lines, UTF-8, limited depth, surrogates in pairs.
 
-    Arrow's parser recurses without a limit, so that one deep line ends the process; it takes bytes that are no UTF-8;
-    and half a surrogate pair, as a cut emoji leaves it, stops it. Such a half becomes U+FFFD here, but in an id it is
-    refused: two users would become one.
+    Arrow's parser recurses without a limit, so that one deep line crashes the process. It accepts bytes that are not
+    UTF-8. It fails at half a surrogate pair, as in a cut emoji. Such a half becomes U+FFFD here; in an id it is
+    refused, since two users could become one.
 
     Attributes:
         mended: halves replaced so far.
@@ -104,7 +104,7 @@ class CheckedLines(io.RawIOBase):
         return mended
 
     def _in_pairs(self, chunk: bytes) -> bytes:
-        """The chunk with its lines mended that hold halves; the others, with all their emoji, stay untouched."""
+        """The chunk with the halves replaced; lines without halves, and all emoji, stay unchanged."""
         parts, done = [], 0
         while found := _SUSPECT.search(chunk, done):
             start = max(chunk.rfind(b"\n", done, found.start()) + 1, done)
@@ -142,7 +142,7 @@ class CheckedLines(io.RawIOBase):
 
 
 def _bracketed(chunk: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines with so many brackets that they may be too deep, with their numbers from 0."""
+    """Lines whose number of brackets allows too much depth, with their numbers from 0."""
     data = np.frombuffer(chunk, np.uint8)
     opening = np.flatnonzero((data == ord("[")) | (data == ord("{")))
     if len(opening) <= MAX_DEPTH:
@@ -155,9 +155,9 @@ def _bracketed(chunk: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def read_jsonl(path: Path) -> pa.Table:
-    """A file of one JSON object a line, ids that are numbers included.
+    """A file with one JSON object in each line; ids may be numbers.
 
-    Texts that look like dates stay text, but for `timestamp`; whole numbers up to 64 bits without a sign stay whole.
+    Texts that look like dates stay text, except in `timestamp`; unsigned whole numbers of up to 64 bits stay exact.
 
     Raises:
         DataError: the file is empty, not UTF-8, or not JSON, or a number of it is beyond any float.

@@ -56,7 +56,7 @@ def record_batches(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterato
 def first_keys(path: Path) -> frozenset[str]:
     """The keys of a file's first record, or none if it has no readable first record.
 
-    Bytes that are not UTF-8 are passed over here, so that reading the file, and not its detection, tells of them.
+    Bytes that are not UTF-8 are ignored here, so that reading the file reports them, and not its detection.
     """
     try:
         with open_text(path, errors="replace") as file:
@@ -73,7 +73,7 @@ def check_first_record(path: Path) -> None:
 
 
 def _entries(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
-    """Numbered entries of either form, which the first character tells."""
+    """Numbered entries of JSON lines or of an array, distinguished by the first character."""
     head = file.read(CHUNK)
     if not head.strip():
         raise DataError(f"{path} is empty; write one JSON object a line")

@@ -1,4 +1,4 @@
-"""What every reader's tables pass before the log checks them: times and ids in the spellings that files have."""
+"""Normalise the spellings of times and ids in published files, before the log checks its tables."""
 
 import logging
 import re
@@ -25,7 +25,7 @@ _NUMBER = r"^[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?$"
 
 
 def check_names(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
-    """Raise DataError if a needed column is there under a spelling such as `USER_ID`, `userId` or ` user_id`."""
+    """Raise DataError if a needed column exists under another spelling: `USER_ID`, `userId` or ` user_id`."""
     for name in needed:
         plain = name.replace("_", "")
         found = [other for other in table.column_names if re.sub(r"[\W_]", "", other).lower() == plain]
@@ -34,12 +34,12 @@ def check_names(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
 
 
 def plain_times(interactions: pa.Table, name: str, null_times: str) -> pa.Table:
-    """The interactions with numbers or datetimes as `timestamp`, without rows that have none if `null_times` is drop.
+    """The interactions with numbers or datetimes as `timestamp`; `null_times` drop leaves out rows without one.
 
-    Texts are read as numbers or as ISO 8601 times: with a fraction, with a zone or UTC; a time without a zone is UTC.
+    Texts are parsed as numbers or as ISO 8601 times, with or without fraction and zone; without a zone they are UTC.
 
     Raises:
-        DataError: a text is no time, zoned and zoneless times are mixed, or a time is missing and must not be.
+        DataError: a text is not a time, times with and without zone are mixed, or a time is missing and must not be.
     """
     if interactions.column_names.count("timestamp") != 1:
         return interactions
@@ -114,13 +114,13 @@ def _check_times(
 
 
 def plain_ids(interactions: pa.Table, items: pa.Table | None, name: str) -> tuple[pa.Table, pa.Table | None]:
-    """Both tables with NaN ids as nulls, and with ids that were written as floats, such as 1.0, as whole numbers.
+    """Both tables with NaN ids as nulls, and with float ids, such as 1.0, as whole numbers.
 
-    pandas writes a column of whole numbers so once it had a gap. Text ids lose their ".0", with a warning, where each
-    of the column has one and the other table has none.
+    pandas writes a column of whole numbers as floats if it has a gap. Text ids lose their ".0", with a warning, if
+    every id of the column has one and no id of the other table does.
 
     Raises:
-        DataError: an id with a fraction, or ids with and without ".0" that would meet only by a guess.
+        DataError: an id with a fraction, or ids with and without ".0" whose match is ambiguous.
     """
     where = f"interactions of log {name!r}"
     for column in ("user_id", "item_id"):
@@ -138,12 +138,13 @@ def plain_ids(interactions: pa.Table, items: pa.Table | None, name: str) -> tupl
 def meeting_ids(
     interactions: pa.Table, others: pa.Table, column: str, where: str, other: str
 ) -> tuple[pa.Table, pa.Table]:
-    """Interactions and a table of items or users, one of them without the ".0" of its ids where only it has them.
+    """Interactions and a table of items or users; ".0" is removed from ids if only one of the two has it.
 
-    where, other: what messages call the two.
+    Args:
+        where, other: names of the two tables in messages.
 
     Raises:
-        DataError: ids with and without ".0" in one column, or such that would meet only by a guess.
+        DataError: ids with and without ".0" in one column, or an ambiguous match.
     """
     _check_spellings(others, column, other)
     if column not in interactions.column_names or column not in others.column_names:
@@ -164,12 +165,13 @@ def meeting_ids(
 
 
 def ids_as_known(table: pa.Table, column: str, known: pa.Array | pa.ChunkedArray, where: str, of: str) -> pa.Table:
-    """A table whose ids of one column are spelled as `known` ids are: without ".0", with a warning, as `plain_ids`.
+    """A table with the ids of one column spelled as the `known` ids: without ".0", with a warning, as in `plain_ids`.
 
-    of: what holds the known ids, for messages.
+    Args:
+        of: name of the source of the known ids in messages.
 
     Raises:
-        DataError: ids with and without ".0" that would meet only by a guess.
+        DataError: ids with and without ".0" whose match is ambiguous.
     """
     ids = _id_texts(_without_nan(table, column, where), column)
     if ids is None:
@@ -186,7 +188,7 @@ def ids_as_known(table: pa.Table, column: str, known: pa.Array | pa.ChunkedArray
 
 
 def _check_spellings(table: pa.Table, column: str, where: str) -> None:
-    """Raise DataError for one id with and without ".0" in a column; warn where some ids have it and others do not."""
+    """Raise DataError if a column has one id with and without ".0"; warn if some other ids end with it."""
     if table.column_names.count(column) != 1 or not is_text(table.column(column).type):
         return
     ids = pc.unique(table.column(column)).drop_null().cast(ID_TYPE)
@@ -210,7 +212,7 @@ def _check_spellings(table: pa.Table, column: str, where: str) -> None:
 def _check_strangers(
     strangers: pa.Array, known: pa.Array | pa.ChunkedArray, column: str, where: str, other: str
 ) -> None:
-    """Raise DataError for ids that the other table has without their ".0", or with one."""
+    """Raise DataError for ids that the other table has with the other spelling: with or without ".0"."""
     bare = pc.replace_substring_regex(strangers, r"\.0$", "")
     longer = pc.binary_join_element_wise(strangers, *(pa.scalar(end, ID_TYPE) for end in (".0", "")))
     twins = pc.if_else(pc.equal(bare, strangers), longer, bare)
@@ -225,7 +227,7 @@ def _check_strangers(
 
 
 def _without_nan(table: pa.Table, column: str, where: str) -> pa.Table:
-    """NaN ids as nulls, which the log's checks name by row; whole floats are left to them."""
+    """NaN ids as nulls, which the log's checks report by row. Raises DataError for fractions."""
     if table.column_names.count(column) != 1 or not pa.types.is_floating(table.column(column).type):
         return table
     ids = table.column(column)
@@ -241,7 +243,7 @@ def _without_nan(table: pa.Table, column: str, where: str) -> pa.Table:
 
 
 def _id_texts(table: pa.Table, column: str) -> pa.ChunkedArray | None:
-    """An id column as the log will spell it, or None if only its checks can say what is wrong with it."""
+    """An id column as the log will spell it; None if it is not valid, which the log's checks report."""
     if table.column_names.count(column) != 1:
         return None
     ids = table.column(column)
@@ -258,7 +260,7 @@ def _some_floats(ids: pa.ChunkedArray) -> bool:
 
 
 def _all_floats(table: pa.Table, column: str) -> bool:
-    """Whether a text column has ids, each with a ".0"; blank ones aside."""
+    """Whether all ids of a text column end with ".0"; blank ones do not count."""
     if table.column_names.count(column) != 1 or not is_text(table.column(column).type):
         return False
     ids = pc.unique(table.column(column))  # far fewer than rows

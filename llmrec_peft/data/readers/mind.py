@@ -49,7 +49,7 @@ def read_mind(path: str) -> RawLog:
     """Read a MIND directory: a row for each article of an impression, label 1 and behaviour click, or 0 and show.
 
     The articles of a user's first History are rows before the first impression, `context_only` and clicked. MIND gives
-    them an order but no time, so they are put at one-second steps that end one second before that impression.
+    their order but no times, so they get one-second steps that end one second before that impression.
 
     Raises:
         DataError: a file is missing or damaged, two rows of an article differ, or impressions have no
@@ -73,14 +73,14 @@ def read_mind(path: str) -> RawLog:
             part = shown.slice(start, EXPLODE_ROWS)
             yield from _impression_rows(part, seconds[start : start + EXPLODE_ROWS], file).to_batches()
 
-    kept = list(NEWS[:5])
+    columns = list(NEWS[:5])
     items = read_csv(
         directory / "news.tsv",
         delimiter="\t",
         quoted=False,
         names=NEWS,
         types={name: pa.string() for name in NEWS},
-        columns=kept,
+        columns=columns,
     )
     name = log_name(path)
     items = complete_items(
@@ -90,7 +90,7 @@ def read_mind(path: str) -> RawLog:
 
 
 def _distinct(items: pa.Table, path: Path, name: str) -> pa.Table:
-    """Each article once: published parts that were joined hold many articles twice.
+    """Each article once: concatenated parts of MIND repeat many articles.
 
     Raises:
         DataError: two rows of one article differ.

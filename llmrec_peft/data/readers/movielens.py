@@ -1,6 +1,6 @@
 """MovieLens as GroupLens publishes it: csv (latest, 20M, 25M, 32M), `::` dat (1M, 10M) and tab data (100K).
 
-Also as Kaggle has its 20M: rating.csv and movie.csv, with dates as times.
+Also Kaggle's form of 20M: rating.csv and movie.csv, with dates as times.
 
 Source of the layouts: the README file of each data set at grouplens.org.
 """

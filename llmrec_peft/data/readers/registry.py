@@ -17,7 +17,7 @@ HUB_PREFIX = "hf://"
 
 @dataclass(frozen=True)
 class RawLog:
-    """What a reader returns: the two tables as found, before `BehaviorLog` checks them, and a name for messages."""
+    """The result of a reader: the two tables as in the files, before `BehaviorLog` checks them, and the log's name."""
 
     interactions: pa.Table
     items: pa.Table | None
@@ -26,7 +26,7 @@ class RawLog:
 
 @dataclass(frozen=True)
 class Reader:
-    """One form of log: its name, its layout in words, how to recognise it and how to read it."""
+    """One format: its name, a description of its layout, and functions that detect it and read it."""
 
     name: str
     layout: str
@@ -36,7 +36,7 @@ class Reader:
 
 
 READERS: dict[str, Reader] = {}
-"""Name -> reader, in the order in which detection asks them."""
+"""Name -> reader, in the order of detection."""
 
 
 def register(
@@ -52,7 +52,7 @@ def register(
 
 
 def describe_formats() -> str:
-    """The supported forms on one line: `directory (interactions...), movielens (...), ...`."""
+    """The supported formats on one line: `directory (interactions...), movielens (...), ...`."""
     return "; ".join(f"{reader.name} ({reader.layout})" for reader in READERS.values())
 
 
@@ -60,7 +60,7 @@ def detect_format(path: str | Path) -> str:
     """The name of the one reader that recognises the path.
 
     Raises:
-        DataError: no reader does, or more than one; the message says what was found and what is supported.
+        DataError: no reader or more than one recognises it; the message names what was found and what is supported.
     """
     text = str(path)
     if not text.startswith(HUB_PREFIX) and not _exists(text):
@@ -120,7 +120,7 @@ def _exists(path: str | Path) -> bool:
 
 
 def log_name(path: str | Path) -> str:
-    """What messages call a log: the last part of its path."""
+    """Name of a log in messages: the last part of its path."""
     return os.path.basename(os.path.realpath(path)) or str(path)
 
 

@@ -1,4 +1,4 @@
-"""Tables in files of parquet, csv or jsonl, and what makes a published table whole."""
+"""Read tables from parquet, csv or jsonl files, and complete published item tables."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,10 +28,10 @@ def suffix_of(path: Path) -> str | None:
 
 
 def read_tables(paths: Sequence[Path]) -> pa.Table:
-    """Files of one kind, parts of one table, as one Arrow table; parquet above `MAPPED_ROWS` rows is memory-mapped."""
+    """Shards of one table, in one format, as one Arrow table; parquet above `MAPPED_ROWS` rows is memory-mapped."""
     if all(suffix_of(path) == ".parquet" for path in paths):
         return read_parquet(paths)
-    # The type of a csv column is told from all parts: a code may have its first leading zero in the last of them.
+    # All shards together determine the type of a csv column: the first leading zero may be in the last of them.
     is_csv = (suffix_of(paths[0]) or "").startswith(".csv")
     parts = [read_text_csv(path) if is_csv else read_jsonl(path) for path in paths]
     try:
@@ -83,7 +83,7 @@ def _parquet_batches(
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """Dictionary columns as their values, and string ids as large strings, as the log keeps them."""
+    """Dictionary columns as their values, and string ids as large strings, as in a log."""
     fields = []
     for field in schema:
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
@@ -94,7 +94,7 @@ def _plain(schema: pa.Schema) -> pa.Schema:
 
 
 def fill_blank_titles(items: pa.Table) -> tuple[pa.Table, int]:
-    """Items whose title is null or blank take their id as the title; also returns how many did."""
+    """Items with the id as the title where the title is null or blank; also returns how many."""
     title = items.column("title").cast(ID_TYPE)
     blank = is_blank(title)
     filled = pc.if_else(blank, items.column("item_id").cast(ID_TYPE), title)
@@ -104,10 +104,10 @@ def fill_blank_titles(items: pa.Table) -> tuple[pa.Table, int]:
 def attach_users(interactions: pa.Table, users: pa.Table, path: Path) -> pa.Table:
     """The interactions with the columns of a user table, null for users that it lacks, with a warning that counts them.
 
-    A column whose name the interactions have already is called `user_<name>`.
+    A column whose name the interactions already have becomes `user_<name>`.
 
     Raises:
-        DataError: ids with and without ".0" that would meet only by a guess.
+        DataError: ids with and without ".0" whose match is ambiguous.
     """
     interactions, users = meeting_ids(interactions, users, "user_id", f"interactions of {path.parent}", str(path))
     met = pc.unique(interactions.column("user_id")).drop_null()
@@ -124,10 +124,12 @@ def attach_users(interactions: pa.Table, users: pa.Table, path: Path) -> pa.Tabl
 
 
 def complete_items(items: pa.Table, interactions: pa.Table, name: str, counted: str = "") -> pa.Table:
-    """A published item table made whole: the first row of each item, ids for missing titles, rows for missing items.
+    """Complete a published item table: the first row of each item, ids for missing titles, rows for missing items.
 
-    Public dumps break these rules often; what was mended is logged as a warning, with counts. `counted` says there
-    which items the interactions name, where they do not name all.
+    Warnings count the repairs.
+
+    Args:
+        counted: what the warning adds about the interactions, if they are only a part.
     """
     ids = items.column("item_id").cast(ID_TYPE)
     distinct = pc.unique(ids)

@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
     ]
 )
 FEW, MOST_LEFT_OUT = 10, 0.01
-"""The published file has some times of other centuries; more rows than both, a count and a share, are no such few."""
+"""The published file has a few times of other centuries; above both limits (rows, fraction) the file is refused."""
 _ROW = re.compile(r"^\d+,\d+,\d+,(?:pv|cart|fav|buy),-?\d+$")
 
 
@@ -47,8 +47,7 @@ def read_taobao(path: str) -> RawLog:
     """Read Taobao's UserBehavior.csv; `behaviour` is pv (a view), cart, fav or buy.
 
     No titles were published: an item's id is its title, and `category` is the id of its category. Rows whose time lies
-    outside 1990 to 2100 are left out, if they are few and no times of another unit. Both are logged as
-    warnings, with counts.
+    outside 1990 to 2100 are left out if they are few and not times of another unit. Warnings count both.
 
     Raises:
         DataError: no such file, several, a damaged one, or times that are not seconds.

@@ -1,4 +1,4 @@
-"""Bytes of text files, plain or gzipped, and the line that is not UTF-8."""
+"""Open text files, plain or gzipped, and find the line that is not UTF-8."""
 
 import gzip
 import zlib
@@ -8,9 +8,9 @@ from typing import IO, Any
 from llmrec_peft.errors import DataError
 
 BLOCK_BYTES = 64 << 20
-"""A single row of csv or jsonl may be as long as this; titles of a million characters fit."""
+"""Most bytes of a single row of csv or jsonl; titles of a million characters fit."""
 UNREADABLE = (OSError, EOFError, zlib.error)
-"""What reading a file raises that is cut, damaged or gone."""
+"""Exceptions of reading a truncated, damaged or missing file."""
 
 
 def open_bytes(path: Path) -> IO[bytes]:

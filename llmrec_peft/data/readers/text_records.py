@@ -1,6 +1,6 @@
-"""Records that carry their whole text: pointwise JSON lines and instruction files.
+"""Records that contain their whole text: pointwise JSON lines and instruction files.
 
-Each record is a user and an item of its own, so that it becomes a stream with one marker at its end.
+Each record becomes one user and one item, hence a stream with one marker at its end.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -38,11 +38,11 @@ def _needed(path: str, keys: set[str]) -> Path:
 def read_pointwise(path: str) -> RawLog:
     """Read `{"input": text or dialogue, "label": value}` records; a dialogue is a list of `{"role", "content"}`.
 
-    Items have the text as `title`. A `timestamp` (seconds) is kept where every record has one; else records are in
-    file order, and their number stands for the time.
+    Items have the text as `title`. If every record has a `timestamp` (seconds), it is used; otherwise the record's
+    number in the file is its time.
 
     Raises:
-        DataError: a record without input or label, or with one of a wrong type; the message names it.
+        DataError: a record whose input or label is missing or has a wrong type; the message names the record.
     """
     file = _needed(path, {"input", "label"})
     return pointwise_log(read_records(file), str(file), log_name(path))
@@ -59,14 +59,14 @@ def read_instruction(path: str) -> RawLog:
     Items have `instruction`, `input` and, as `title`, both joined by a line break.
 
     Raises:
-        DataError: a record without instruction or output, or with one of a wrong type; the message names it.
+        DataError: a record whose instruction or output is missing or has a wrong type; the message names the record.
     """
     file = _needed(path, {"instruction", "output"})
     return instruction_log(read_records(file), str(file), log_name(path))
 
 
 def pointwise_log(records: Iterable[dict[str, Any]], where: str, name: str) -> RawLog:
-    """The log of pointwise records; `where` is what messages call their source."""
+    """The log of pointwise records; `where` names their source in messages."""
 
     def columns(record: dict[str, Any], number: int) -> dict[str, str]:
         return {"title": _text_of(record.get("input"), number, where)}
@@ -75,7 +75,7 @@ def pointwise_log(records: Iterable[dict[str, Any]], where: str, name: str) -> R
 
 
 def instruction_log(records: Iterable[dict[str, Any]], where: str, name: str) -> RawLog:
-    """The log of instruction records; `where` is what messages call their source."""
+    """The log of instruction records; `where` names their source in messages."""
 
     def columns(record: dict[str, Any], number: int) -> dict[str, str]:
         instruction = _text_value("instruction", record.get("instruction"), number, where)
