@@ -113,20 +113,20 @@ def compare_systems(
         seed: of the bootstrap.
     """
     labels, users = test.predictions.labels, test.users
-    lists = test.streams.target_lists[test.predictions.targets]
+    candidate_sets = test.streams.target_lists[test.predictions.targets]
     names = [*METRICS, *(name for name in choose_metrics(test.streams, None) if name not in DEFAULT_NAMES)]
     others = {system: p for system, p in systems.items() if system != FUSED}
     if samples:
         values = {
-            system: intervals(names, labels, p, users, lists, samples=samples, seed=seed)
+            system: intervals(names, labels, p, users, candidate_sets, samples=samples, seed=seed)
             for system, p in systems.items()
         }
         gaps = {
-            system: differences(names, labels, p, systems[FUSED], users, lists, samples=samples, seed=seed)
+            system: differences(names, labels, p, systems[FUSED], users, candidate_sets, samples=samples, seed=seed)
             for system, p in others.items()
         }
         return values, gaps
-    bare = {system: compute_metrics(labels, p, users, lists, names) for system, p in systems.items()}
+    bare = {system: compute_metrics(labels, p, users, candidate_sets, names) for system, p in systems.items()}
     return (
         {system: {name: _point(value) for name, value in by_name.items()} for system, by_name in bare.items()},
         {system: {name: _point(bare[FUSED][name] - bare[system][name]) for name in names} for system in others},
