@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmrec_peft.training.trainer import BehaviorTrainer
 
-METHODS = {"optimizer": "_save_optimizer_and_scheduler", "state": "_save_rng_state", "marker": "_mark_whole"}
+METHODS = {"optimizer": "_save_optimizer_and_scheduler", "state": "_save_rng_state", "marker": "_mark_complete"}
 
 
 def main() -> None:
