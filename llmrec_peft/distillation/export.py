@@ -38,6 +38,7 @@ from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import fits
 from llmrec_peft.models.predict import Predictions, predict
 from llmrec_peft.models.selftest import check_candidates
+from llmrec_peft.requests.request_encoder import EventVocabulary
 
 OPSET = 18
 """Of the graph by default: the least that torch's exporter writes."""
@@ -397,10 +398,10 @@ def _measure(
 ) -> dict[str, Any]:
     """Differences of each graph's logits from torch's, their AUC where labels are real, and tokens of texts."""
     from llmrec_peft.serving.export_manifest import MODELS, TOKENIZER
+    from llmrec_peft.serving.exported_vocabulary import ExportedVocabulary
     from llmrec_peft.serving.onnx_graph import Graph
-    from llmrec_peft.serving.plain_vocabulary import Words
 
-    _check_tokens(vocabulary, Words(content, scratch / TOKENIZER))
+    _check_tokens(vocabulary, ExportedVocabulary(content, scratch / TOKENIZER))
     collator = StreamCollator(loaded.tokenizer.pad_token_id, batch_tokens)
     torchs = predict(loaded.classifier, streams, collator, batch_tokens=batch_tokens)
     rows = [streams[number] for number in range(len(streams))]
@@ -416,7 +417,7 @@ def _measure(
     for precision, file in MODELS.items():
         path = scratch / file
         if path.is_file():
-            found = Graph(path, loaded.tokenizer.pad_token_id).answers(rows, batch_tokens)[order]
+            found = Graph(path, loaded.tokenizer.pad_token_id).predict(rows, batch_tokens)[order]
             difference = np.abs(found.astype(np.float64) - torchs.logits)
             measured[precision] = {
                 "max_difference": float(difference.max()),
@@ -450,7 +451,7 @@ _TEXTS = (
 """Of several scripts, with numbers, spaces and other spellings of signs."""
 
 
-def _check_tokens(vocabulary: Vocabulary, words: Any) -> None:
+def _check_tokens(vocabulary: Vocabulary, exported: EventVocabulary) -> None:
     """Raise ModelError where the scorer would tokenise a text otherwise than training did."""
     if vocabulary.reads_ids:
         known = sorted(vocabulary.tokenizer.get_vocab().items(), key=lambda pair: pair[1])
@@ -459,8 +460,10 @@ def _check_tokens(vocabulary: Vocabulary, words: Any) -> None:
         literals = [*vocabulary.domain.outcomes.values(), vocabulary.domain.header, vocabulary.domain.event]
         texts = [*_TEXTS, *literals]
     flat, offsets = vocabulary.tokens(texts)
-    for number, found in enumerate(words.tokens(texts)):
+    found_flat, found_offsets = exported.tokens(texts)
+    for number in range(len(texts)):
         said = flat[offsets[number] : offsets[number + 1]]
+        found = found_flat[found_offsets[number] : found_offsets[number + 1]]
         if not np.array_equal(found, said):
             raise ModelError(
                 f"the student's tokenizer makes {said.tolist()[:8]} of {texts[number]!r}, and its exported file "

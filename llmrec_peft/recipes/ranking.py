@@ -18,6 +18,7 @@ from llmrec_peft.data.splits import Splits
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant
+from llmrec_peft.requests.request import Event
 from llmrec_peft.retrieval.collaborative import Popularity
 from llmrec_peft.retrieval.histories import Histories, feedback
 from llmrec_peft.retrieval.recommender import Recommender, excluded_labels
@@ -25,7 +26,6 @@ from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex, cho
 from llmrec_peft.retrieval.retriever import Candidates
 from llmrec_peft.runs.logged_events import LoggedEvents
 from llmrec_peft.runs.results import cell, print_cells
-from llmrec_peft.scoring.prompts import Event
 from llmrec_peft.scoring.scorer import Scorer
 from llmrec_peft.training.distributed import raise_on_all_ranks
 

@@ -15,8 +15,8 @@ from llmrec_peft.errors import BundleError, ConfigError, DataError
 from llmrec_peft.files import replacing
 from llmrec_peft.runs.output_paths import check_output_file, writing
 from llmrec_peft.runs.request_files import answer_line, are_answers, in_batches, read_requests
+from llmrec_peft.scoring.adapter_bank import check_name
 from llmrec_peft.scoring.bank import DomainBank
-from llmrec_peft.scoring.versions import check_name
 
 
 def score(config: ScoreConfig) -> None:

@@ -18,8 +18,8 @@ from llmrec_peft.data.readers.tabular import SUFFIXES, read_tables, suffix_of
 from llmrec_peft.data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, listed, shorten
 from llmrec_peft.data.times import check_moment
 from llmrec_peft.errors import ConfigError, DataError
+from llmrec_peft.requests.request import Event
 from llmrec_peft.runs.logged_events import LoggedEvents, cells
-from llmrec_peft.scoring.prompts import Event
 
 _log = logging.getLogger(__name__)
 

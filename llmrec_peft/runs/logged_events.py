@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from llmrec_peft.data.domain import Domain, python_values
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.scoring.prompts import Event
+from llmrec_peft.requests.request import Event
 
 
 class LoggedEvents:

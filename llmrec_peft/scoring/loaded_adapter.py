@@ -1,46 +1,48 @@
-"""One bundle in memory, ready to share a base with others."""
+"""One adapter in memory, ready to share a base with others."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from llmrec_peft.checkpoints.bundle import check_bundle, reading
 from llmrec_peft.checkpoints.bundle_checks import check_shapes, plain_options, read_state
-from llmrec_peft.checkpoints.manifest import FILES, MANIFEST, WEIGHTS, digest, read_options
+from llmrec_peft.checkpoints.manifest import MANIFEST, WEIGHTS, digest, read_options
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.models.base import check_positions, head_name
+from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transformer_layers
 from llmrec_peft.models.classifier import quantization_of
 from llmrec_peft.models.fingerprints import fits
+from llmrec_peft.models.stock_parts import head_name
 from llmrec_peft.models.tensor_files import TensorEntry
 from llmrec_peft.models.tuning_options import AdapterOptions, HeadOptions, LoraOptions
-from llmrec_peft.scoring.adapter_layers import Bias, Bottleneck, Delta, LowRank, count_bytes, dora_ratio
+from llmrec_peft.scoring.adapter_layers import AdapterLayer, Bias, Bottleneck, LowRank, count_bytes, dora_ratio
+from llmrec_peft.scoring.shared_base import SharedBase
 
 _PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """One version of one bundle.
+    """One version of the adapter of one bundle, with its head, calibration and domain.
 
     Attributes:
-        directory: where it was read.
-        version: digest of what was read; another digest is another version.
+        directory: of the bundle.
+        version: digest of the manifest; another digest is another version.
         vocabulary: the domain's tokens.
         head: float32 [labels, hidden].
-        deltas: from a module's path in the stock classifier to what changes its output, in order.
-        size: bytes of all its tensors.
+        layers: from a module's path in the stock classifier to the layers that change its output, in order.
+        size: bytes of all tensors.
     """
 
     directory: Path
@@ -48,7 +50,7 @@ class LoadedAdapter:
     vocabulary: Vocabulary
     calibration: Calibration
     head: torch.Tensor
-    deltas: Mapping[str, list[Delta]]
+    layers: Mapping[str, list[AdapterLayer]]
     size: int
 
     @property
@@ -61,36 +63,25 @@ class LoadedAdapter:
         """Label names in class order."""
         return self.domain.labels
 
-
-@dataclass(frozen=True)
-class Base:
-    """What a bundle is compared with: the base's stock classifier, its fingerprints and its precision."""
-
-    stock: nn.Module
-    tokenizer: Any
-    name: str
-    fingerprint: str
-    tokenizer_fingerprint: str
-    precision: dict[str, Any]
+    def calibrate(self, logits: np.ndarray) -> np.ndarray:
+        """Probabilities float64 [n, labels] of logits [n, labels]."""
+        return self.calibration.apply(logits)
 
 
 def precision_of(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """How a bundle's base was held while it was trained: the dtype, and the 4-bit storage if any."""
+    """Number format of a bundle's base in training: the dtype, and the 4-bit storage if any."""
     tuning, options = read_options(directory, manifest)
     quantization = quantization_of(tuning, options)
     return {"dtype": options.dtype, "quantization": None if quantization is None else dataclasses.asdict(quantization)}
 
 
-def stamp(directory: Path) -> tuple[Any, ...]:
-    """What tells without reading them that a bundle's files are those that were read: place, size, time of change."""
-    found = [(directory / name).stat() for name in FILES]
-    return (os.path.realpath(directory), *((part.st_ino, part.st_size, part.st_mtime_ns) for part in found))
+def load_adapter(directory: str | Path, base: SharedBase, *, any_dtype: bool = False) -> LoadedAdapter:
+    """Read a bundle for a base that is loaded already, with all the checks of `load_bundle`. The base does not change.
 
-
-def load_adapter(directory: str | Path, base: Base, *, any_dtype: bool = False) -> LoadedAdapter:
-    """Read a bundle for a base that is loaded already, with all the checks of `load_bundle`; the base is left alone.
-
-    `any_dtype` lets the base be in another number format than the bundle was trained with.
+    Args:
+        directory: of the bundle.
+        base: as it is in memory.
+        any_dtype: accept a base in another number format than the bundle was trained with.
 
     Raises:
         BundleError: a damaged bundle, another base, tokenizer or precision, or a method that has weights of its own.
@@ -99,33 +90,33 @@ def load_adapter(directory: str | Path, base: Base, *, any_dtype: bool = False) 
     directory = Path(directory)
     manifest, entries = check_bundle(directory)
     with reading(directory):
-        return _read_member(directory, manifest, entries, base, any_dtype)
+        return _read_adapter(directory, manifest, entries, base, any_dtype)
 
 
-def _read_member(
-    directory: Path, manifest: Mapping[str, Any], entries: Mapping[str, TensorEntry], base: Base, any_dtype: bool
+def _read_adapter(
+    directory: Path, manifest: Mapping[str, Any], entries: Mapping[str, TensorEntry], base: SharedBase, any_dtype: bool
 ) -> LoadedAdapter:
     tuning, _ = read_options(directory, manifest)
     precision = precision_of(directory, manifest)
-    _check_fits(directory, manifest, base, precision | ({"dtype": base.precision["dtype"]} if any_dtype else {}))
+    _check_base(directory, manifest, base, precision | ({"dtype": base.precision["dtype"]} if any_dtype else {}))
     plain = plain_options(tuning) if isinstance(tuning, LoraOptions) else tuning
     check_shapes(directory / WEIGHTS, base.stock, plain, entries)
     state = read_state(directory / WEIGHTS)
     if isinstance(tuning, LoraOptions):
         state = {name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()}
     head = state.pop(f"{head_name(base.stock)}.weight", None)
-    labels, width = len(manifest["labels"]), base.stock.config.get_text_config().hidden_size
+    labels, width = len(manifest["labels"]), base.classifier.config.get_text_config().hidden_size
     if head is None or tuple(head.shape) != (labels, width):
         raise BundleError(
             f"{directory / WEIGHTS} must hold a head of shape {(labels, width)}, not "
             f"{None if head is None else tuple(head.shape)}; restore the files that training wrote"
         )
     if isinstance(tuning, LoraOptions):
-        deltas = _low_rank(directory, state, tuning, base.stock)
+        layers = _low_rank(directory, state, tuning, base.stock)
     elif isinstance(tuning, AdapterOptions):
-        deltas = _bottlenecks(directory, state, tuning, base.stock)
+        layers = _bottlenecks(directory, state, tuning, base.stock, width)
     elif isinstance(tuning, HeadOptions):
-        deltas = {}
+        layers = {}
         _refuse_rest(directory, state)
     else:
         raise BundleError(
@@ -142,12 +133,12 @@ def _read_member(
         vocabulary=Vocabulary(domain, base.tokenizer),
         calibration=Calibration.from_dict(manifest["calibration"]),
         head=head,
-        deltas=deltas,
-        size=count_bytes(deltas, head),
+        layers=layers,
+        size=count_bytes(layers, head),
     )
 
 
-def _check_fits(directory: Path, manifest: Mapping[str, Any], base: Base, precision: Mapping[str, Any]) -> None:
+def _check_base(directory: Path, manifest: Mapping[str, Any], base: SharedBase, precision: Mapping[str, Any]) -> None:
     said = str(manifest["base"].get("fingerprint"))
     if said != base.fingerprint:
         raise BundleError(
@@ -170,8 +161,8 @@ def _check_fits(directory: Path, manifest: Mapping[str, Any], base: Base, precis
 
 def _low_rank(
     directory: Path, state: dict[str, torch.Tensor], tuning: LoraOptions, stock: nn.Module
-) -> dict[str, list[Delta]]:
-    """Deltas of a LoRA bundle."""
+) -> dict[str, list[AdapterLayer]]:
+    """Adapter layers of a LoRA bundle."""
     plain = plain_options(tuning)
     rank, alpha = plain.r, plain.alpha
     scale = alpha / (rank**0.5 if tuning.rslora else rank)
@@ -186,45 +177,44 @@ def _low_rank(
                 "the base belongs there; restore the files that training wrote"
             )
         factors[path] = (a.float().to(device), b.float().to(device))
-    deltas: dict[str, list[Delta]] = {}
+    layers: dict[str, list[AdapterLayer]] = {}
     for path, (a, b) in factors.items():
         ratio, bias = None, getattr(modules[path], "bias", None)
         if tuning.dora:
             magnitude = state.pop(f"{path}.lora_magnitude_vector").float().to(device)
             ratio = dora_ratio(modules[path], a, b, scale, magnitude)
-        deltas[path] = [LowRank(a, b, scale, ratio, None if bias is None else bias.detach().float())]
+        layers[path] = [LowRank(a, b, scale, ratio, None if bias is None else bias.detach().float())]
     for name in [name for name in state if name.endswith(".bias")]:
         path = name.removesuffix(".bias").removesuffix(".base_layer")
         own = getattr(modules.get(path), "bias", None)
         value = state.pop(name)
         if own is None or own.shape != value.shape:
             raise BundleError(f"{directory / WEIGHTS} has {name!r}, which the base lacks; restore the file")
-        deltas.setdefault(path, []).append(Bias(value.float().to(device) - own.detach().float()))
+        layers.setdefault(path, []).append(Bias(value.float().to(device) - own.detach().float()))
     _refuse_rest(directory, state)
-    return deltas
+    return layers
 
 
 def _bottlenecks(
-    directory: Path, state: dict[str, torch.Tensor], tuning: AdapterOptions, stock: nn.Module
-) -> dict[str, list[Delta]]:
-    """Deltas of a bottleneck bundle."""
-    width, device = stock.config.get_text_config().hidden_size, next(stock.parameters()).device
+    directory: Path, state: dict[str, torch.Tensor], tuning: AdapterOptions, stock: nn.Module, width: int
+) -> dict[str, list[AdapterLayer]]:
+    """Adapter layers of a bottleneck bundle."""
     find_layout(transformer_layers(stock)[0])
-    modules, deltas = dict(stock.named_modules()), {}
+    modules, device = dict(stock.named_modules()), next(stock.parameters()).device
+    layers: dict[str, list[AdapterLayer]] = {}
     for path in sorted({name.split(".adapter.")[0] for name in state if ".adapter." in name}):
         adapter = BottleneckAdapter(width, tuning)
-        own = {name: state.pop(f"{path}.adapter.{name}", None) for name in adapter.state_dict()}
-        wrong = {name for name, value in adapter.state_dict().items()
-                 if own[name] is None or own[name].shape != value.shape}  # fmt: skip
-        if wrong or path not in modules:
+        shapes = {name: value.shape for name, value in adapter.state_dict().items()}
+        own = {name: state.pop(f"{path}.adapter.{name}") for name in shapes if f"{path}.adapter.{name}" in state}
+        if {name: value.shape for name, value in own.items()} != shapes or path not in modules:
             raise BundleError(
                 f"{directory / WEIGHTS} has no adapter of width {width} and size {tuning.size} for {path!r}; restore "
                 "the files that training wrote"
             )
         adapter.load_state_dict(own)
-        deltas[path] = [Bottleneck(adapter.to(device), tuning.placement == "parallel")]
+        layers[path] = [Bottleneck(adapter.to(device), tuning.placement == "parallel")]
     _refuse_rest(directory, state)
-    return deltas
+    return layers
 
 
 def _refuse_rest(directory: Path, state: Mapping[str, torch.Tensor]) -> None:
