@@ -121,15 +121,10 @@ class OnnxScorer:
         *,
         batch_tokens: int = BATCH_TOKENS,
     ) -> np.ndarray:
-        """Calibrated probabilities, float64 [candidates, labels], labels in class order.
+        """Calibrated probabilities, float64 [candidates, labels], of the same arguments as `Scorer.score`.
 
-        Args:
-            history: (event, label) in time order; of any number, the newest that the domain's window holds are used.
-            candidates: events; each is scored as if it were the only one. An event is an item id of the item table, or
-                a mapping of the columns that the domain's template names.
-            user: columns that the domain's header names.
-            batch_tokens: tokens of one pass, at most, or one history with a row of candidates. Beyond the tokens of
-                the request, memory does not grow with the candidates.
+        `batch_tokens` bounds one pass, which takes at least one history with a row of candidates. Memory beyond the
+        tokens of the request does not grow with the candidates.
 
         Raises:
             DataError: an unknown item or label, or a missing column.
@@ -140,14 +135,10 @@ class OnnxScorer:
         return self._predict([Request(history, candidates, user)], batch_tokens)[0]
 
     def score_many(self, requests: Iterable[Sequence[Any]], *, batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
-        """Score the requests of many users together: a list of what `score` returns.
+        """Score the requests of many users together, as `Scorer.score_many` does: a list of what `score` returns.
 
-        Args:
-            requests: each (history, candidates) or (history, candidates, user). Histories may be of any length. Equal
-                histories are encoded together, and equal candidates after one history are computed once.
-            batch_tokens: as in `score`.
-
-        Raises as `score` does; the message names the request.
+        Each request is (history, candidates) or (history, candidates, user). Raises as `score` does; the message names
+        the request.
         """
         return self._predict(scorer_requests(requests), batch_tokens)
 
