@@ -131,11 +131,14 @@ class RequestEncoder:
     def _header(self, user: dict[str, Any]) -> np.ndarray:
         key = ("header", *(value_key(value) for value in user.values()))
         with self._lock:
-            if key not in self.cache:
+            if key in self.cache:
+                tokens = self.cache[key]
+            else:
                 header = self.domain.header
                 text = fill(header, user, self.vocabulary.forbidden) if user else header
-                self.cache.put(key, self.vocabulary.tokens([text])[0])
-            return self.cache[key]
+                tokens = self.vocabulary.tokens([text])[0]
+            self.cache.put(key, tokens)
+        return tokens
 
     def _encode(self, events: list[PlainEvent], what: str) -> list[np.ndarray]:
         """Tokens of plain events with their markers; only those that are not cached are tokenised."""

@@ -20,11 +20,12 @@ from llmrec_peft.requests.item_table import ItemsLike, ItemTable
 from llmrec_peft.requests.request import Request
 from llmrec_peft.requests.request_domain import RequestDomain
 from llmrec_peft.requests.request_encoder import RequestEncoder
+from llmrec_peft.scoring.adapter_loading import load_adapter
 from llmrec_peft.scoring.adapter_versions import AdapterVersions
 from llmrec_peft.scoring.change_key import ChangeKey, is_unchanged, read_change_key
 from llmrec_peft.scoring.chunks import PinnedVersion, predict_probabilities
 from llmrec_peft.scoring.engine import Engine
-from llmrec_peft.scoring.loaded_adapter import LoadedAdapter, load_adapter
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
 from llmrec_peft.scoring.shared_base import SharedBase
 
 NAME_LENGTH = 200

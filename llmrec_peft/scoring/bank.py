@@ -17,8 +17,8 @@ from llmrec_peft.requests.batching import BATCH_TOKENS
 from llmrec_peft.requests.item_table import ItemsLike
 from llmrec_peft.requests.request import bank_requests
 from llmrec_peft.scoring.adapter_bank import AdapterBank, check_name
+from llmrec_peft.scoring.adapter_loading import precision_of
 from llmrec_peft.scoring.engine import Engine
-from llmrec_peft.scoring.loaded_adapter import precision_of
 from llmrec_peft.scoring.prefix_cache import PrefixCache
 from llmrec_peft.scoring.scorer import Scorer
 from llmrec_peft.scoring.shared_base import Attention, BaseOptions, Dtype, load_base

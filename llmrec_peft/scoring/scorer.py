@@ -28,9 +28,10 @@ from llmrec_peft.retrieval.recommender import Recommendation, Recommender
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY as RETRIEVAL
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.scoring.adapter_bank import AdapterBank
+from llmrec_peft.scoring.adapter_loading import precision_of
 from llmrec_peft.scoring.engine import Engine
 from llmrec_peft.scoring.item_embeddings import embed_items
-from llmrec_peft.scoring.loaded_adapter import LoadedAdapter, precision_of
+from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
 from llmrec_peft.scoring.prefix_cache import PrefixCache
 from llmrec_peft.scoring.shared_base import Attention, BaseOptions, Dtype, load_base
 

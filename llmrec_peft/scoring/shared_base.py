@@ -70,7 +70,7 @@ def load_base(base: str, precision: dict[str, Any], options: BaseOptions, gguf_f
 
     Args:
         base: an embedded name, a Hub id or a directory.
-        precision: `dtype` and `quantization`; see `loaded_adapter.precision_of`.
+        precision: `dtype` and `quantization`; see `adapter_loading.precision_of`.
         options: attention kernel, device and trust; its dtype is not read.
         gguf_file: the file of weights where the base is GGUF.
 

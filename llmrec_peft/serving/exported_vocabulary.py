@@ -79,15 +79,15 @@ class ExportedVocabulary:
     def _clean(self, ids: list[int]) -> list[int]:
         """Tokens of one text without reserved tokens and runs that spell the marker."""
         marker, width = self.marker.tolist(), len(self.marker)
-        kept: list[int] = []
+        left: list[int] = []
         for token in ids:
             if token in self._reserved:
                 continue
-            kept.append(token)
+            left.append(token)
             # Removing one marker can bring another together.
-            if kept[-width:] == marker:
-                del kept[-width:]
-        return kept
+            if left[-width:] == marker:
+                del left[-width:]
+        return left
 
 
 def read_encoder(path: Path) -> Encoder:
