@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from llmrec_peft.checkpoints.bundle import check_bundle, reading
 from llmrec_peft.checkpoints.bundle_checks import check_shapes, plain_options, read_state
@@ -19,7 +18,7 @@ from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transformer_layers
-from llmrec_peft.models.classifier import quantization_of
+from llmrec_peft.models.classifier import BehaviorClassifier, quantization_of
 from llmrec_peft.models.fingerprints import fits
 from llmrec_peft.models.stock_parts import head_name
 from llmrec_peft.models.tensor_files import TensorEntry
@@ -59,15 +58,16 @@ def load_adapter(directory: str | Path, base: SharedBase, *, any_dtype: bool = F
 def _read_adapter(
     directory: Path, manifest: Mapping[str, Any], entries: Mapping[str, TensorEntry], base: SharedBase, any_dtype: bool
 ) -> LoadedAdapter:
+    stock = base.classifier.stock
     tuning, _ = read_options(directory, manifest)
     precision = precision_of(directory, manifest)
     _check_base(directory, manifest, base, precision | ({"dtype": base.precision["dtype"]} if any_dtype else {}))
     plain = plain_options(tuning) if isinstance(tuning, LoraOptions) else tuning
-    check_shapes(directory / WEIGHTS, base.stock, plain, entries)
+    check_shapes(directory / WEIGHTS, stock, plain, entries)
     state = read_state(directory / WEIGHTS)
     if isinstance(tuning, LoraOptions):
         state = {name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()}
-    head = state.pop(f"{head_name(base.stock)}.weight", None)
+    head = state.pop(f"{head_name(stock)}.weight", None)
     labels, width = len(manifest["labels"]), base.classifier.config.get_text_config().hidden_size
     if head is None or tuple(head.shape) != (labels, width):
         raise BundleError(
@@ -75,9 +75,9 @@ def _read_adapter(
             f"{None if head is None else tuple(head.shape)}; restore the files that training wrote"
         )
     if isinstance(tuning, LoraOptions):
-        layers = _low_rank(directory, state, tuning, base.stock)
+        layers = _low_rank(directory, state, tuning, base.classifier)
     elif isinstance(tuning, AdapterOptions):
-        layers = _bottlenecks(directory, state, tuning, base.stock, width)
+        layers = _bottlenecks(directory, state, tuning, base.classifier, width)
     elif isinstance(tuning, HeadOptions):
         layers = {}
         _refuse_rest(directory, state)
@@ -87,12 +87,12 @@ def _read_adapter(
             "share one; merge it and serve the merged model"
         )
     domain = Domain.of_manifest(manifest["domain"], source=str(directory / MANIFEST))
-    check_positions(base.stock.config, domain.stream.max_length)
-    device = next(base.stock.parameters()).device
+    check_positions(base.classifier.config, domain.stream.max_length)
+    device = base.classifier.device
     head = head.float().to(device)
     return LoadedAdapter(
         directory=directory,
-        version=digest(manifest),  # the same weights at another scale answer otherwise
+        version=digest(manifest),  # the same weights at another scale are another version
         vocabulary=Vocabulary(domain, base.tokenizer),
         calibration=Calibration.from_dict(manifest["calibration"]),
         head=head,
@@ -123,13 +123,13 @@ def _check_base(directory: Path, manifest: Mapping[str, Any], base: SharedBase, 
 
 
 def _low_rank(
-    directory: Path, state: dict[str, torch.Tensor], tuning: LoraOptions, stock: nn.Module
+    directory: Path, state: dict[str, torch.Tensor], tuning: LoraOptions, classifier: BehaviorClassifier
 ) -> dict[str, list[AdapterLayer]]:
     """Adapter layers of a LoRA bundle."""
     plain = plain_options(tuning)
     rank, alpha = plain.r, plain.alpha
     scale = alpha / (rank**0.5 if tuning.rslora else rank)
-    modules, device = dict(stock.named_modules()), next(stock.parameters()).device
+    modules, device = dict(classifier.stock.named_modules()), classifier.device
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for path in sorted({name.rsplit(".lora_", 1)[0] for name in state if ".lora_" in name}):
         a, b = (state.pop(f"{path}.lora_{part}.weight", None) for part in "AB")
@@ -159,11 +159,11 @@ def _low_rank(
 
 
 def _bottlenecks(
-    directory: Path, state: dict[str, torch.Tensor], tuning: AdapterOptions, stock: nn.Module, width: int
+    directory: Path, state: dict[str, torch.Tensor], tuning: AdapterOptions, classifier: BehaviorClassifier, width: int
 ) -> dict[str, list[AdapterLayer]]:
     """Adapter layers of a bottleneck bundle."""
-    find_layout(transformer_layers(stock)[0])
-    modules, device = dict(stock.named_modules()), next(stock.parameters()).device
+    find_layout(transformer_layers(classifier.stock)[0])
+    modules, device = dict(classifier.stock.named_modules()), classifier.device
     layers: dict[str, list[AdapterLayer]] = {}
     for path in sorted({name.split(".adapter.")[0] for name in state if ".adapter." in name}):
         adapter = BottleneckAdapter(width, tuning)

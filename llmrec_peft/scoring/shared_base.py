@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from torch import nn
-
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.base import Quantization, base_fingerprint, load_model, load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import BehaviorClassifier
@@ -53,11 +51,6 @@ class SharedBase:
     fingerprint: str
     tokenizer_fingerprint: str
     precision: dict[str, Any]
-
-    @property
-    def stock(self) -> nn.Module:
-        """The classifier of Transformers."""
-        return self.classifier.stock
 
     @property
     def pad_token_id(self) -> int:

@@ -114,11 +114,11 @@ def test_a_swap_of_a_loaded_bundle_reads_nothing(bundle_of, tiny_base, items, mo
 def test_the_base_is_left_alone(bundle_of, tiny_base, items):
     names = {"a": bundle_of(dora=True, bias="all", kind="qwen2"), "b": bundle_of("adapter", kind="qwen2", seed=2)}
     bank = DomainBank.load(tiny_base("qwen2"), names, dict.fromkeys(names, items))
-    before = {name: value.clone() for name, value in bank._base.stock.state_dict().items()}
+    before = {name: value.clone() for name, value in bank._base.classifier.stock.state_dict().items()}
     bank.score([("a", HISTORY, MOVIES), ("b", HISTORY, MOVIES)])
     bank.swap("a", names["b"])
     bank.score([("a", HISTORY, MOVIES)])
-    assert all(torch.equal(value, before[name]) for name, value in bank._base.stock.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in bank._base.classifier.stock.state_dict().items())
 
 
 def test_every_answer_is_of_one_version_while_others_swap(bundle_of, tiny_base, items):
