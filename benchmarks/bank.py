@@ -128,10 +128,10 @@ def merged_batches(bank: DomainBank, requests: list[tuple], batch_tokens: int) -
     """The very rows that the bank makes of the requests, in the same batches."""
     streams = []
     for name, history, candidates, user in requests:
-        prompts = bank._entries[name].prompts
-        prefix, build = prompts.prefix(history, user), StreamBuilder([])
+        encoder = bank.entry(name).encoder
+        prefix, build = encoder.encode_history(history, user), StreamBuilder([])
         build.prefix(prefix.header, *prefix.events)
-        markers = [build.candidate(probe, probe[:0]) for probe in prompts.events(candidates, "candidates")]
+        markers = [build.candidate(probe, probe[:0]) for probe in encoder.encode_events(candidates, "candidates")]
         zeros = np.zeros(len(markers), np.int64)
         streams.append(Stream(*build.arrays(), np.array(markers), zeros, zeros, zeros))
     groups = plan_micro_batches(np.array([len(stream) for stream in streams]), batch_tokens)

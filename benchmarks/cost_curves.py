@@ -247,12 +247,12 @@ def train(side: StreamSide, windows: StreamSubset) -> dict:
 
 def score(scorer: Scorer, history: list, candidates: list) -> dict:
     """Answers for these candidates, the history encoded anew: what they took, and what had to be computed."""
-    prefix = scorer.prompts.prefix(history)
+    prefix = scorer.encoder.encode_history(history)
     size = len(prefix.header) + sum(map(len, prefix.events))
     # Candidates with the same words are answered once.
-    probes = {probe.tobytes(): len(probe) for probe in scorer.prompts.events(candidates, "candidates")}
+    probes = {probe.tobytes(): len(probe) for probe in scorer.encoder.encode_events(candidates, "candidates")}
     positions = np.concatenate([np.arange(size), *(size + np.arange(length) for length in probes.values())])
-    classifier = scorer._engine.classifier
+    classifier = scorer._bank._engine.classifier
     release_memory()
     rest = memory_mib("VmRSS")
     reset_peak()

@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
     calibration = Calibration.from_dict(loaded.calibration)
 
     def extended() -> np.ndarray:
-        kept._engine.kept.clear()
+        kept._bank._engine.prefix_cache.clear()
         kept.score(history[:-1], candidates[:1])
         start = time.perf_counter()
         found = kept.score(history, candidates)
@@ -112,14 +112,14 @@ def event_of(log: BehaviorLog, domain: Domain, row: int) -> dict:
 def pick(log: BehaviorLog, domain: Domain, scorer: Scorer, options: argparse.Namespace) -> tuple[list, list]:
     """The first user whose newest events fill the tokens wanted, and candidates from the whole table."""
     classes, rng = domain.classes(log), np.random.default_rng(options.seed)
-    prompts = scorer._current()[1]
+    encoder = scorer.encoder
     for user in range(log.num_users):
         rows = range(int(log.user_offsets[user]), int(log.user_offsets[user + 1]))
-        rows = [row for row in rows if classes[row] >= 0][-prompts.window :]
+        rows = [row for row in rows if classes[row] >= 0][-encoder.domain.window :]
         history: list = []
         for row in rows:
             history.append((event_of(log, domain, row), domain.labels[classes[row]]))
-            prefix = prompts.prefix(history)
+            prefix = encoder.encode_history(history)
             if len(prefix.header) + sum(map(len, prefix.events)) >= options.tokens:
                 items = rng.choice(log.num_items, options.candidates, replace=False)
                 extra = {key: value for key, value in event_of(log, domain, row).items() if key != "item_id"}
@@ -129,15 +129,13 @@ def pick(log: BehaviorLog, domain: Domain, scorer: Scorer, options: argparse.Nam
 
 
 def fresh_probe(scorer: Scorer, candidate: dict) -> np.ndarray:
-    return scorer._current()[1].events([candidate], "candidates")[0]
+    return scorer.encoder.encode_events([candidate], "candidates")[0]
 
 
 def independent_prompts(scorer: Scorer, history: list, candidates: list) -> list[np.ndarray]:
-    prompts = scorer._current()[1]
-    prefix = prompts.prefix(history)
-    return [
-        np.concatenate([prefix.header, *prefix.events, probe]) for probe in prompts.events(candidates, "candidates")
-    ]
+    prefix = scorer.encoder.encode_history(history)
+    tokens = scorer.encoder.encode_events(candidates, "candidates")
+    return [np.concatenate([*prefix.pieces(), candidate]) for candidate in tokens]
 
 
 def run(loaded, prompts: list[np.ndarray], batch: int) -> np.ndarray:

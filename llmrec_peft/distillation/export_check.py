@@ -94,7 +94,7 @@ def compare_graphs(
         "answers": len(expected.logits), "spread": float(expected.logits.std()), "auc": auc(expected.logits)
     }  # fmt: skip
     for precision, path in graphs.items():
-        logits = Graph(path, pad).answers(rows, batch_tokens)[order]
+        logits = Graph(path, pad).predict(rows, batch_tokens)[order]
         difference = np.abs(logits.astype(np.float64) - expected.logits)
         measured[precision] = {
             "max_difference": float(difference.max()),

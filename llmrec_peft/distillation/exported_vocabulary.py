@@ -71,7 +71,7 @@ def check_tokens(vocabulary: Vocabulary, entries: Mapping[str, Any], directory: 
         directory: of the export, with its tokenizer.
     """
     from llmrec_peft.serving.export_manifest import TOKENIZER
-    from llmrec_peft.serving.plain_vocabulary import Words
+    from llmrec_peft.serving.exported_vocabulary import ExportedVocabulary
 
     if vocabulary.reads_ids:
         known = sorted(vocabulary.tokenizer.get_vocab().items(), key=lambda pair: pair[1])
@@ -80,7 +80,7 @@ def check_tokens(vocabulary: Vocabulary, entries: Mapping[str, Any], directory: 
         templates = [*vocabulary.domain.outcomes.values(), vocabulary.domain.header, vocabulary.domain.event]
         texts = [*_TEXTS, *templates]
     flat, offsets = vocabulary.tokens(texts)
-    for number, found in enumerate(Words(entries, directory / TOKENIZER).tokens(texts)):
+    for number, found in enumerate(ExportedVocabulary(entries, directory / TOKENIZER).tokens(texts)):
         expected = flat[offsets[number] : offsets[number + 1]]
         if not np.array_equal(found, expected):
             raise ModelError(

@@ -15,8 +15,8 @@ from llmrec_peft.files import replacing, writing
 from llmrec_peft.messages import listed, quoted
 from llmrec_peft.runs.output_paths import check_output_file
 from llmrec_peft.runs.request_files import holds_predictions, in_batches, prediction_line, read_requests
+from llmrec_peft.scoring.adapter_bank import check_name
 from llmrec_peft.scoring.bank import DomainBank
-from llmrec_peft.scoring.versions import check_name
 
 
 def score(config: ScoreConfig) -> None:

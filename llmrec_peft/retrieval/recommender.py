@@ -1,31 +1,66 @@
-"""From a history to a ranked list: retrieval names candidates, the LLM and the log's evidence rank them."""
+"""From a history to a ranked list: retrieval names candidates, a scorer and a fusion rank them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.errors import ConfigError, DataError, LLMRecError, input_errors
 from llmrec_peft.messages import quoted
+from llmrec_peft.requests.argument_checks import as_list, check_list, is_count
+from llmrec_peft.requests.batching import BATCH_TOKENS
+from llmrec_peft.requests.item_table import ItemTable
+from llmrec_peft.requests.request import Event, History
+from llmrec_peft.requests.request_encoder import RequestEncoder
+from llmrec_peft.requests.request_rules import item_id
 from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.histories import Histories
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.retrieval.retriever import SOURCES, Retriever
-from llmrec_peft.scoring.bank import BATCH_TOKENS
-from llmrec_peft.scoring.chunks import PART
-from llmrec_peft.scoring.item_table import Catalogue
-from llmrec_peft.scoring.prompts import Event
-from llmrec_peft.serving.request_rules import check_list, is_count, item_id, listed_requests
 
 POOL = 100
 """Candidates that retrieval names for the LLM to rank, by default."""
+FUSED_TOGETHER = 4096
+"""Candidates whose features are in memory together."""
 
 Id = str | int | np.integer
-"""What names an item of the table."""
+"""An item id, as a caller may give it."""
+
+
+class CandidateScorer(Protocol):
+    """What a `Recommender` needs of a scorer; `scoring.scorer.Scorer` has it."""
+
+    @property
+    def domain(self) -> Domain: ...
+
+    @property
+    def labels(self) -> list[str]: ...
+
+    @property
+    def items(self) -> ItemTable: ...
+
+    @property
+    def encoder(self) -> RequestEncoder: ...
+
+    def score(
+        self,
+        history: History,
+        candidates: Sequence[Event],
+        user: Mapping[str, Any] | None = None,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> np.ndarray:
+        """Probabilities float64 [candidates, labels]."""
+
+    def score_many(self, requests: Iterable[Sequence[Any]], *, batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
+        """What `score` returns, for each (history, candidates, user)."""
+
+    def embed_items(self) -> np.ndarray:
+        """Embeddings of the items' texts, float [items, d]."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +69,9 @@ class Recommendation:
 
     Attributes:
         item_id: id in the item table.
-        score: what it is ranked by: the probability of any label but the negative one.
-        probabilities: of the labels, in class order, fused where a fusion was fitted.
-        source: who named it: a retrieval source, `fill`, `all` (the whole catalogue) or `given`.
+        score: probability of any label but the negative one; the list is in its order.
+        probabilities: of the labels, in class order; fused where there is a fusion.
+        source: where the candidate came from: a retrieval source, `fill`, `all` (the whole table) or `given`.
     """
 
     item_id: str
@@ -47,7 +82,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What is ranked for one history: item codes [n], each once, and who named each."""
+    """Candidates of one history: item codes [n], each once, and the source of each."""
 
     history: Histories
     codes: np.ndarray
@@ -55,7 +90,7 @@ class _Choice:
 
 
 class _Events(Sequence[Event]):
-    """The events of items, made as they are asked for: their ids, or mappings with the columns of the moment."""
+    """Events of items, made on access: ids, or mappings with the columns of the moment."""
 
     def __init__(self, ids: Sequence[str], codes: np.ndarray, context: Mapping[str, Any] | None) -> None:
         self._ids, self._codes, self._context = ids, codes, context
@@ -63,27 +98,35 @@ class _Events(Sequence[Event]):
     def __len__(self) -> int:
         return len(self._codes)
 
-    def __getitem__(self, place: int) -> Event:
+    @overload
+    def __getitem__(self, place: int) -> Event: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Event]: ...
+
+    def __getitem__(self, place: int | slice) -> Event | Sequence[Event]:
+        if isinstance(place, slice):
+            return _Events(self._ids, self._codes[place], self._context)
         item = self._ids[self._codes[place]]
         return {**self._context, "item_id": item} if self._context else item
 
 
 class Recommender:
-    """Ranks a catalogue for one history after another.
+    """Ranks the items of a table for one history after another.
 
     Args:
-        scorer: a `Scorer` with an item table.
-        evidence: collaborative models of the training log, in the codes of any item table; None for the LLM alone: it
-            ranks the whole catalogue then.
-        fusion: fitted with the scorer and the evidence, or None.
-        embeddings: float [items of the table, d] for retrieval by text; by default those of `text_vectors`, made when
-            they are needed first: items x the base's width x 2 bytes. `quotas` without `text` and `fresh` need none.
+        scorer: with an item table.
+        retrieval_index: collaborative models of the training log, in the codes of any item table; without it the LLM
+            ranks the whole table.
+        fusion: fitted with the scorer and the retrieval index, or None.
+        embeddings: float [items of the table, d] for retrieval by text; by default those of `scorer.embed_items`,
+            computed on first use: items x the base's width x 2 bytes. `quotas` without `text` and `fresh` need none.
         quotas: shares of the retrieval sources; see `Retriever`.
     """
 
     def __init__(
         self,
-        scorer: Any,
+        scorer: CandidateScorer,
         retrieval_index: RetrievalIndex | None = None,
         fusion: Fusion | None = None,
         *,
@@ -92,26 +135,24 @@ class Recommender:
     ) -> None:
         if retrieval_index is None and (embeddings is not None or quotas):
             raise ConfigError(
-                "quotas and embeddings are for retrieval, which needs evidence; give it, or leave them out"
+                "quotas and embeddings are for retrieval, which needs a retrieval index; give one, or leave them out"
             )
         self.scorer, self.fusion = scorer, fusion
-        catalogue: Catalogue = scorer.catalogue
-        if not len(catalogue):
+        self.items = scorer.items
+        if not len(self.items):
             raise DataError("recommending needs an item table; give items= to Scorer.load")
-        self.catalogue = catalogue
-        self.ids: list[str] = catalogue.table.column("item_id").to_pylist()
-        self.retrieval_index = (
-            None if retrieval_index is None else retrieval_index.for_items(catalogue.table.column("item_id"))
-        )
+        self.ids = self.items.ids()
+        self.retrieval_index = None if retrieval_index is None else retrieval_index.for_items(self.ids)
         self.retriever: Retriever | None = None
         if self.retrieval_index is not None:
             # An event that is the item's id alone has no text.
-            by_text = None if scorer.domain.event_columns == ["item_id"] else scorer.embed_items
-            self.retriever = Retriever(self.retrieval_index, by_text if embeddings is None else embeddings, quotas)
+            has_text = scorer.domain.event_columns != ["item_id"]
+            own: Callable[[], np.ndarray] | None = scorer.embed_items if has_text else None
+            self.retriever = Retriever(self.retrieval_index, own if embeddings is None else embeddings, quotas)
 
     def recommend(
         self,
-        history: Sequence[tuple[Event, str]],
+        history: History,
         k: int = 10,
         *,
         user: Mapping[str, Any] | None = None,
@@ -126,14 +167,14 @@ class Recommender:
         Args:
             history: (event, label) in time order; empty for a new user.
             user: columns that the domain's header names.
-            candidates: item ids to rank, in place of what retrieval names; ids that are excluded are left out.
+            candidates: item ids to rank, instead of those that retrieval names; excluded ones are left out.
             context: columns of the moment that the event's template names, the same for all candidates.
-            exclude: item ids that are not wanted, beside those that `recommend.exclude` of the domain leaves out.
-            pool: candidates that retrieval names.
+            exclude: item ids to leave out, beside those that `recommend.exclude` of the domain leaves out.
+            pool: number of candidates that retrieval names.
             batch_tokens: tokens of one forward pass, at most.
 
         Raises:
-            DataError: an unknown item or label, or a column that is missing.
+            DataError: an unknown item or label, or a missing column.
             StreamError: a candidate that does not fit `stream.max_length`.
             ConfigError: k or pool below 1.
         """
@@ -144,7 +185,7 @@ class Recommender:
 
     def recommend_many(
         self,
-        histories: Sequence[Sequence[tuple[Event, str]]],
+        histories: Sequence[History],
         k: int = 10,
         *,
         users: Sequence[Mapping[str, Any] | None] | None = None,
@@ -154,18 +195,18 @@ class Recommender:
         pool: int = POOL,
         batch_tokens: int = BATCH_TOKENS,
     ) -> list[list[Recommendation]]:
-        """What `recommend` returns for each history, scored together: what is the same is computed once.
+        """What `recommend` returns for each history. All are scored together: equal histories are encoded once.
 
         Args:
             histories: of any lengths.
-            users, contexts: one for each history, as `user` and `context` of `recommend`; None for none at all.
+            users, contexts: one for each history, as `user` and `context` of `recommend`; None if no history has one.
             k, candidates, exclude, pool, batch_tokens: as in `recommend`, the same for all.
 
-        Raises as `recommend` does, naming the request; DataError for users or contexts of another number.
+        Raises as `recommend` does; the message names the request. DataError for another number of users or contexts.
         """
-        histories = listed_requests("histories", histories)
-        users = [None] * len(histories) if users is None else listed_requests("users", users)
-        contexts = [None] * len(histories) if contexts is None else listed_requests("contexts", contexts)
+        histories = as_list("histories", histories)
+        users = [None] * len(histories) if users is None else as_list("users", users)
+        contexts = [None] * len(histories) if contexts is None else as_list("contexts", contexts)
         for what, values in (("users", users), ("contexts", contexts)):
             if len(values) != len(histories):
                 raise DataError(f"{what} has {len(values)} entries for {len(histories)} histories; give one for each")
@@ -188,15 +229,13 @@ class Recommender:
         return min(max(pool, k), len(self.ids))
 
     def _events(self, codes: np.ndarray, context: Mapping[str, Any] | None) -> _Events:
-        if not isinstance(context, Mapping | None):
+        if context is not None and not isinstance(context, Mapping):
             raise DataError(f"context must be a mapping of columns, not {quoted(context)}; correct it")
         return _Events(self.ids, codes, context)
 
     def _ranked(self, choice: _Choice, found: np.ndarray, k: int) -> list[Recommendation]:
-        """The k best of a choice by its probabilities [candidates, labels], fused where a fusion was fitted."""
-        if self.fusion is not None and self.retrieval_index is not None and len(found):
-            parts = range(0, len(found), PART)
-            found = np.concatenate([self._fused(choice, found, slice(part, part + PART)) for part in parts])
+        """The k best of a choice by its probabilities [candidates, labels], fused where there is a fusion."""
+        found = self._fused(choice, found)
         scores = 1 - found[:, self.scorer.domain.negative_class]
         order = np.argsort(-scores, kind="stable")[:k]
         return [
@@ -204,17 +243,25 @@ class Recommender:
             for n in order
         ]
 
-    def _fused(self, choice: _Choice, found: np.ndarray, part: slice) -> np.ndarray:
-        codes = choice.codes[part]
-        features = self.retrieval_index.features(choice.history, np.zeros(len(codes), np.int64), codes)
-        return self.fusion.apply(np.log(np.maximum(found[part], 1e-300)), features)
+    def _fused(self, choice: _Choice, found: np.ndarray) -> np.ndarray:
+        """Probabilities [candidates, labels] after fusion, computed for FUSED_TOGETHER candidates at a time."""
+        index, fusion = self.retrieval_index, self.fusion
+        if fusion is None or index is None or not len(found):
+            return found
+        fused = []
+        for start in range(0, len(found), FUSED_TOGETHER):
+            part = slice(start, start + FUSED_TOGETHER)
+            codes = choice.codes[part]
+            features = index.features(choice.history, np.zeros(len(codes), np.int64), codes)
+            fused.append(fusion.apply(np.log(np.maximum(found[part], 1e-300)), features))
+        return np.concatenate(fused)
 
     # -- candidates ----------------------------------------------------------------------------
 
     def _given(
         self, k: int, pool: int, candidates: Sequence[Id] | None, exclude: Sequence[Id]
     ) -> tuple[np.ndarray | None, np.ndarray]:
-        """Codes of the candidates, each once, or None; and of what is not wanted."""
+        """Codes of the given candidates, each once, or None; and codes of the excluded items."""
         if not is_count(k) or not is_count(pool):
             raise ConfigError(
                 f"recommend: k and pool must be at least 1, not {quoted(k)} and {quoted(pool)}; ask for one item "
@@ -230,19 +277,19 @@ class Recommender:
             if wrong:
                 raise DataError(f"{what} must be a list of item ids, and has {quoted(wrong[0])}; correct it")
             named = [item_id(item, what) for item in ids]
-        rows = self.catalogue.rows(named, what)
+        rows = self.items.rows(named, what)
         return rows[np.sort(np.unique(rows, return_index=True)[1])]
 
     def _choice(
         self,
-        history: Sequence[tuple[Event, str]],
+        history: History,
         given: tuple[np.ndarray | None, np.ndarray],
         pool: int,
         known: dict[bytes, tuple[np.ndarray, list[str]]],
     ) -> _Choice:
-        """What is ranked for a history; `known` keeps what was chosen for the same one before."""
+        """The candidates of a history; `known` caches those of equal histories."""
         domain = self.scorer.domain
-        pairs = self.scorer.prompts.pairs(history)
+        pairs = self.scorer.encoder.rules.pairs(history)
         codes = np.array([self._code(event) for event, _ in pairs], np.int64)
         labels = [label for _, label in pairs]
         past = Histories.of(codes, [label != domain.labels[domain.negative_class] for label in labels])
@@ -255,15 +302,15 @@ class Recommender:
         return _Choice(past, *known[key])
 
     def _code(self, event: Event) -> int:
-        """The row of an event's item; -1 for one that the table does not have."""
+        """The row of an event's item; -1 if the table lacks it."""
         item = event.get("item_id") if isinstance(event, Mapping) else event
-        row = None if item is None else self.catalogue.row(str(item))
+        row = None if item is None else self.items.row(str(item))
         return -1 if row is None else row
 
     def _candidates(
         self, past: Histories, given: np.ndarray | None, out: np.ndarray, pool: int
     ) -> tuple[np.ndarray, list[str]]:
-        """Item codes [n], each once, and who named each."""
+        """Item codes [n], each once, and the source of each."""
         if given is not None:
             codes = given[~np.isin(given, out)]
             return codes, ["given"] * len(codes)

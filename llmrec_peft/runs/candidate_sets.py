@@ -9,11 +9,11 @@ from llmrec_peft.config.schema import RankingConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import Splits
 from llmrec_peft.errors import DataError
+from llmrec_peft.requests.request import Event
 from llmrec_peft.retrieval.histories import Histories, feedback
 from llmrec_peft.retrieval.popularity import Popularity, choose_half_life
 from llmrec_peft.retrieval.recommender import excluded_labels
 from llmrec_peft.runs.logged_events import LoggedEvents
-from llmrec_peft.serving.request_rules import Event
 
 
 class CandidateSets:

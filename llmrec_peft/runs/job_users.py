@@ -17,9 +17,9 @@ from llmrec_peft.data.tables import bool_numpy, is_blank
 from llmrec_peft.data.times import check_moment
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.messages import listed, quoted
+from llmrec_peft.requests.request import Event
 from llmrec_peft.runs.id_files import read_ids, table_fingerprint
 from llmrec_peft.runs.logged_events import LoggedEvents, cells
-from llmrec_peft.serving.request_rules import Event
 
 _log = logging.getLogger(__name__)
 

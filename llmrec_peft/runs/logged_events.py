@@ -9,7 +9,7 @@ import pyarrow as pa
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.rendering import python_values
-from llmrec_peft.serving.request_rules import Event
+from llmrec_peft.requests.request import Event
 
 
 class LoggedEvents:

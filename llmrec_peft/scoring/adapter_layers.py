@@ -1,28 +1,28 @@
-"""What a bundle changes in its base, as functions of a module's input and output.
+"""Layers of an adapter, as functions of the input and output of a module of the base.
 
-Each delta changes, in place, the rows of a module's output that belong to its bundle. So many bundles share one forward
-pass of the base: every row goes through the base's own product once, and through its own bundle's small ones.
+Each layer changes, in place, the rows of the module's output that belong to its adapter. So many adapters share one
+forward pass: every row goes through the base's own product once, and then through the small products of its adapter.
 Shape letters: n tokens, r rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from llmrec_peft.models.bottleneck import BottleneckAdapter
 
 
-class Delta(Protocol):
+class AdapterLayer(Protocol):
     """A change of one module's output."""
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Change `y` in place, the module's output [n, out] for its input `x` [n, in]."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """What it holds in memory."""
+        """All tensors that it holds."""
 
 
 class LowRank:
@@ -33,7 +33,7 @@ class LowRank:
         b: B [out, r].
         scale: s.
         ratio: m [out], None without DoRA.
-        bias: of the base's layer [out], which m leaves alone; None if it has none.
+        bias: of the base's layer [out], which m does not scale; None if it has none.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LowRank:
 
 
 class Bias:
-    """A trained bias in place of the base's: y += difference [out]."""
+    """A trained bias that replaces the base's: y += difference [out]."""
 
     def __init__(self, difference: torch.Tensor) -> None:
         self.difference = difference
@@ -106,7 +106,7 @@ def dora_ratio(
     return magnitude / torch.linalg.norm(weight + scale * (b @ a), dim=1)
 
 
-def count_bytes(deltas: Mapping[str, list[Delta]], *others: Any) -> int:
+def count_bytes(layers: Mapping[str, list[AdapterLayer]], *others: torch.Tensor) -> int:
     """Bytes of all tensors."""
-    tensors = [tensor for group in deltas.values() for delta in group for tensor in delta.tensors()]
+    tensors = [tensor for group in layers.values() for layer in group for tensor in layer.tensors()]
     return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *others))

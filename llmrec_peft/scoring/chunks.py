@@ -1,141 +1,120 @@
-"""Requests of any number of candidates: tokens of a bounded number of them are in memory at a time."""
+"""Requests of any number of candidates: only a bounded number of them are tokens at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from functools import partial
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from llmrec_peft.errors import DataError, LLMRecError, input_errors
-from llmrec_peft.scoring.batching import Ask, Plan, ask
+from llmrec_peft.requests.batching import RequestBatch
+from llmrec_peft.requests.encoded_request import Prefix
+from llmrec_peft.requests.request import Request
+from llmrec_peft.requests.request_encoder import RequestEncoder
 from llmrec_peft.scoring.engine import Engine
 from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
-from llmrec_peft.scoring.prompts import Event, Prefix, Prompts
-from llmrec_peft.serving.request_rules import check_list
 
-PART = 4096
-"""Different candidates that are answered together, and candidates that are made tokens together. A call of no more, of
-all its requests, is answered in one go."""
+CHUNK = 4096
+"""Different candidates that are computed together, and candidates that are encoded together. A call with no more, over
+all its requests, is computed in one go."""
 REPEATS = 64
-"""Candidates that are answered together are this many times `PART` at most, however often the same stand among them."""
+"""A batch holds at most this many times `CHUNK` candidates, however often the same ones stand among them."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One request as a caller gives it, and the bundle that answers; `name` begins its messages."""
+class PinnedVersion:
+    """The version of a domain that serves all of one call: an adapter, and the encoder of its requests."""
 
-    member: LoadedAdapter
-    prompts: Prompts
-    history: Any
-    candidates: Any
-    user: Mapping[str, Any] | None = None
-    name: str = ""
-
-    def count(self) -> int:
-        """Candidates. Raises DataError for what is no list."""
-        with self.named(), input_errors(DataError, "candidates", "give a list of events"):
-            check_list("candidates", self.candidates)
-            return len(self.candidates)
-
-    def prefix(self) -> Prefix:
-        """The history's tokens; raises as `Prompts.prefix` does."""
-        with self.named():
-            return self.prompts.prefix(self.history, self.user)
-
-    def ask(self, prefix: Prefix, candidates: Sequence[Event], first: int = 0) -> Ask:
-        """Some of its candidates, from number `first` on, as tokens; raises as `plan.ask` does."""
-        with self.named():
-            return ask(self.member, self.prompts, prefix, candidates, first)
-
-    def pieces(self, count: int) -> Iterator[tuple[int, list[Event]]]:
-        """Its candidates by `PART`, and the number of the first of each. Raises DataError for fewer than `count`."""
-        events = iter(self.candidates)
-        for first in range(0, count, PART):
-            taken = list(islice(events, min(PART, count - first)))
-            if len(taken) < min(PART, count - first):
-                raise DataError(
-                    f"{self.name}candidates: {count} were given, and only {first + len(taken)} are left; let the list "
-                    "be as it is until it is answered"
-                )
-            yield first, taken
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Let errors begin with the request's name."""
-        try:
-            yield
-        except LLMRecError as error:
-            if not self.name:
-                raise
-            raise type(error)(f"{self.name}{error}") from None
+    adapter: LoadedAdapter
+    encoder: RequestEncoder
 
 
-def probabilities(engine: Engine, wanted: Sequence[Wanted], batch_tokens: int) -> list[np.ndarray]:
+Versions = Mapping[str, PinnedVersion]
+"""From the domain of a request to the version that serves it."""
+
+
+def predict_probabilities(
+    engine: Engine, requests: Sequence[Request], versions: Versions, batch_tokens: int
+) -> list[np.ndarray]:
     """Calibrated probabilities of each request, float64 [candidates, labels].
 
-    Up to `PART` candidates in all are tokens at once. More are checked first, so that what is wrong shows before
-    anything is computed, and then made tokens again and answered part by part. Requests with one history follow one
-    another, so that it is encoded once for each part that they fill.
+    Up to `CHUNK` candidates in all are encoded at once. Where there are more, all are checked first, so that an error
+    shows before anything is computed; then they are encoded again and computed chunk by chunk. Requests with one
+    history follow one another, so that it is encoded once for each batch that they fill.
 
     Raises:
-        DataError, DomainError, StreamError: as `Prompts.prefix` and `plan.ask` do; the message names the request.
-        ModelError: an answer is not a finite number.
+        DataError, DomainError, StreamError: as `RequestEncoder.encode` does; the message names the request.
+        ModelError: a logit is not a finite number.
     """
-    counts = [one.count() for one in wanted]
-    results = [np.empty((count, len(one.member.labels))) for one, count in zip(wanted, counts, strict=True)]
-    if sum(counts) > PART:
-        _in_parts(engine, wanted, results, batch_tokens)
-    else:
-        plan = Plan()
-        for one, out in zip(wanted, results, strict=True):
-            plan.add(one.ask(one.prefix(), one.candidates), out)
-        plan.run(engine, batch_tokens)
+    counts = [request.count() for request in requests]
+    results = [
+        np.empty((count, len(versions[request.domain].adapter.labels)))
+        for request, count in zip(requests, counts, strict=True)
+    ]
+    if sum(counts) > CHUNK:
+        _predict_in_chunks(engine, requests, versions, results, batch_tokens)
+        return results
+    batch: RequestBatch[LoadedAdapter] = RequestBatch()
+    for request, out in zip(requests, results, strict=True):
+        version = versions[request.domain]
+        batch.add(version.encoder.encode(request), version.adapter, out)
+    batch.run(partial(engine.predict, batch_tokens=batch_tokens))
     return results
 
 
-def _in_parts(engine: Engine, wanted: Sequence[Wanted], results: Sequence[np.ndarray], batch_tokens: int) -> None:
+def _predict_in_chunks(
+    engine: Engine,
+    requests: Sequence[Request],
+    versions: Versions,
+    results: Sequence[np.ndarray],
+    batch_tokens: int,
+) -> None:
     total = sum(map(len, results))
     with _bar("checking", total) as bar:
-        prefixes = [_checked(one, len(out), bar) for one, out in zip(wanted, results, strict=True)]
+        prefixes = [
+            _check(request, versions[request.domain].encoder, len(out), bar)
+            for request, out in zip(requests, results, strict=True)
+        ]
     with _bar("scoring", total) as bar:
-        plan = Plan()
-        for number in _order(wanted, prefixes):
-            one, out = wanted[number], results[number]
-            for first, candidates in one.pieces(len(out)):
-                plan.add(one.ask(prefixes[number], candidates, first), out[first : first + len(candidates)])
-                if plan.probes >= PART or plan.candidates >= REPEATS * PART:
-                    _run(plan, engine, batch_tokens, bar)
-                    plan = Plan()
-        _run(plan, engine, batch_tokens, bar)
+        batch: RequestBatch[LoadedAdapter] = RequestBatch()
+        for number in _order(requests, versions, prefixes):
+            request, out, version = requests[number], results[number], versions[requests[number].domain]
+            for first, candidates in request.chunks(CHUNK, len(out)):
+                with request.named():
+                    encoded = version.encoder.encode_candidates(prefixes[number], candidates, first)
+                batch.add(encoded, version.adapter, out[first : first + len(candidates)])
+                if batch.distinct >= CHUNK or batch.requested >= REPEATS * CHUNK:
+                    _run(batch, engine, batch_tokens, bar)
+                    batch = RequestBatch()
+        _run(batch, engine, batch_tokens, bar)
 
 
-def _run(plan: Plan, engine: Engine, batch_tokens: int, bar: tqdm) -> None:
-    goal = bar.n + plan.candidates
-    plan.run(engine, batch_tokens, bar.update)
-    bar.update(goal - bar.n)  # candidates that stand twice are answered once
-
-
-def _checked(one: Wanted, count: int, bar: tqdm) -> Prefix:
-    """The prefix of a request all of whose candidates can be answered after it."""
-    prefix = one.prefix()
-    for first, candidates in one.pieces(count):
-        one.ask(prefix, candidates, first)
+def _check(request: Request, encoder: RequestEncoder, count: int, bar: tqdm) -> Prefix:
+    """Encode all candidates of a request without keeping them; returns its prefix."""
+    with request.named():
+        prefix = encoder.encode_history(request.history, request.user)
+    for first, candidates in request.chunks(CHUNK, count):
+        with request.named():
+            encoder.encode_candidates(prefix, candidates, first)
         bar.update(len(candidates))
     return prefix
 
 
-def _order(wanted: Sequence[Wanted], prefixes: Sequence[Prefix]) -> list[int]:
-    """Numbers of the requests, those of one bundle and history together."""
-    together: dict[tuple[int, int], list[int]] = {}
-    for number, (one, prefix) in enumerate(zip(wanted, prefixes, strict=True)):
-        history = hash(np.concatenate(prefix.tail(0)).tobytes())
-        together.setdefault((id(one.member), history), []).append(number)
-    return [number for numbers in together.values() for number in numbers]
+def _run(batch: RequestBatch[LoadedAdapter], engine: Engine, batch_tokens: int, bar: tqdm) -> None:
+    goal = bar.n + batch.requested
+    batch.run(partial(engine.predict, batch_tokens=batch_tokens, progress=bar.update))
+    bar.update(goal - bar.n)  # repeated candidates are computed once
+
+
+def _order(requests: Sequence[Request], versions: Versions, prefixes: Sequence[Prefix]) -> list[int]:
+    """Numbers of the requests, those of one adapter and history together."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, (request, prefix) in enumerate(zip(requests, prefixes, strict=True)):
+        history = hash(np.concatenate(prefix.pieces()).tobytes())
+        groups.setdefault((id(versions[request.domain].adapter), history), []).append(number)
+    return [number for numbers in groups.values() for number in numbers]
 
 
 def _bar(what: str, total: int) -> tqdm:

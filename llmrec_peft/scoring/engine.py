@@ -1,14 +1,15 @@
-"""One base that answers many bundles' requests, each history encoded once.
+"""Forward passes of one base for the requests of many adapters; each history is encoded once.
 
-Shape letters: B rows, L new tokens of a row, P tokens before them, H hidden width, T answers.
+Shape letters: B rows, L new tokens of a row, P cached tokens before them, H hidden width, T candidates of all rows.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,103 +17,84 @@ from torch import nn
 
 from llmrec_peft.data.batches import plan_micro_batches
 from llmrec_peft.data.collator import collate
-from llmrec_peft.data.layout import Stream, StreamBuilder
+from llmrec_peft.data.layout import Stream
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.last_layer import LastLayer
 from llmrec_peft.models.selftest import check_candidates
+from llmrec_peft.requests.batching import CandidateGroup
 from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
-from llmrec_peft.scoring.prefix_cache import Kept, PrefixCache
+from llmrec_peft.scoring.prefix_cache import CachedPrefix, PrefixCache
 
 ROW_TOKENS = 800
-"""Tokens of one row: its new prefix tokens and as many probes as fit, at least CHUNK_TOKENS of them; the rest follow in
-rows of their own."""
+"""Tokens of the first row of a group: its new prefix tokens and the candidates that fit, for which there is room of
+CHUNK_TOKENS at least. The other candidates follow in rows of their own."""
 CHUNK_TOKENS = 512
-"""Tokens of a row of probes alone, at most."""
-Progress = Callable[[int], object]
-"""Called with the number of candidates answered since the last call."""
-
-
-@dataclass
-class Task:
-    """One prefix and the probes that hang off its end.
-
-    Attributes:
-        member: the bundle that answers.
-        prefix: tokens of the header and of each event with its outcome; a kept prefix may end after any of them.
-        probes: tokens of each candidate with its marker.
-        answers: raw logits, float32 [probes, labels], as far as they are known.
-    """
-
-    member: LoadedAdapter
-    prefix: tuple[np.ndarray, ...]
-    probes: Sequence[np.ndarray]
-    answers: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.answers = np.empty((len(self.probes), len(self.member.labels)), np.float32)
+"""Tokens of a row of candidates alone, at most."""
+Progress: TypeAlias = Callable[[int], object]
+"""Called with the number of candidates computed since the last call."""
+AdapterGroup: TypeAlias = CandidateGroup[LoadedAdapter]
 
 
 @dataclass
 class _Row:
-    """Tokens that go through the base together: what the prefix has beyond `past`, and the probes first:last."""
+    """Tokens that go through the base together: the prefix after `past`, and the candidates first:last."""
 
-    task: Task
-    past: Kept | None
+    group: AdapterGroup
+    past: CachedPrefix | None
     first: int
     last: int
-    keep: bool
+    cache: bool
 
     @property
     def begin(self) -> int:
         """Prefix tokens before this row."""
         return 0 if self.past is None else self.past.length
 
+    @property
+    def count(self) -> int:
+        """Candidates."""
+        return self.last - self.first
+
+    @cached_property
     def stream(self) -> Stream:
-        build = StreamBuilder([])
-        build.point = self.begin
-        prefix = np.concatenate(self.task.prefix)[self.begin :]
-        if len(prefix):
-            build.prefix(prefix)
-        alone = self.last - self.first == 1  # the only probe sees all before it, as the prefix itself would
-        lay = (lambda tokens: build.prefix(tokens)) if alone else (lambda tokens: build.candidate(tokens, tokens[:0]))
-        markers = np.array([lay(probe) for probe in self.task.probes[self.first : self.last]], np.int64)
-        ids, positions, segment = build.arrays()
-        zeros = np.zeros(len(markers), np.int64)
-        return Stream(ids, positions, segment, markers, zeros, zeros, np.arange(self.first, self.last))
+        """Its tokens; positions go on from `begin`."""
+        return self.group.stream(self.first, self.last, self.begin)
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows first:last of the batch belong to one bundle."""
+    """Rows first:last of the batch belong to one adapter."""
 
     first: int
     last: int
-    member: LoadedAdapter
+    adapter: LoadedAdapter
 
 
 class Engine:
-    """Runs a decoder's base; the bundles' changes are put in by hooks, which look at whose rows a thread is answering.
+    """Runs a decoder's base. Hooks on its modules apply each adapter to the rows of that adapter.
 
-    Threads may answer at the same time: each has its own spans, and a bundle never changes once it is read.
+    Threads may predict at the same time: each thread has its own spans, and a loaded adapter never changes.
 
     Args:
-        classifier: on the base, in any state of its head, which is not used.
-        pad_token_id: what fills up rows.
-        kept: histories' keys and values to go on from; None to encode each history again in each call.
+        classifier: around the base; its own head is not used.
+        pad_token_id: fills rows up.
+        prefix_cache: keys and values of histories to continue from; None to encode each history again in each call.
     """
 
-    def __init__(self, classifier: BehaviorClassifier, pad_token_id: int, kept: PrefixCache | None = None) -> None:
+    def __init__(
+        self, classifier: BehaviorClassifier, pad_token_id: int, prefix_cache: PrefixCache | None = None
+    ) -> None:
         if classifier.encoder:
             raise ModelError(
-                f"base {classifier.config.model_type} reads both ways and cannot share a history among candidates; "
-                "score its bundle by recipes/evaluate.py, or use a decoder"
+                f"base {classifier.config.model_type} is a bidirectional encoder and cannot share a history among "
+                "candidates; score its bundle by recipes/evaluate.py, or use a decoder"
             )
-        check_candidates(classifier, "a scorer or bank answers many candidates to one history", cache=True)
+        check_candidates(classifier, "a scorer or bank scores many candidates after one history", cache=True)
         attention.count_no_places(classifier.stock)
         self.classifier = classifier.eval().requires_grad_(False)
-        self.pad_token_id, self.kept = pad_token_id, kept
+        self.pad_token_id, self.prefix_cache = pad_token_id, prefix_cache
         self._modules = dict(classifier.stock.named_modules())
         self._hooked: set[str] = set()
         self._last_layer = LastLayer(classifier.stock)
@@ -120,30 +102,30 @@ class Engine:
         self._active = threading.local()
 
     def install(self, paths: Iterable[str]) -> None:
-        """Make the outputs of modules changeable; for a path that is so already this does nothing."""
+        """Hook modules of the base, so that adapters can change their outputs; hooked ones stay as they are."""
         with self._lock:
             for path in set(paths) - self._hooked:
                 self._modules[path].register_forward_hook(self._hook(path), with_kwargs=True)
                 self._hooked.add(path)
 
     def _hook(self, path: str) -> Any:
-        def change(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def change(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             spans = getattr(self._active, "spans", ())
-            if not any(path in span.member.deltas for span in spans):
+            if not any(path in span.adapter.layers for span in spans):
                 return
             y = output[0] if isinstance(output, tuple) else output
             x = args[0] if args else next(iter(kwargs.values()))
             for span in spans:
-                deltas = span.member.deltas.get(path)
-                if deltas:
+                layers = span.adapter.layers.get(path)
+                if layers:
                     x_own, y_own = self._rows(x, span), self._rows(y, span)
-                    for delta in deltas:
-                        delta(x_own, y_own)
+                    for layer in layers:
+                        layer(x_own, y_own)
 
         return change
 
     def _rows(self, tensor: torch.Tensor, span: _Span) -> torch.Tensor:
-        """A bundle's tokens of an activation, [n, width], without a copy."""
+        """The tokens of one adapter in an activation, [n, width], as a view."""
         rows, length = self._active.shape
         if tensor.dim() == 4 and tensor.shape[1] == 1:  # DeepSeek's keys and values, shared by all heads
             tensor = tensor.squeeze(1)
@@ -156,112 +138,114 @@ class Engine:
             "leave it out of target_modules, or serve the merged model"
         )
 
-    def answer(self, tasks: Sequence[Task], batch_tokens: int, progress: Progress | None = None) -> None:
-        """Fill in the answers of all tasks.
+    def predict(self, groups: Sequence[AdapterGroup], batch_tokens: int, progress: Progress | None = None) -> None:
+        """Set the logits of all groups.
 
-        Tasks whose probes fit one row go through in batches of at most `batch_tokens` tokens. The others follow one by
-        one: memory holds the keys and values of one history and of one row of probes, however many there are.
-        `progress` hears of the answers of each forward pass.
+        Groups whose candidates fit one row go through in batches of at most `batch_tokens` tokens. The others follow
+        one by one: memory holds the keys and values of one history and of one row of candidates, however many there
+        are. `progress` is called after each forward pass.
 
         Raises:
-            ModelError: an answer is not a finite number.
+            ModelError: a logit is not a finite number.
         """
-        whole, long = [], []
-        for task in tasks:
-            if len(task.probes):
-                row = self._first_row(task, batch_tokens)
-                (whole if row.last == len(task.probes) else long).append(row)
-        lengths = np.array([sum(map(len, row.task.prefix)) - row.begin + self._size(row) for row in whole], np.int64)
         progress = progress or (lambda _count: None)
+        whole: list[_Row] = []
+        long: list[_Row] = []
+        for group in groups:
+            group.logits = np.empty((len(group.candidates), len(group.model.labels)), np.float32)
+            if group.candidates:
+                row = self._first_row(group, batch_tokens)
+                (whole if row.last == len(group.candidates) else long).append(row)
+        lengths = np.array([len(row.stream) for row in whole], np.int64)
         for batch in plan_micro_batches(lengths, batch_tokens):
-            rows = [whole[number] for number in batch]
-            self._run(sorted(rows, key=lambda row: id(row.task.member)))
-            progress(sum(row.last - row.first for row in rows))
+            # Rows of one adapter stand together, so that each of its layers runs once.
+            rows = sorted((whole[number] for number in batch), key=lambda row: id(row.group.model))
+            self._run(rows)
+            progress(sum(row.count for row in rows))
         for row in long:
-            (past,) = self._run([row])
-            progress(row.last - row.first)
-            limit = min(batch_tokens, CHUNK_TOKENS)
-            while row.last < len(row.task.probes):
-                row = _Row(row.task, past, row.last, self._fitting(row.task, row.last, limit), False)
-                self._run([row])
-                progress(row.last - row.first)
+            self._predict_long(row, min(batch_tokens, CHUNK_TOKENS), progress)
 
-    def _first_row(self, task: Task, batch_tokens: int) -> _Row:
-        past = None if self.kept is None else self.kept.find(task.member, task.prefix)
-        new = sum(map(len, task.prefix)) - (0 if past is None else past.length)
-        last = self._fitting(task, 0, min(max(ROW_TOKENS - new, CHUNK_TOKENS), batch_tokens - new))
-        return _Row(task, past, 0, last, keep=last < len(task.probes) or self.kept is not None)
+    def _predict_long(self, row: _Row, row_tokens: int, progress: Progress) -> None:
+        """The first row of a group, and all others, which continue from its prefix."""
+        (past,) = self._run([row])
+        progress(row.count)
+        group, last = row.group, row.last
+        while last < len(group.candidates):
+            row = _Row(group, past, last, group.fitting(last, row_tokens), False)
+            self._run([row])
+            progress(row.count)
+            last = row.last
 
-    @staticmethod
-    def _fitting(task: Task, first: int, room: int) -> int:
-        """The end of the probes from `first` on that fit in `room` tokens; one at least."""
-        last = first + 1
-        room -= len(task.probes[first])
-        while last < len(task.probes) and len(task.probes[last]) <= room:
-            room -= len(task.probes[last])
-            last += 1
-        return last
-
-    @staticmethod
-    def _size(row: _Row) -> int:
-        return sum(len(probe) for probe in row.task.probes[row.first : row.last])
+    def _first_row(self, group: AdapterGroup, batch_tokens: int) -> _Row:
+        past = None if self.prefix_cache is None else self.prefix_cache.find(group.model, group.prefix)
+        new = len(group.prefix_ids) - (0 if past is None else past.length)
+        last = group.fitting(0, min(max(ROW_TOKENS - new, CHUNK_TOKENS), batch_tokens - new))
+        return _Row(group, past, 0, last, cache=last < len(group.candidates) or self.prefix_cache is not None)
 
     @torch.inference_mode()
-    def _run(self, rows: list[_Row]) -> list[Kept | None]:
-        """One forward pass, in which the rows of one bundle stand together; returns the prefixes that rows keep."""
-        spans: list[_Span] = []
-        for number, row in enumerate(rows):
-            if spans and spans[-1].member is row.task.member:
-                spans[-1] = _Span(spans[-1].first, number + 1, row.task.member)
-            else:
-                spans.append(_Span(number, number + 1, row.task.member))
-        batch = collate([row.stream() for row in rows], self.pad_token_id)
-        device = self.classifier.device
+    def _run(self, rows: list[_Row]) -> list[CachedPrefix | None]:
+        """One forward pass of rows sorted by adapter; returns the prefixes of the rows that cache theirs."""
+        spans = _spans(rows)
+        batch, device = collate([row.stream for row in rows], self.pad_token_id), self.classifier.device
         inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "markers")}
         segment = None if batch["segment"] is None else batch["segment"].to(device)
         past, seen = None, None
-        if any(row.keep or row.past for row in rows):
-            past, seen = Kept.together([row.past for row in rows], self.classifier.device)
+        if any(row.cache or row.past for row in rows):
+            past, seen = CachedPrefix.stack([row.past for row in rows], device)
             if seen is not None and segment is None:
-                sizes = [len(row.stream()) for row in rows]
-                segment = _pads(sizes, inputs["input_ids"].shape[1], device)
+                segment = _pads([len(row.stream) for row in rows], inputs["input_ids"].shape[1], device)
         self._active.spans, self._active.shape = spans, tuple(inputs["input_ids"].shape)
         try:
-            with self._last_layer.answers(self._answers(spans, inputs)):
+            with self._last_layer.answers(self._marker_places(spans, inputs)):
+                # [T, H], the rows' markers one after another
                 hidden = self.classifier.hidden_states(**inputs, segment=segment, past=past, past_seen=seen).float()
         finally:
             self._active.spans = ()
         self._read(rows, spans, hidden)
-        return [self._keep(row, number, past, seen) if row.keep else None for number, row in enumerate(rows)]
+        return [self._cached(row, number, past, seen) if row.cache else None for number, row in enumerate(rows)]
 
-    def _answers(self, spans: list[_Span], inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The answers' places, where no bundle changes the last layer, for which its hooks would need all tokens."""
+    def _marker_places(self, spans: list[_Span], inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The markers, where the last layer may leave all other tokens out; None where it may not.
+
+        The hooks of an adapter that changes the last layer need all of its tokens.
+        """
         inside = self._last_layer.path + "."
-        changed = any(path.startswith(inside) for span in spans for path in span.member.deltas)
+        changed = any(path.startswith(inside) for span in spans for path in span.adapter.layers)
         return None if changed else inputs["markers"]
 
     def _read(self, rows: list[_Row], spans: list[_Span], hidden: torch.Tensor) -> None:
-        ends = np.cumsum([0, *(row.last - row.first for row in rows)])
+        """logits = hidden head^T for the candidates of each adapter."""
+        ends = np.cumsum([0, *(row.count for row in rows)])  # row r has hidden states ends[r]:ends[r + 1]
         for span in spans:
-            logits = nn.functional.linear(hidden[ends[span.first] : ends[span.last]], span.member.head)
+            logits = nn.functional.linear(hidden[ends[span.first] : ends[span.last]], span.adapter.head)
             if not bool(torch.isfinite(logits).all()):
-                raise ModelError(f"bundle {span.member.directory} gives answers that are not finite; train it again")
+                raise ModelError(f"bundle {span.adapter.directory} gives logits that are not finite; train it again")
             values = logits.cpu().numpy()
             for number in range(span.first, span.last):
                 row, start = rows[number], ends[number] - ends[span.first]
-                row.task.answers[row.first : row.last] = values[start : start + row.last - row.first]
+                row.group.logits[row.first : row.last] = values[start : start + row.count]
 
-    def _keep(self, row: _Row, number: int, past: Any, seen: torch.Tensor | None) -> Kept:
+    def _cached(self, row: _Row, number: int, past: Any, seen: torch.Tensor | None) -> CachedPrefix:
         """Keys and values of a row's whole prefix."""
         width = 0 if seen is None else seen.shape[1]
-        new = sum(map(len, row.task.prefix)) - row.begin
-        kept = Kept.cut(past, number, row.begin, width, new)
-        if self.kept is not None:
-            self.kept.put(row.task.member, row.task.prefix, kept)
-        return kept
+        prefix = CachedPrefix.cut(past, number, row.begin, width, len(row.group.prefix_ids) - row.begin)
+        if self.prefix_cache is not None:
+            self.prefix_cache.put(row.group.model, row.group.prefix, prefix)
+        return prefix
+
+
+def _spans(rows: list[_Row]) -> list[_Span]:
+    """Runs of rows of one adapter."""
+    spans: list[_Span] = []
+    for number, row in enumerate(rows):
+        if spans and spans[-1].adapter is row.group.model:
+            spans[-1] = _Span(spans[-1].first, number + 1, row.group.model)
+        else:
+            spans.append(_Span(number, number + 1, row.group.model))
+    return spans
 
 
 def _pads(sizes: list[int], length: int, device: torch.device) -> torch.Tensor:
-    """Branch of rows that are prefix alone, int64 [B, L]: 0, and -1 at pads."""
+    """Segments of rows that are prefix alone, int64 [B, L]: 0, and -1 at pads."""
     places = torch.arange(length, device=device)[None, :]
     return torch.where(places < torch.tensor(sizes, device=device)[:, None], 0, -1)

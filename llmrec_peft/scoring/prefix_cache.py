@@ -1,4 +1,4 @@
-"""Keys and values of encoded histories, kept so that the next request goes on from them.
+"""Keys and values of encoded histories, cached so that the next request continues from them.
 
 Shape letters: N layers, h key heads, d head width, n tokens of a prefix.
 """
@@ -19,15 +19,15 @@ from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """Keys and values of one prefix: for each layer [h, n, d] of both, on the engine's device."""
+class CachedPrefix:
+    """Keys and values of one prefix, each [h, n, d] for each layer, on the engine's device."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
 
     @property
     def length(self) -> int:
-        """n."""
+        """Tokens, n."""
         return self.keys[0].shape[1]
 
     @property
@@ -35,17 +35,17 @@ class Kept:
         """Bytes."""
         return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
 
-    def first(self, tokens: int) -> Kept:
-        """Those of the first tokens alone, as views."""
+    def first(self, tokens: int) -> CachedPrefix:
+        """The first `tokens` tokens, as views."""
         if tokens == self.length:
             return self
-        return Kept(*(tuple(part[:, :tokens] for part in side) for side in (self.keys, self.values)))
+        return CachedPrefix(*(tuple(part[:, :tokens] for part in side) for side in (self.keys, self.values)))
 
     @staticmethod
-    def together(pasts: list[Kept | None], device: torch.device) -> tuple[Any, torch.Tensor | None]:
-        """A cache of Transformers for rows with different pasts, and which of its tokens each row has, bool [B, P].
+    def stack(pasts: list[CachedPrefix | None], device: torch.device) -> tuple[Any, torch.Tensor | None]:
+        """A cache of Transformers for B rows with different pasts, and which of its P tokens each row has, bool [B, P].
 
-        Shorter ones are filled up; without any past the cache is empty and there is nothing to see.
+        Shorter pasts are padded on the right. Where no row has a past the cache is empty and the mask is None.
         """
         from transformers import DynamicCache
 
@@ -54,11 +54,11 @@ class Kept:
         width = int(lengths.max())
         if not width:
             return cache, None
-        model = next(past for past in pasts if past is not None)
-        for layer in range(len(model.keys)):
+        example = next(past for past in pasts if past is not None)
+        for layer in range(len(example.keys)):
             sides = []
             for name in ("keys", "values"):
-                like = getattr(model, name)[layer]
+                like = getattr(example, name)[layer]
                 rows = like.new_zeros((len(pasts), like.shape[0], width, like.shape[2]))
                 for number, past in enumerate(pasts):
                     if past is not None:
@@ -68,26 +68,30 @@ class Kept:
         return cache, torch.arange(width, device=device)[None, :] < lengths[:, None]
 
     @staticmethod
-    def cut(cache: Any, row: int, begin: int, width: int, new: int) -> Kept:
-        """A row's prefix out of a cache: `begin` tokens of its past, `new` after the `width` places of all pasts."""
+    def cut(cache: Any, row: int, begin: int, width: int, new: int) -> CachedPrefix:
+        """The prefix of one row of a cache: `begin` tokens of its past, and `new` ones after all pasts.
+
+        The cache holds [B, h, width + L, d]: places 0 to width - 1 are the padded pasts, so the row's new tokens begin
+        at `width` and not at `begin`.
+        """
 
         def part(tensor: torch.Tensor) -> torch.Tensor:
             both = [tensor[row, :, :begin], tensor[row, :, width : width + new]]
             return torch.cat(both, dim=1) if begin else both[1].clone()
 
         layers = cache.layers
-        return Kept(tuple(part(layer.keys) for layer in layers), tuple(part(layer.values) for layer in layers))
+        return CachedPrefix(tuple(part(layer.keys) for layer in layers), tuple(part(layer.values) for layer in layers))
 
 
 class PrefixCache:
-    """The prefixes asked for last, within a number of bytes; threads may share it.
+    """The most recently used prefixes, within a number of bytes. Threads may share it.
 
-    A prefix is found by its longest beginning that ends after the header or after an event, for the same bundle.
+    A lookup finds the longest beginning of a prefix that ends after the header or after an event, for the same adapter.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._prefixes: OrderedDict[bytes, tuple[Kept, list[bytes]]] = OrderedDict()
+        self._prefixes: OrderedDict[bytes, tuple[CachedPrefix, list[bytes]]] = OrderedDict()
         self._versions: dict[bytes, str] = {}
         self._retired: weakref.WeakSet[LoadedAdapter] = weakref.WeakSet()
         self._beginnings: dict[bytes, tuple[bytes, int]] = {}
@@ -97,9 +101,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._prefixes)
 
-    def find(self, member: LoadedAdapter, prefix: tuple[np.ndarray, ...]) -> Kept | None:
-        """The longest beginning of a prefix that is kept, or None."""
-        digests = _digests(member, prefix)
+    def find(self, adapter: LoadedAdapter, prefix: tuple[np.ndarray, ...]) -> CachedPrefix | None:
+        """The longest cached beginning of a prefix, or None."""
+        digests = _digests(adapter, prefix)
         with self._lock:
             for digest, length in reversed(digests):
                 if digest in self._beginnings:
@@ -108,29 +112,29 @@ class PrefixCache:
                     return self._prefixes[owner][0].first(length)
         return None
 
-    def put(self, member: LoadedAdapter, prefix: tuple[np.ndarray, ...], kept: Kept) -> None:
-        """Keep a prefix; what it is an extension of goes, and so do those not used for the longest."""
-        digests = _digests(member, prefix)
+    def put(self, adapter: LoadedAdapter, prefix: tuple[np.ndarray, ...], cached: CachedPrefix) -> None:
+        """Add a prefix. Prefixes that it extends go, and so do the least recently used ones beyond `max_bytes`."""
+        digests = _digests(adapter, prefix)
         own = digests[-1][0]
         with self._lock:
-            if own in self._prefixes or kept.size > self.max_bytes or member in self._retired:
+            if own in self._prefixes or cached.size > self.max_bytes or adapter in self._retired:
                 return
             for digest, _ in digests[:-1]:
                 if digest in self._prefixes:
                     self._drop(digest)
-            self._prefixes[own] = (kept, [digest for digest, _ in digests])
-            self._versions[own] = member.version
-            self.size += kept.size
+            self._prefixes[own] = (cached, [digest for digest, _ in digests])
+            self._versions[own] = adapter.version
+            self.size += cached.size
             for digest, length in digests:
                 self._beginnings.setdefault(digest, (own, length))
             while self.size > self.max_bytes:
                 self._drop(next(iter(self._prefixes)))
 
-    def retire(self, member: LoadedAdapter) -> None:
-        """Forget the prefixes of a version that nobody will ask again; what calls that have begun bring is not kept."""
+    def retire(self, adapter: LoadedAdapter) -> None:
+        """Forget the prefixes of a version that is no longer used. Calls that still run with it add none."""
         with self._lock:
-            self._retired.add(member)
-            for own in [own for own, version in self._versions.items() if version == member.version]:
+            self._retired.add(adapter)
+            for own in [own for own, version in self._versions.items() if version == adapter.version]:
                 self._drop(own)
 
     def clear(self) -> None:
@@ -142,17 +146,17 @@ class PrefixCache:
             self.size = 0
 
     def _drop(self, own: bytes) -> None:
-        kept, digests = self._prefixes.pop(own)
+        cached, digests = self._prefixes.pop(own)
         del self._versions[own]
-        self.size -= kept.size
+        self.size -= cached.size
         for digest in digests:
             if self._beginnings.get(digest, (None,))[0] == own:
                 del self._beginnings[digest]
 
 
-def _digests(member: LoadedAdapter, prefix: tuple[np.ndarray, ...]) -> list[tuple[bytes, int]]:
+def _digests(adapter: LoadedAdapter, prefix: tuple[np.ndarray, ...]) -> list[tuple[bytes, int]]:
     """Digest and length in tokens of each beginning of a prefix, shortest first."""
-    digest, length, found = hashlib.blake2b(member.version.encode(), digest_size=16), 0, []
+    digest, length, found = hashlib.blake2b(adapter.version.encode(), digest_size=16), 0, []
     for piece in prefix:
         digest.update(np.ascontiguousarray(piece, np.int32).tobytes())
         length += len(piece)

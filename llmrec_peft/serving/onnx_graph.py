@@ -1,6 +1,6 @@
 """The exported graph on ONNX Runtime.
 
-Shape letters: B rows, L tokens of a row, T answers, C labels.
+Shape letters: B rows, L tokens of a row, T candidates, C labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmrec_peft.data.layout import Stream
 from llmrec_peft.errors import BundleError, ModelError
 
 INPUTS = ("input_ids", "position_ids", "segment", "markers")
-"""int64 [B, L] three times, and int64 [T], flat indices b * L + l. The graph makes the attention mask of `segment`."""
+"""Three of int64 [B, L], and flat indices b * L + l, int64 [T]. The graph makes the attention mask from `segment`."""
 OLD_INPUTS = ("input_ids", "position_ids", "branch", "markers")
 """Names in exports of version 0.1.0."""
 OUTPUT = "logits"
@@ -24,16 +24,16 @@ OUTPUT = "logits"
 
 
 class Graph:
-    """Answers streams.
+    """Computes the logits of streams.
 
     Args:
         path: an .onnx file.
         pad: token that fills rows up.
         threads: of one pass; ONNX Runtime's own choice if None.
-        labels: how many the answers must have; not checked if None.
+        labels: number of labels, C; not checked if None.
 
     Raises:
-        BundleError: what ONNX Runtime cannot load.
+        BundleError: a file that ONNX Runtime cannot load, or of other inputs or outputs.
         ModelError: `threads` below 1.
     """
 
@@ -57,18 +57,18 @@ class Graph:
         shape = outputs.get(OUTPUT)
         if shape is None or len(shape) != 2 or (labels is not None and shape[1] != labels):
             raise BundleError(
-                f"{path} has the outputs {outputs}, and {OUTPUT} [answers, {labels or 'labels'}] belongs there; export "
-                "again"
+                f"{path} has the outputs {outputs}, and {OUTPUT} [candidates, {labels or 'labels'}] belongs there; "
+                "export again"
             )
         self._pad, self._inputs = pad, names
 
-    def answers(self, streams: Sequence[Stream], batch_tokens: int) -> np.ndarray:
+    def predict(self, streams: Sequence[Stream], batch_tokens: int) -> np.ndarray:
         """Logits of all markers of all streams in order, float32 [T, C].
 
-        Streams of like length go through together, at most `batch_tokens` tokens at once, or one stream.
+        Streams of similar length go through together: at most `batch_tokens` tokens in one pass, or one stream.
 
         Raises:
-            ModelError: an answer is not a finite number.
+            ModelError: a logit is not a finite number, or there is no stream.
         """
         ends = np.cumsum([0, *(len(stream.markers) for stream in streams)])
         logits: np.ndarray | None = None
@@ -78,9 +78,9 @@ class Graph:
                 logits = np.empty((ends[-1], found.shape[1]), np.float32)
             logits[np.concatenate([np.arange(ends[row], ends[row + 1]) for row in batch])] = found
         if logits is None:
-            raise ModelError("there is no stream to answer; give one at least")
+            raise ModelError("there is no stream to predict; give at least one")
         if not np.isfinite(logits).all():
-            raise ModelError("the exported model gives answers that are not finite; train it again")
+            raise ModelError("the exported model gives logits that are not finite; train it again")
         return logits
 
     def _run(self, streams: list[Stream]) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.readers import READERS, json_lines
 from llmrec_peft.errors import DataError
-from llmrec_peft.serving.plain_items import Items
+from llmrec_peft.requests.plain_items import PlainItems
 
 ROW = {"user_id": "1", "item_id": "1", "timestamp": 1_600_000_000, "rating": 5}
 ITEM = {"item_id": "1", "title": "A"}
@@ -49,10 +49,10 @@ def test_half_surrogate_pairs(tmp_path, monkeypatch, caplog, chunk):
     expected = {"item_id": "1", "title": "x\ufffd y \\ud83d 😀", "k": ["\ufffd"], "\ufffd": 1}
     assert log.items.to_pylist() == [expected] and log.column("k").to_pylist() == ["\ufffd"]
     assert "items.jsonl: 3 halves of surrogate pairs" in caplog.text and "1 halves" in caplog.text
-    assert Items.read(tmp_path)["1"] == expected
+    assert PlainItems.read(tmp_path)["1"] == expected
     for pair in (r"\\\ud83d", r"\\\\\ud83d\ud83d", r"\\ud83d\ude00", r"\ude00\ud83d"):
         BehaviorLog.read(write(tmp_path, items='{"item_id": "1", "title": "x' + pair + '"}\n'))
-        expected = Items.read(tmp_path)["1"]["title"]
+        expected = PlainItems.read(tmp_path)["1"]["title"]
         assert BehaviorLog.read(tmp_path).items["title"].to_pylist() == [expected]
 
 
@@ -67,7 +67,7 @@ def test_half_surrogate_pairs_in_ids(tmp_path, monkeypatch, chunk):
     items = write(tmp_path / "items", items=lines(ITEM, ITEM | {"item_id": "\udc00"}))
     assert "line 2 of" in refused(items) and "item_id '\\udc00'" in refused(items)
     with pytest.raises(DataError, match="line 2 of .*half a surrogate pair"):
-        Items.read(items)
+        PlainItems.read(items)
     review = {"rating": 5.0, "parent_asin": "B1", "user_id": "A", "timestamp": 1_588_687_728_923}
     for reviews, meta in (
         (lines(review | {"user_id": "\ud83d"}), "{}\n"),
@@ -259,17 +259,19 @@ def test_items_of_serving_are_those_of_training(tmp_path):
         (directory / "items.csv").write_text(content)
         refused(directory)
         with pytest.raises(DataError, match="has column title more than once|record 2 of .* fields, and its header"):
-            Items.read(directory)
+            PlainItems.read(directory)
     title = "x" * 200_000
     (directory / "items.csv").write_text(f'item_id,title\n1,"{title}"\n\n')
-    assert BehaviorLog.read(directory).items["title"].to_pylist() == [title] == [Items.read(directory)["1"]["title"]]
+    assert (
+        BehaviorLog.read(directory).items["title"].to_pylist() == [title] == [PlainItems.read(directory)["1"]["title"]]
+    )
     assert csv.field_size_limit() < 200_000
     twice = pa.Table.from_arrays([pa.array(["1"]), pa.array(["A"]), pa.array(["B"])], ["item_id", "title", "title"])
     pq.write_table(twice, tmp_path / "items.parquet")
     with pytest.raises(DataError, match="title"):
-        Items.read(tmp_path / "items.parquet")
+        PlainItems.read(tmp_path / "items.parquet")
     (tmp_path / "items.csv").write_text("item_id,title\n")
-    assert len(Items.read(tmp_path / "items.csv")) == 0
+    assert len(PlainItems.read(tmp_path / "items.csv")) == 0
 
 
 @pytest.mark.parametrize("path", ["hf://", "hf:///", "hf://datasets/"])

@@ -8,7 +8,7 @@ import pytest
 from llmrec_peft.data.csv_rules import typed_values
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.readers.csv_files import typed_columns
-from llmrec_peft.serving.plain_items import Items
+from llmrec_peft.requests.plain_items import PlainItems
 from tests.support.log_files import ITEMS, NOW, ROWS, files, records, refused, titles
 
 
@@ -58,7 +58,7 @@ def test_codes_keep_their_zeros_in_every_reader_of_csv(tmp_path):
         {"item_id": "3", "title": "nan, x", "brand": "x", "code": "0100", "year": 2001},
     ]
     assert log.items.to_pylist() == expected
-    served = Items.read(tmp_path / "a")
+    served = PlainItems.read(tmp_path / "a")
     assert [served[item] for item in "123"] == expected
     head, _, rest = ROWS.replace("rating", "rating,zip").partition("\n")
     first, second = (f"{row},{code}\n" for row, code in zip(rest.split(), ("10115", "01067"), strict=True))
@@ -73,13 +73,15 @@ def test_csv_of_other_writers(tmp_path, caplog):
     items = mark + 'item_id,title\r\n1,"A\r\nb"\r\n2,B\r\n'
     log = BehaviorLog.read(files(tmp_path / "a", interactions__csv=mark + ROWS.replace("\n", "\r\n"), items__csv=items))
     assert (
-        titles(log) == {"1": "A\r\nb", "2": "B"} == {item: Items.read(tmp_path / "a")[item]["title"] for item in "12"}
+        titles(log)
+        == {"1": "A\r\nb", "2": "B"}
+        == {item: PlainItems.read(tmp_path / "a")[item]["title"] for item in "12"}
     )
     for sign in ";\t|":
         text = "item_id;title;price\n1;A, b;1,5\n2;B;2.5\n".replace(";", sign)
         log = BehaviorLog.read(files(tmp_path / "b", interactions__csv=ROWS.replace(",", sign), items__csv=text))
         assert log.items.to_pylist()[0] == {"item_id": "1", "title": "A, b", "price": "1,5"}
-        assert Items.read(tmp_path / "b")["1"] == log.items.to_pylist()[0]
+        assert PlainItems.read(tmp_path / "b")["1"] == log.items.to_pylist()[0]
         assert f"its fields are separated by {sign!r}" in caplog.text
     for name in ("USER_ID", "userId", "User-ID"):
         files(tmp_path / "c", interactions__csv=ROWS.replace("user_id", name), items__csv=ITEMS)

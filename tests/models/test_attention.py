@@ -171,25 +171,26 @@ def test_where_blocks_do_not_serve_it_is_sdpa(setting, make, shake, blocks_taken
 
 def test_the_engine_takes_this_way(make, blocks_taken, monkeypatch):
     """A row of candidates goes through in blocks, and is answered as under the mask."""
-    from llmrec_peft.scoring.engine import Engine, Task
+    from llmrec_peft.requests.batching import CandidateGroup
+    from llmrec_peft.scoring.engine import Engine
     from llmrec_peft.scoring.loaded_adapter import LoadedAdapter
 
     classifier = make("llama", "head")
     engine = Engine(classifier, 0)
     blocks_taken.clear()  # the engine has measured its base
     head = torch.randn(2, classifier.config.hidden_size)
-    member = LoadedAdapter.__new__(LoadedAdapter)
-    for name, value in {"deltas": {}, "head": head, "directory": "x"}.items():
-        object.__setattr__(member, name, value)
+    adapter = LoadedAdapter.__new__(LoadedAdapter)
+    for name, value in {"layers": {}, "head": head, "directory": "x"}.items():
+        object.__setattr__(adapter, name, value)
     monkeypatch.setattr(LoadedAdapter, "labels", ["a", "b"])
     prefix = tuple(torch.randint(5, 50, (n,)).numpy() for n in (3, 4, 5))
     candidates = [torch.randint(5, 50, (n,)).numpy() for n in (3, 1, 6)]
     answers = []
     for name in (attention.NAME, "sdpa"):
         classifier.stock.set_attn_implementation(name)
-        task = Task(member, prefix, candidates)
-        engine.answer([task], 1000)
-        answers.append(torch.from_numpy(task.answers.copy()))
+        group = CandidateGroup(adapter, prefix, candidates)
+        engine.predict([group], 1000)
+        answers.append(torch.from_numpy(group.logits.copy()))
         assert len(blocks_taken) == classifier.config.num_hidden_layers
     torch.testing.assert_close(answers[0], answers[1], atol=1e-5, rtol=1e-5)
     assert answers[0].std() > 0.01

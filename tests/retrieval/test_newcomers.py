@@ -92,13 +92,13 @@ def share_taken(shop: Shop, codes: np.ndarray) -> float:
 def test_a_new_user_is_led_by_what_many_take(shop):
     """The bundle is noise, so that what the list is worth comes from who named its items."""
     found = shop.scorer.recommend([], k=20, pool=20, **shop.asked)
-    assert len(found) == min(20, len(shop.scorer.catalogue)) == len({entry.item_id for entry in found})
+    assert len(found) == min(20, len(shop.scorer.items)) == len({entry.item_id for entry in found})
     numbers = np.array([entry.probabilities for entry in found])
     assert np.isfinite(numbers).all() and (numbers > 0).all()
     np.testing.assert_allclose(numbers.sum(axis=1), 1, atol=1e-6)
     led = [entry for entry in found if entry.source == "popularity"]
     assert {entry.source for entry in found} <= {"popularity", "fresh", "fill"}
-    if len(shop.scorer.catalogue) < 21:  # all of it
+    if len(shop.scorer.items) < 21:  # all of it
         return
     assert len(led) >= 18
     taken = shop.train[feedback(shop.log, shop.domain)[shop.train] == 1]
@@ -131,7 +131,7 @@ def test_a_fusion_puts_what_a_new_user_would_take_first(shop):
 
 
 def test_a_new_item_answers_as_its_text_does(shop):
-    if not set(shop.domain.event_columns) & set(shop.scorer.catalogue.column_names):
+    if not set(shop.domain.event_columns) & set(shop.scorer.items.column_names):
         pytest.fail("the event takes nothing of the item")
     context = shop.asked["context"] or {}
     pair = [{"item_id": item, **context} for item in (shop.liked, TWIN)]
@@ -148,7 +148,7 @@ def test_a_new_item_like_one_that_was_liked_is_reached(shop):
     (twin,) = [entry for entry in found if entry.item_id == TWIN]
     assert twin.source in ("text", "fresh")
     retriever = shop.scorer.recommender().retriever
-    ids = shop.scorer.catalogue.table.column("item_id").to_pylist()
+    ids = shop.scorer.items.ids()
     past, code = Histories.of([ids.index(shop.liked)]), ids.index(TWIN)
     assert retriever.source("fresh", past, 5)[0] == code
     assert retriever.source("text", past, 5, [ids.index(shop.liked)])[0] == code
@@ -161,7 +161,7 @@ def test_a_new_item_like_one_that_was_liked_is_reached(shop):
 def test_a_taste_of_many_items_ranks_new_ones_by_it(shop):
     """A user's likes of one kind: a new item of that kind stands in the first tenth of all new and old ones."""
     retriever = shop.scorer.recommender().retriever
-    ids = shop.scorer.catalogue.table.column("item_id").to_pylist()
+    ids = shop.scorer.items.ids()
     if len(ids) < 50:
         pytest.skip("too few items for a tenth")
     near = retriever.source("text", Histories.of([ids.index(shop.liked)]), 12)

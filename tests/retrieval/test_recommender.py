@@ -144,7 +144,7 @@ def test_a_new_item_is_reached_by_a_quota_and_scored_by_its_text(scorer, fitted,
     order = [*range(23, 12, -1), *range(13)]
     new = pa.table({"item_id": ["brand new"], "title": ["A film nobody met"], "genres": ["Comedy"]})
     table = pa.concat_tables([items.take(order), new], promote_options="permissive")
-    scorer = Scorer.load(scorer._current()[0].directory, table)
+    scorer = Scorer.load(scorer._bank.pin(scorer._name).adapter.directory, table)
     quotas = {"popularity": 1.0, "fresh": 1.0}
     recommender = Recommender(scorer, fitted[2], quotas=quotas)
     found = recommender.recommend(HISTORY, k=6, pool=6)
@@ -200,7 +200,7 @@ def test_many_are_answered_as_one_by_one(parts, scorer, fitted, fusion):
 def test_the_same_users_are_computed_once(bundle_of, items, monkeypatch):
     scorer = Scorer.load(bundle_of(), items, cache_bytes=0)
     tokens = []
-    classifier = scorer._engine.classifier
+    classifier = scorer._bank._engine.classifier
     run = classifier.hidden_states
 
     def counted(input_ids, *args, **kwargs):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llmrec_peft.errors import BundleError, DataError
-from llmrec_peft.scoring import bank as bank_module
+from llmrec_peft.scoring import adapter_bank as bank_module
 from llmrec_peft.scoring.bank import DomainBank
 from tests.support.requests import CALIBRATION, HISTORY, MOVIES, alone
 
@@ -82,9 +82,9 @@ def born(monkeypatch) -> list[weakref.ref]:
     load = bank_module.load_adapter
 
     def spy(*args, **kwargs):
-        member = load(*args, **kwargs)
-        found.append(weakref.ref(member))
-        return member
+        adapter = load(*args, **kwargs)
+        found.append(weakref.ref(adapter))
+        return adapter
 
     monkeypatch.setattr(bank_module, "load_adapter", spy)
     return found
@@ -102,17 +102,17 @@ def test_a_version_goes_when_nobody_uses_it(max_bytes, born, bundle_of, tiny_bas
     load = {"max_bytes": max_bytes, "cache_bytes": 10**7}
     bank = DomainBank.load(tiny_base("llama"), {"m": versions[0], "n": versions[0]}, dict.fromkeys("mn", items), **load)
     bank.score([("n", HISTORY, MOVIES[:2])])
-    assert alive(born) == 1 and len(bank._engine.kept) == 1
+    assert alive(born) == 1 and len(bank._engine.prefix_cache) == 1
     for number in range(1, 6):
         bank.swap("m", versions[number % 2])
         bank.score([("m", HISTORY, MOVIES[:2])])
         assert alive(born) == 1 + number % 2  # the other domain keeps its own
-        assert len(bank._engine.kept) == 1 + number % 2, "prefixes of a dropped version stay"
+        assert len(bank._engine.prefix_cache) == 1 + number % 2, "prefixes of a dropped version stay"
     bank.swap("m", versions[1])
     bank.remove("n")
     assert alive(born) == 1
     bank.remove("m")
-    assert alive(born) == 0 and len(bank._engine.kept) == 0
+    assert alive(born) == 0 and len(bank._engine.prefix_cache) == 0
 
 
 def test_a_preload_waits_for_its_first_use_or_its_release(born, bundle_of, tiny_base):

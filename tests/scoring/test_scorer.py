@@ -1,4 +1,4 @@
-"""A history encoded once answers as independent prompts do, however it is cut, kept or extended."""
+"""A history encoded once answers as independent prompts do, however it is cut, cached or extended."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.merging.merge_bundle import merge_bundle
 from llmrec_peft.models import attention
+from llmrec_peft.requests.item_table import ItemTable
+from llmrec_peft.requests.request_domain import RequestDomain
+from llmrec_peft.requests.request_encoder import RequestEncoder
 from llmrec_peft.scoring import engine as engine_module
 from llmrec_peft.scoring.bank import DomainBank
-from llmrec_peft.scoring.item_table import Catalogue
-from llmrec_peft.scoring.prompts import Prompts
 from tests.support.requests import CALIBRATION, HISTORY, MOVIES, SHOP, SHOP_HISTORY, USER, alone
 
 pytestmark = [
@@ -29,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True, params=[2, 1000], ids=["blocks", "one mask"])
 def short(request, monkeypatch) -> None:
-    """Attention in blocks, which long rows of probes take, and under one mask."""
+    """Attention in blocks, which long rows of candidates take, and under one mask."""
     monkeypatch.setattr(attention, "SHORT", request.param)
 
 
@@ -38,7 +39,7 @@ class Passes:
 
     def __init__(self, scorer: Scorer) -> None:
         self.shapes: list[tuple[int, int, int]] = []
-        classifier = scorer._engine.classifier
+        classifier = scorer._bank._engine.classifier
         run = classifier.hidden_states
 
         def counted(input_ids, *args, **kwargs):
@@ -64,13 +65,13 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 1 << 28], ids=["nothing kept", "kept"])
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 28], ids=["no cache", "cache"])
 @pytest.mark.parametrize(("method", "kind", "options"), METHODS)
 def test_equal_to_independent_prompts(method, kind, options, cache_bytes, bundle_of, items):
     bundle = bundle_of(method, kind=kind, calibration=CALIBRATION, **options)
     scorer = Scorer.load(bundle, items, cache_bytes=cache_bytes)
     expected = alone(bundle, HISTORY, MOVIES, items)
-    # Whole, in rows of a few probes that go on from the history, and one probe at a time.
+    # Whole, in rows of a few candidates that continue from the history, and one candidate at a time.
     for batch_tokens in (4000, 200, 1):
         for _ in range(2):
             np.testing.assert_allclose(scorer.score(HISTORY, MOVIES, batch_tokens=batch_tokens), expected, atol=1e-4)
@@ -90,7 +91,7 @@ def test_a_scorer_of_the_bank_follows_its_swaps(bundle_of, tiny_base, items):
     scorer = bank.scorer("m")
     for bundle in (one, two, one):
         bank.swap("m", bundle)
-        for _ in range(2):  # what is kept of one bundle is not taken for another's
+        for _ in range(2):  # the cache of one bundle is not used for another
             np.testing.assert_allclose(scorer.score(HISTORY, MOVIES), alone(bundle, HISTORY, MOVIES, items), atol=1e-4)
             (found,) = bank.score([("m", HISTORY, MOVIES)])
             np.testing.assert_allclose(found, alone(bundle, HISTORY, MOVIES, items), atol=1e-4)
@@ -105,14 +106,14 @@ def test_histories_of_unequal_length_in_one_batch(bundle_of, items):
     requests = [(HISTORY[:n], MOVIES[: 8 - n]) for n in (5, 0, 3, 1)]
     expected = [alone(bundle, *request, items) for request in requests]
     passes = Passes(scorer)
-    for kept in range(2):
+    for cached in range(2):
         for found, want in zip(scorer.score_many(requests), expected, strict=True):
             np.testing.assert_allclose(found, want, atol=1e-4)
         (shape,) = passes.take()  # one forward pass, whose pasts differ in the second round
-        assert shape[0] == 4 and bool(shape[2]) == bool(kept)
+        assert shape[0] == 4 and bool(shape[2]) == bool(cached)
 
 
-def test_a_new_event_extends_the_history_that_is_kept(bundle_of, items):
+def test_a_new_event_extends_the_cached_history(bundle_of, items):
     bundle = bundle_of()
     scorer = Scorer.load(bundle, items)
     passes = Passes(scorer)
@@ -121,12 +122,13 @@ def test_a_new_event_extends_the_history_that_is_kept(bundle_of, items):
     found = scorer.score(HISTORY[:4], MOVIES)
     ((_, second, past),) = passes.take()
     np.testing.assert_allclose(found, alone(bundle, HISTORY[:4], MOVIES, items), atol=1e-4)
-    prompts = scorer._current()[1]
-    event, probes = len(prompts.prefix(HISTORY[:4]).events[-1]), sum(map(len, prompts.events(MOVIES, "")))
-    assert second == event + probes and past == first - probes
-    scorer.score(HISTORY[:2], MOVIES)  # a beginning of what is kept
+    encoder = scorer.encoder
+    event = len(encoder.encode_history(HISTORY[:4]).events[-1])
+    candidates = sum(map(len, encoder.encode_events(MOVIES, "")))
+    assert second == event + candidates and past == first - candidates
+    scorer.score(HISTORY[:2], MOVIES)  # a beginning of the cached history
     ((_, third, _),) = passes.take()
-    assert third == probes
+    assert third == candidates
 
 
 def test_a_long_history_keeps_its_beginning_for_some_events(bundle_of, domains, items, tmp_path):
@@ -147,7 +149,7 @@ def test_a_long_history_keeps_its_beginning_for_some_events(bundle_of, domains, 
     for length in range(20, 32):
         scorer.score(long[:length], MOVIES[:2])
         pasts.append(passes.take()[0][2])
-    header = len(scorer._current()[1].prefix([]).header)
+    header = len(scorer.encoder.encode_history([]).header)
     anew = [past <= header for past in pasts]  # the header is the same whatever follows
     assert sum(anew) == 5 and len(anew) == 12
 
@@ -177,28 +179,28 @@ def test_memory_does_not_grow_with_the_candidates(bundle_of, items, monkeypatch)
     many = [{"title": f"Film {n}", "genres": "Drama"} for n in range(200)]
     found = scorer.score(HISTORY, many)
     shapes = passes.take()
-    history = sum(map(len, (t := scorer._current()[1].prefix(HISTORY)).events)) + len(t.header)
+    history = sum(map(len, (t := scorer.encoder.encode_history(HISTORY)).events)) + len(t.header)
     assert len(shapes) > 10 and all(rows == 1 for rows, _, _ in shapes)
     assert shapes[0][1] <= 300 and all(length <= 120 and past == history for _, length, past in shapes[1:])
     picked = [0, 7, 50, 199]
     np.testing.assert_allclose(found[picked], alone(bundle, HISTORY, [many[n] for n in picked], items), atol=1e-4)
 
 
-def test_histories_kept_stay_within_their_bytes(bundle_of, items):
+def test_cached_histories_stay_within_their_bytes(bundle_of, items):
     bundle = bundle_of()
     scorer = Scorer.load(bundle, items)
     scorer.score(HISTORY, MOVIES[:2])
-    one = scorer._engine.kept.size
-    scorer._engine.kept.clear()
-    scorer._engine.kept.max_bytes = int(2.5 * one)
+    one = scorer._bank._engine.prefix_cache.size
+    scorer._bank._engine.prefix_cache.clear()
+    scorer._bank._engine.prefix_cache.max_bytes = int(2.5 * one)
     other = [[(item, "like"), *HISTORY[1:]] for item in MOVIES]
     for _ in range(2):
         for history in other:
             found = scorer.score(history, MOVIES[:2])
-            assert scorer._engine.kept.size <= 2.5 * one and len(scorer._engine.kept) <= 3
+            assert scorer._bank._engine.prefix_cache.size <= 2.5 * one and len(scorer._bank._engine.prefix_cache) <= 3
     np.testing.assert_allclose(found, alone(bundle, other[-1], MOVIES[:2], items), atol=1e-4)
-    scorer._engine.kept.max_bytes = 10
-    scorer.score([("i7", "like")], MOVIES[:2])  # too large to be kept at all
+    scorer._bank._engine.prefix_cache.max_bytes = 10
+    scorer.score([("i7", "like")], MOVIES[:2])  # too large to be cached
     np.testing.assert_allclose(scorer.score(HISTORY, MOVIES), alone(bundle, HISTORY, MOVIES, items), atol=1e-4)
 
 
@@ -310,8 +312,8 @@ def test_a_history_longer_than_the_window_is_its_newest_part(bundle_of, items):
     bundle = bundle_of()
     scorer = Scorer.load(bundle, items)
     long = [(f"i{n % 24}", "like" if n % 3 else "dislike") for n in range(500)]
-    window = scorer.prompts.window
-    used = long[window_start(len(long), window, scorer.prompts.stride) :]
+    window = scorer.encoder.domain.window
+    used = long[window_start(len(long), window, scorer.encoder.domain.stride) :]
     assert 0 < len(used) <= window
     np.testing.assert_allclose(scorer.score(long, MOVIES), alone(bundle, used, MOVIES, items), atol=1e-4)
     assert np.abs(scorer.score(used[1:], MOVIES) - scorer.score(long, MOVIES)).max() > 1e-4
@@ -330,7 +332,7 @@ def test_a_hundred_thousand_candidates(bundle_of, items):
 
 
 def test_what_cannot_be_scored_says_so(bundle_of, tiny_base, tmp_path):
-    with pytest.raises(ModelError, match="reads both ways"):
+    with pytest.raises(ModelError, match="is a bidirectional encoder"):
         Scorer.load(bundle_of(kind="bert"))
     with pytest.raises(BundleError, match=r"no behavior\.json"):
         Scorer.load(tmp_path)
@@ -343,10 +345,10 @@ def test_an_event_reads_the_same_whatever_stands_beside_it(tiny_tokenizer):
     domain = Domain.from_dict({"name": "shop", "event": "{name}: {price}", "outcomes": {"skip": " no", "buy": " yes"}})
     events = [{"name": "a", "price": 3}, {"name": "a", "price": 2.5}, {"name": None, "price": 2.5}]
 
-    def prompts() -> Prompts:
-        return Prompts(Vocabulary(domain, tiny_tokenizer), Catalogue(None))
+    def encoder() -> RequestEncoder:
+        return RequestEncoder(RequestDomain.of(domain), Vocabulary(domain, tiny_tokenizer), ItemTable(None))
 
-    together = prompts().events(events, "candidates")
+    together = encoder().encode_events(events, "candidates")
     for event, tokens in zip(events, together, strict=True):
-        assert prompts().events([event], "candidates")[0].tolist() == tokens.tolist()
+        assert encoder().encode_events([event], "candidates")[0].tolist() == tokens.tolist()
     assert tiny_tokenizer.decode(together[0]) == "a: 3 ->"

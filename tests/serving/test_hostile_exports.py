@@ -16,7 +16,7 @@ import pytest
 from llmrec_peft.checkpoints.sealing import sealed, sha256
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.serving import OnnxScorer
-from llmrec_peft.serving.plain_vocabulary import read_encoder
+from llmrec_peft.serving.exported_vocabulary import read_encoder
 from tests.checkpoints.test_hostile_bundles import SWAPS, mutate
 from tests.support.requests import HISTORY, MOVIES
 

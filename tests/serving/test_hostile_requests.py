@@ -10,9 +10,9 @@ import pytest
 
 from llmrec_peft import Scorer
 from llmrec_peft.errors import DataError, DomainError, LLMRecError
+from llmrec_peft.requests.plain_items import PlainItems
 from llmrec_peft.serving import OnnxScorer
-from llmrec_peft.serving.plain_items import Items
-from llmrec_peft.serving.plain_prompts import Prompts
+from llmrec_peft.serving.onnx_scorer import request_domain
 from tests.support.requests import HISTORY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,9 +97,9 @@ def test_titles_that_nobody_can_read(title, named, pair):
             scorer.score([({"title": title, "genres": "Drama"}, "like")], ["i3"])
     if named != "b'x'":
         with pytest.raises(DataError, match=named):
-            Items([{"item_id": "a", "title": title}])
+            PlainItems([{"item_id": "a", "title": title}])
     with pytest.raises(DataError, match="1 items have no title where others have one"):
-        Items([{"item_id": "a", "title": "A"}, {"item_id": "b"}])
+        PlainItems([{"item_id": "a", "title": "A"}, {"item_id": "b"}])
 
 
 def test_halves_and_missing_values_are_read_alike(pair):
@@ -124,7 +124,7 @@ def test_halves_and_missing_values_are_read_alike(pair):
 @pytest.mark.parametrize("odd", [float("nan"), None, "", "\u3164", "\ud83d", True, 1.5, b"x", ["a"], {}, 2.0**60])
 def test_item_tables_with_odd_ids(odd):
     with pytest.raises(DataError):
-        Items([{"item_id": odd, "title": "A"}])
+        PlainItems([{"item_id": odd, "title": "A"}])
 
 
 @pytest.mark.parametrize("odd", [0, -1, 1.5, True, "5", None, float("nan"), [3]])
@@ -154,4 +154,4 @@ def test_templates_of_a_strangers_export(event, exported, pair):
     manifest = copy.deepcopy(dict(pair[0].manifest))
     manifest["domain"]["event"] = event
     with pytest.raises(DomainError, match="event has the f"):
-        Prompts(manifest, None, None, 10)
+        request_domain(manifest)

@@ -15,9 +15,10 @@ from llmrec_peft import Scorer
 from llmrec_peft.data.rendering import render
 from llmrec_peft.data.templates import fill
 from llmrec_peft.errors import BundleError, DataError, ModelError, StreamError
+from llmrec_peft.requests.plain_items import PlainItems
+from llmrec_peft.requests.request import Request
 from llmrec_peft.serving import OnnxScorer
 from llmrec_peft.serving import onnx_scorer as scorer_module
-from llmrec_peft.serving.plain_items import Items
 from tests.conftest import NASTY_TITLES, ROOT
 from tests.support.requests import HISTORY, MOVIES
 
@@ -52,7 +53,7 @@ def test_equal_to_the_scorer(pair):
 def test_a_window_that_overflows_drops_the_oldest_for_that_candidate_alone(pair):
     onnx, expected = pair
     mixed = [{"title": "word " * size, "genres": "Drama"} for size in (1, 60, 120, 140, 150, 155)]
-    dropped = onnx._prompts.ask(LONG, mixed).dropped
+    dropped = onnx._encoder.encode(Request(LONG, mixed)).dropped
     assert dropped[0] == 0 and len(set(dropped.tolist())) > 2, dropped
     found = onnx.score(LONG, mixed)
     np.testing.assert_allclose(found, expected.score(LONG, mixed), atol=1e-4)
@@ -72,9 +73,11 @@ def test_histories_of_unequal_length_and_rows_of_few_candidates(pair, monkeypatc
 def test_a_pass_is_bounded_whatever_is_asked(pair, monkeypatch):
     onnx, _ = pair
     sizes = []
-    run = onnx._graph._run
-    monkeypatch.setattr(onnx._graph, "_run", lambda rows: sizes.append((len(rows), max(map(len, rows)))) or run(rows))
-    monkeypatch.setattr(scorer_module, "PROBE_TOKENS", 100)
+    run = onnx._model.graph._run
+    monkeypatch.setattr(
+        onnx._model.graph, "_run", lambda rows: sizes.append((len(rows), max(map(len, rows)))) or run(rows)
+    )
+    monkeypatch.setattr(scorer_module, "CANDIDATE_TOKENS", 100)
     once = onnx.score(HISTORY, MOVIES)
     many = [{"title": f"Film {n}", "genres": "Drama"} for n in range(400)]
     sizes.clear()
@@ -177,7 +180,7 @@ def test_one_row_is_filled_as_many_are():
 
 
 def test_files_of_items_are_read_as_the_package_reads_them(tmp_path):
-    from llmrec_peft.scoring.item_table import Catalogue
+    from llmrec_peft.requests.item_table import ItemTable
 
     text = 'item_id,title,year,price,new,tag\n007,"A, ""b""",1999,2.50,true,x\n8,C,,3,False,\n'
     lines = [
@@ -187,14 +190,14 @@ def test_files_of_items_are_read_as_the_package_reads_them(tmp_path):
     (tmp_path / "items.csv").write_text(text, "utf-8")
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     for name in ("items.csv", "items.jsonl"):
-        expected = Catalogue.read(tmp_path / name).table.to_pylist()
-        items = Items.read(tmp_path / name)
+        expected = ItemTable.read(tmp_path / name).table.to_pylist()
+        items = PlainItems.read(tmp_path / name)
         assert [{key: items[row["item_id"]].get(key) for key in row} for row in expected] == expected
         types = [[type(value) for value in row.values()] for row in expected]
         assert [[type(items[row["item_id"]].get(key)) for key in row] for row in expected] == types
     with pytest.raises(DataError, match="'a' in more than one row"):
-        Items.read([{"item_id": "a"}, {"item_id": "a"}])
+        PlainItems.read([{"item_id": "a"}, {"item_id": "a"}])
     with pytest.raises(DataError, match="row 0 must be a mapping with an item_id, not 'Toy Story'"):
-        Items.read({"a": "Toy Story"})
+        PlainItems.read({"a": "Toy Story"})
     with pytest.raises(DataError, match="does not exist"):
-        Items.read(tmp_path / "none.csv")
+        PlainItems.read(tmp_path / "none.csv")

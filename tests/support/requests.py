@@ -1,4 +1,4 @@
-"""Requests of two domains, and their answers by independent prompts: what banks and scorers are measured by."""
+"""Requests of two domains, and their probabilities by independent prompts, which banks and scorers must equal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from llmrec_peft.checkpoints.merged import load_answering
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.scoring.item_table import Catalogue
-from llmrec_peft.scoring.prompts import Prompts
+from llmrec_peft.requests.item_table import ItemTable
+from llmrec_peft.requests.request_domain import RequestDomain
+from llmrec_peft.requests.request_encoder import RequestEncoder
 
 CALIBRATION = {"temperature": 1.7, "bias": [0.3, -0.3]}
 MOVIES = [f"i{n}" for n in range(8)]
@@ -22,12 +23,14 @@ USER = {"age": 33}
 
 
 def alone(directory, history, candidates, items=None, user=None, **options):
-    """Each candidate as a prompt of its own through the loaded bundle: plain attention, no bank, no candidate."""
+    """Probabilities of each candidate as a prompt of its own: the loaded bundle, plain attention, no bank."""
     bundle = load_answering(directory, **options)
-    prompts = Prompts(Vocabulary(Domain.from_dict(bundle.domain), bundle.tokenizer), Catalogue.read(items))
-    prefix = prompts.prefix(history, user)
+    domain = Domain.from_dict(bundle.domain)
+    vocabulary = Vocabulary(domain, bundle.tokenizer)
+    encoder = RequestEncoder(RequestDomain.of(domain), vocabulary, ItemTable.read(items))
+    prefix = encoder.encode_history(history, user)
     logits = []
-    for candidate in prompts.events(candidates, "candidates"):
+    for candidate in encoder.encode_events(candidates, "candidates"):
         ids = torch.tensor(np.concatenate([prefix.header, *prefix.events, candidate]))[None].long()
         with torch.no_grad():
             logits.append(bundle.classifier(ids, markers=torch.tensor([ids.shape[1] - 1])).numpy()[0])

@@ -1,4 +1,4 @@
-"""The item table of a scorer, as plain Python: a list or mapping of rows, or a file of csv, jsonl or parquet."""
+"""An item table in plain Python, without Arrow: a list or mapping of rows, or a file of csv, jsonl or parquet."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.data.csv_rules import TEXTS, delimiter_of, typed_values
+from llmrec_peft.data.templates import fill, template_columns
 from llmrec_peft.data.titles import is_unseen, title_fault
 from llmrec_peft.data.values import replace_surrogates
 from llmrec_peft.documents import parse_json
 from llmrec_peft.errors import DataError
 from llmrec_peft.messages import listed, quoted
-from llmrec_peft.serving.request_rules import item_id
+from llmrec_peft.requests.item_source import unknown_items
+from llmrec_peft.requests.request_rules import item_id
 
 MAX_FIELD = 64 << 20
 """Bytes of one field of csv, at most: what the package's own reader takes."""
 SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
-class Items:
-    """Rows by item id.
+class PlainItems:
+    """Rows by item id: an `ItemSource`.
 
     Attributes:
         name: what messages call the table.
-        columns: names of its columns.
+        column_names: of all rows, in the order in which they come.
     """
+
+    takes_any_id = False
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], name: str = "items") -> None:
         """Raises DataError for a row without an item_id, for two of one id, and for a title that nobody can read."""
@@ -47,7 +51,7 @@ class Items:
                 raise DataError(f"items of {name} have the id {item!r} in more than one row; keep one row an item")
             self._rows[item] = {**row, "item_id": item}
             names.update(dict.fromkeys(row))
-        self.columns = list(names)
+        self.column_names = list(names)
         untitled = [item for item, row in self._rows.items() if "title" not in row] if "title" in names else []
         if untitled:
             raise DataError(
@@ -56,7 +60,7 @@ class Items:
             )
 
     @classmethod
-    def read(cls, items: Any) -> Items | None:
+    def read(cls, items: Any) -> PlainItems | None:
         """A table from rows (a list, or a mapping from ids), or from a file of csv, jsonl or parquet.
 
         A directory stands for the `items` file in it. In csv and jsonl, columns are typed as the package's own reader
@@ -65,7 +69,7 @@ class Items:
         Raises:
             DataError: nothing there can be read, or the table breaks a rule.
         """
-        if items is None or isinstance(items, Items):
+        if items is None or isinstance(items, PlainItems):
             return items
         if isinstance(items, Mapping):
             return cls({"item_id": key, **row} if isinstance(row, Mapping) else row for key, row in items.items())
@@ -79,11 +83,24 @@ class Items:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, item_id: str) -> bool:
-        return item_id in self._rows
-
     def __getitem__(self, item_id: str) -> Mapping[str, Any]:
         return self._rows[item_id]
+
+    def check(self, ids: Sequence[str], what: str) -> None:
+        """Raise DataError for an id that the table lacks; `what` says in the message where it stood."""
+        missing = [item for item in ids if item not in self._rows]
+        if missing:
+            raise unknown_items(missing, what, f"among the {len(self):,} items of {self.name}")
+
+    def texts(self, ids: Sequence[str], template: str, forbidden: list[str]) -> list[str]:
+        """The template filled with each item's columns."""
+        names = template_columns(template)
+        rows = (self._rows[item] for item in ids)
+        return [fill(template, {name: row.get(name) for name in names}, forbidden) for row in rows]
+
+    def values(self, ids: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns of items as Python values [ids], by name."""
+        return {name: [self._rows[item].get(name) for item in ids] for name in names}
 
 
 def _as_id(value: Any, what: str) -> str:

@@ -1,9 +1,10 @@
-"""Tokens of an exported student's texts: the same as `data.vocabulary.Vocabulary` makes, without Transformers."""
+"""Tokens of an exported student's texts, the same as those of `data.tokens.Vocabulary`, without Transformers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,8 @@ from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import BundleError, DataError, ModelError, one_line
 from llmrec_peft.messages import quoted
 
-AT_ONCE = 4096  # texts
+AT_ONCE = 4096
+"""Texts that are tokenised together."""
 _TOKEN = Whole(0, 2**31 - 1)
 _TOKENIZER = {
     "model": dict, "normalizer": (dict, None), "pre_tokenizer": (dict, None),
@@ -24,21 +26,21 @@ _WHOLE_TEXTS = {"vocab": {str: _TOKEN}, "unk_token?": (str, None)}
 
 
 class Encoder(Protocol):
-    """What turns texts into token ids, without any special token around them."""
+    """Turns texts into token ids, without special tokens around them."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
-class Words:
-    """A domain's fixed tokens, and those of the texts that users give.
+class ExportedVocabulary:
+    """A domain's fixed tokens and its tokenizer: an `EventVocabulary`.
 
     Attributes:
-        prefix, suffix: what stands around one text (BOS).
-        marker: int32 tokens of the marker; none where the answer is read at the item's own token.
+        prefix, suffix: int32 tokens around one text (BOS).
+        marker: int32 tokens of the marker; empty where the label is read at the item's own token.
         outcomes: int32 tokens of each label's word, in class order.
         pad: token that fills rows up.
         forbidden: texts that data may not spell.
-        reads_ids: whether each item is one token; texts that have none are refused then.
+        reads_ids: whether each item is one token; a text without a token is then an error.
     """
 
     def __init__(self, manifest: Mapping[str, Any], tokenizer: Path) -> None:
@@ -52,14 +54,14 @@ class Words:
         self._unknown, self._reserved = tokens["unknown_item"], frozenset(tokens["reserved"])
         self._encoder = read_encoder(tokenizer)
 
-    def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Tokens of events or headers, int32, one array a text.
+    def tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of events or headers, flat int32, and their offsets int64 [texts + 1].
 
         A tokenizer that normalises texts can bring a marker or a special token out of another spelling, such as a
-        full-width arrow. Such tokens are taken out here.
+        full-width arrow. Such tokens are removed.
 
         Raises:
-            DataError: an item that has no token, where items are tokens.
+            DataError: an item without a token, where items are tokens.
         """
         rows = self._encoder.encode(texts)
         if self.reads_ids:
@@ -69,28 +71,30 @@ class Words:
                     f"{quoted(unknown[0])} is unknown to this model of item ids ({len(unknown)} such): the catalogue "
                     "has grown since it was trained; distil it again with the new item table, and export it"
                 )
-            return [np.array(row, np.int32) for row in rows]
-        return [self._clean(row) for row in rows]
+        else:
+            rows = [self._clean(row) for row in rows]
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(rows), np.int32, offsets[-1]), offsets
 
-    def _clean(self, ids: list[int]) -> np.ndarray:
+    def _clean(self, ids: list[int]) -> list[int]:
         """Tokens of one text without reserved tokens and runs that spell the marker."""
         marker, width = self.marker.tolist(), len(self.marker)
-        kept: list[int] = []
+        left: list[int] = []
         for token in ids:
             if token in self._reserved:
                 continue
-            kept.append(token)
-            # Taking one out can bring another together.
-            if kept[-width:] == marker:
-                del kept[-width:]
-        return np.array(kept, np.int32)
+            left.append(token)
+            # Removing one marker can bring another together.
+            if left[-width:] == marker:
+                del left[-width:]
+        return left
 
 
 def read_encoder(path: Path) -> Encoder:
-    """The tokenizer of a tokenizer.json; one of whole texts is read here, any other by the package tokenizers.
+    """The tokenizer of a tokenizer.json. One of whole texts is read here, any other by the package tokenizers.
 
     Raises:
-        BundleError: not a tokenizer.
+        BundleError: the file is not a tokenizer.
         ModelError: the package tokenizers is needed and not installed.
     """
     again = "export again"
