@@ -9,8 +9,8 @@ The logit of a click of user u on product i is
     + intercept
 
 with normal biases, appeals, tastes and qualities, the price rank of i inside its category and the budget of u both in
-[0, 1]. So the clicks of all users show which products are liked, and the earlier clicks of a user predict the next
-ones, both through words of the title, the category and the price.
+[0, 1]. So the clicks of all users show which products are liked, and the earlier clicks of a user predict the next,
+both through words of the title, the category and the price.
 
     python -m llmrec_peft.data.simulate DIRECTORY
 """
