@@ -59,13 +59,14 @@ from peers.streams import read_domain
 from score_speed import pick
 from train_speed import CONFIG, StreamSide, flops_per_token, read_log
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.distillation.students import start_shallow
 from llmrec_peft.errors import LLMRecError
-from llmrec_peft.models.base import check_positions, load_config, load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.models.base import load_config, load_tokenizer, resolve_base
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.runs.split_streams import split_of, streams_of
 from llmrec_peft.scoring.scorer import Scorer
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.memory import MemoryConfig, estimate_memory
 from llmrec_peft.memory.__main__ import main
@@ -17,7 +18,6 @@ from llmrec_peft.memory.meta_model import bytes_of, empty_classifier, weights
 from llmrec_peft.memory.trace import StorageMeter, segment_of, trace_optimizer, trace_passes
 from llmrec_peft.memory.zero_partitioning import Tensors, part_of, share_out
 from llmrec_peft.models import attention
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.training.losses import BehaviorLoss
 from tests.conftest import ROOT
 

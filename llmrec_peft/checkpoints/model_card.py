@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.files import plain
-from llmrec_peft.models.base import BASES, HEAD_NAMES
+from llmrec_peft.models.base import BASES
+from llmrec_peft.models.stock_parts import HEAD_NAMES
 
 CARD = "README.md"
 REPOSITORY = "OWNER/NAME"
@@ -181,8 +182,8 @@ def _merged_use(manifest: Mapping[str, Any]) -> str:
         f'model = AutoModelForSequenceClassification.from_pretrained("{REPOSITORY}", dtype=torch.{_dtype(manifest)})',
     ]
     ours = (
-        "`llmrec_peft.checkpoints.merged.load_merged` of a downloaded copy checks its files first, and keeps the head "
-        "in float32."
+        "`llmrec_peft.checkpoints.loading.load_trained` of a downloaded copy checks its files first, and keeps the "
+        "head in float32."
     )
     return f"{_python(lines + _answer(manifest))}\n\n{ours}"
 
@@ -258,12 +259,12 @@ def _merging(manifest: Mapping[str, Any]) -> str:
 
 
 def _through_text(measured: Mapping[str, Any]) -> str:
-    """What who hands whole texts to the tokenizer should know."""
-    count, same = measured.get("stock_prompts"), measured.get("text_same_tokens")
-    whole, left = measured.get("text_difference"), measured.get("text_left_difference")
-    allowed = measured.get("tolerance")
-    if not all(map(_is_number, (count, same, whole, left, allowed))):
+    """Differences of logits when a whole prompt is tokenised as one text."""
+    names = ("stock_prompts", "text_same_tokens", "text_difference", "text_left_difference", "tolerance")
+    found = [measured.get(name) for name in names]
+    if not all(map(_is_number, found)):
         return ""
+    count, same, whole, left, allowed = (value for value in found if value is not None)
     lines = []
     if same == count:
         lines.append("A whole prompt, `tokenizer(text)`, gives the same tokens as its pieces.")
@@ -363,7 +364,8 @@ def _base(manifest: Mapping[str, Any]) -> str:
 
 def _dtype(options: Mapping[str, Any]) -> str:
     """A number format that torch has by this name."""
-    return options.get("dtype") if options.get("dtype") in ("float32", "bfloat16", "float16") else "float32"
+    dtype = options.get("dtype")
+    return dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
 
 
 def _name(manifest: Mapping[str, Any]) -> str:

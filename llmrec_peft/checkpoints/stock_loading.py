@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +17,13 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tokens import Vocabulary, special_tokens_around
 from llmrec_peft.errors import BundleError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-def prepare_tokenizer(tokenizer: Any, config: Any, domain: Mapping[str, Any], *, encoder: bool) -> None:
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, domain: Mapping[str, Any], *, encoder: bool
+) -> None:
     """Make a merged model's tokenizer and configuration such that stock classes read a decoder at its marker.
 
     Padding goes to the right, as learned positions count from the first token of a row, pads among them. Where the
@@ -40,7 +45,7 @@ def prepare_tokenizer(tokenizer: Any, config: Any, domain: Mapping[str, Any], *,
             "the bundle in a Scorer or a DomainBank, or train on a tokenizer without an end token"
         )
     tokenizer.padding_side = "right"
-    marker = Vocabulary(Domain.of_manifest(domain, source="the bundle's domain"), tokenizer).marker
+    marker = Vocabulary(Domain.of_manifest(dict(domain), source="the bundle's domain"), tokenizer).marker
     if not len(marker) or int(marker[-1]) != tokenizer.pad_token_id:
         return
     known = dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])

@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from llmrec_peft.checkpoints.bundle import Bundle
-from llmrec_peft.checkpoints.manifest import installed
-from llmrec_peft.checkpoints.merged import load_merged, publish, read_merged, scratch_beside, without_links, writing
+from llmrec_peft.checkpoints.checksum import sha256
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import installed, read_manifest, write_manifest
+from llmrec_peft.checkpoints.manifest_schema import EXPORT, GRAPHS, MERGED, SERVING_MANIFEST, TOKENIZER
 from llmrec_peft.checkpoints.model_card import CARD
-from llmrec_peft.checkpoints.sealing import sha256
+from llmrec_peft.checkpoints.output_directory import publish, scratch_beside, without_links, writing
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.layout import Stream
@@ -31,12 +33,12 @@ from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.files import plain, write_json
+from llmrec_peft.files import plain
 from llmrec_peft.merging.synthetic_inputs import SyntheticStreams
-from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import fits
 from llmrec_peft.models.predict import Predictions, predict
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.models.selftest import check_candidates
 
 OPSET = 18
@@ -84,11 +86,11 @@ def export_onnx(
     start = time.perf_counter()
     if not 0 <= tolerance < float("inf"):
         raise ModelError(f"tolerance must be a finite number of at least 0, not {tolerance!r}; correct it")
-    serving = _serving()
+    _check_packages()
     opset = _check_opset(OPSET if opset is None else opset)
-    manifest = read_merged(student)
-    out = _check_output(Path(out), Path(student), serving)
-    loaded = load_merged(student, dtype="float32")
+    manifest = read_manifest(student, MERGED)
+    out = _check_output(Path(out), Path(student))
+    loaded = load_trained(student, LoadOptions(dtype="float32"), kind=MERGED)
     classifier = loaded.classifier
     if classifier.encoder:
         raise ModelError(
@@ -107,13 +109,13 @@ def export_onnx(
     answered, name = _answered(streams, vocabulary, loaded)
     with scratch_beside(out) as scratch:
         with writing(out):
-            loaded.tokenizer.backend_tokenizer.save(str(scratch / serving.TOKENIZER))
-            _write_graph(classifier, scratch / serving.MODELS["float32"], opset)
+            loaded.tokenizer.backend_tokenizer.save(str(scratch / TOKENIZER))
+            _write_graph(classifier, scratch / GRAPHS["float32"], opset)
         if int8:
             with writing(out):
                 quantise(
-                    scratch / serving.MODELS["float32"],
-                    scratch / serving.MODELS["int8"],
+                    scratch / GRAPHS["float32"],
+                    scratch / GRAPHS["int8"],
                     blocks=not vocabulary.reads_ids,
                 )
         content = _content(manifest, vocabulary, loaded, opset)
@@ -122,7 +124,7 @@ def export_onnx(
         _check(out, measured)
         content |= {"measured": measured, "files": {path.name: sha256(path) for path in scratch.iterdir()}}
         with writing(out):
-            write_json(serving.described(plain(content)), scratch / serving.MANIFEST)
+            write_manifest(scratch, content, EXPORT)
             (scratch / CARD).write_text(_card(content), encoding="utf-8")
             publish(scratch, out)
     return measured | {"seconds": time.perf_counter() - start}
@@ -131,14 +133,13 @@ def export_onnx(
 # -- before work starts ------------------------------------------------------------------------------
 
 
-def _serving() -> Any:
-    """The names of an export's files. Raises ModelError where a package that exporting needs is missing."""
+def _check_packages() -> None:
+    """Raise ModelError where a package that exporting needs is missing."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise ModelError(
                 f"exporting needs the package {package}; install it with: pip install llmrec-peft[train,export]"
             )
-    return importlib.import_module("llmrec_peft.serving.export_manifest")
 
 
 def _check_opset(opset: int) -> int:
@@ -178,7 +179,7 @@ def _check_output(out: Path, student: Path, serving: Any) -> Path:
     out = without_links(out)
     if out.exists() and (not out.is_dir() or out.samefile(student)):
         raise BundleError(f"{out} is {'the student itself' if out.is_dir() else 'a file'}; choose another directory")
-    if out.exists() and any(out.iterdir()) and not (out / serving.MANIFEST).is_file():
+    if out.exists() and any(out.iterdir()) and not (out / SERVING_MANIFEST).is_file():
         raise BundleError(f"{out} exists and holds no export, so it is not replaced; choose another directory")
     return out
 
@@ -396,7 +397,6 @@ def _measure(
     labelled: bool,
 ) -> dict[str, Any]:
     """Differences of each graph's logits from torch's, their AUC where labels are real, and tokens of texts."""
-    from llmrec_peft.serving.export_manifest import MODELS, TOKENIZER
     from llmrec_peft.serving.onnx_graph import Graph
     from llmrec_peft.serving.plain_vocabulary import Words
 
@@ -413,7 +413,7 @@ def _measure(
     measured: dict[str, Any] = {
         "answers": len(torchs.logits), "spread": float(torchs.logits.std()), "auc": auc(torchs.logits)
     }  # fmt: skip
-    for precision, file in MODELS.items():
+    for precision, file in GRAPHS.items():
         path = scratch / file
         if path.is_file():
             found = Graph(path, loaded.tokenizer.pad_token_id).answers(rows, batch_tokens)[order]

@@ -21,7 +21,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from llmrec_peft.checkpoints.bundle import Bundle
-from llmrec_peft.checkpoints.manifest import digest
+from llmrec_peft.checkpoints.checksum import digest
+from llmrec_peft.checkpoints.directory_checks import read_json
 from llmrec_peft.data.collator import StreamCollator, plan_micro_batches
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
@@ -30,7 +31,6 @@ from llmrec_peft.errors import DataError, ModelError, input_errors
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.files import write_json
 from llmrec_peft.models.bottleneck import transformer_layers
-from llmrec_peft.models.model_files import read_json
 
 NOTE = "teacher.json"
 FORMAT = 2
@@ -121,7 +121,7 @@ def teacher_answers(
     """Answers of `teacher` to all targets of `streams`; those in `directory` are read, the rest computed and added.
 
     Args:
-        teacher: a bundle or a merged model, as `load_answering` gives it.
+        teacher: a bundle or a merged model, as `load_trained` gives it.
         streams: by the teacher's domain and tokenizer.
         directory: of the parts; one for each teacher and split.
         layers: numbers of the layers whose outputs to keep, -1 for what the head reads.

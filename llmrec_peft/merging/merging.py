@@ -16,21 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from llmrec_peft.checkpoints.bundle import Bundle, load_bundle
-from llmrec_peft.checkpoints.manifest import MANIFEST, WEIGHTS, installed, read_manifest
-from llmrec_peft.checkpoints.merged import (
-    check_output,
-    check_room,
-    describe,
-    load_merged,
-    loading_notes,
-    publish,
-    save_merged,
-    scratch_beside,
-    write_manifest,
-    writing,
-)
+from llmrec_peft.checkpoints.bundle import Bundle
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import installed, read_manifest, write_manifest
+from llmrec_peft.checkpoints.manifest_schema import ADAPTER, MANIFEST, MERGED, WEIGHTS
+from llmrec_peft.checkpoints.merged import loading_notes, save_merged, write_merged_manifest
 from llmrec_peft.checkpoints.model_card import CARD, merged_card
+from llmrec_peft.checkpoints.output_directory import check_output, check_room, publish, scratch_beside, writing
 from llmrec_peft.checkpoints.stock_loading import measure_stock, prepare_tokenizer
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
@@ -113,9 +105,10 @@ def merge_bundle(
     """
     settings = MergeSettings(dtype, base, streams, tolerance, max_shard_size, batch_tokens, trust_remote_code)
     manifest = mergeable(bundle)
+    loading = LoadOptions(base=base, trust_remote_code=trust_remote_code, mapped=True)
     out = check_output(out, bundle, base or manifest["base"]["name"])
     return write_merge(
-        lambda: load_bundle(bundle, base=base, trust_remote_code=trust_remote_code, mapped=True),
+        lambda: load_trained(bundle, loading, kind=ADAPTER),
         out,
         {**inherited(manifest), "merged_from": [provenance(manifest)], "combination": None},
         settings,
@@ -126,7 +119,7 @@ def mergeable(bundle: str | Path) -> dict[str, Any]:
     """behavior.json of a bundle. Raises BundleError where it cannot be merged, saying what to do instead."""
     if not (Path(bundle) / MANIFEST).is_file():
         raise BundleError(f"bundle {bundle} has no {MANIFEST}; name the directory `bundle` that a training run left")
-    manifest = read_manifest(bundle)
+    manifest = read_manifest(bundle, ADAPTER)
     if manifest["method"] == "adapter":
         raise BundleError(
             f"bundle {bundle} is a bottleneck adapter, whose layers have no place in a stock checkpoint; serve it in a "
@@ -187,8 +180,8 @@ def write_merge(
         del adapted, model
         gc.collect()  # models refer to themselves
         with writing(out):
-            manifest = describe(scratch, content)
-        merged = load_merged(scratch, trust_remote_code=settings.trust_remote_code)
+            manifest = write_merged_manifest(scratch, content)
+        merged = load_trained(scratch, LoadOptions(trust_remote_code=settings.trust_remote_code), kind=MERGED)
         measured = _compared(before, _answers(merged, streams, settings), labelled)
         prompts = _Prompts(merged, streams if labelled else None)
         at_markers = _answers(merged, prompts, settings).logits
@@ -203,7 +196,7 @@ def write_merge(
             out, measured, TOLERANCE["float32" if dtype == "float32" else "low"] * max(1.0, measured["spread"])
         )
         with writing(out):
-            manifest = write_manifest(scratch, {**manifest, "measured": measured})
+            manifest = write_manifest(scratch, {**manifest, "measured": measured}, MERGED)
             (scratch / CARD).write_text(merged_card(manifest), encoding="utf-8")
             publish(scratch, out)
     return measured | {"dtype": dtype, "bytes": size, "seconds": time.perf_counter() - start, "peak_bytes": _peak()}

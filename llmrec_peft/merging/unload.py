@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmrec_peft.models.base import modules_named
 from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.stock_parts import fresh_modules_of, modules_named
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def fold(classifier: BehaviorClassifier, dtype: torch.dtype) -> nn.Module:
         model.set_submodule(name, wrapper.modules_to_save[wrapper.active_adapters[0]])
     for name in [name for name, module in model.named_modules() if _is_4bit(module)]:
         model.set_submodule(name, _as_written(_dequantized(model.get_submodule(name)), dtype))
-    trained = [module for name in model.fresh_modules for module in modules_named(model, name)]
+    trained = [module for name in fresh_modules_of(model) for module in modules_named(model, name)]
     kept = {id(value) for module in trained for value in module.parameters()}
     for value in model.parameters():
         value.data = value.data.to("cpu", torch.float32 if id(value) in kept else dtype)

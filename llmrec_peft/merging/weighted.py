@@ -17,11 +17,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from llmrec_peft.checkpoints.bundle import Bundle, adapter_tensors, load_bundle
-from llmrec_peft.checkpoints.merged import check_output
+from llmrec_peft.checkpoints.adapter_tensors import adapter_tensors
+from llmrec_peft.checkpoints.bundle import Bundle
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest_schema import ADAPTER
+from llmrec_peft.checkpoints.output_directory import check_output
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.merging.merging import Dtype, MergeSettings, inherited, mergeable, provenance, write_merge
-from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
+from llmrec_peft.models.building import build_classifier
+from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.tuning_options import HeadOptions, changes_base, method_options
 
@@ -156,9 +160,10 @@ def _combined(
     settings: MergeSettings,
 ) -> Bundle:
     """A classifier whose one adapter is the combination, and whose head is the mean."""
+    loading = LoadOptions(base=settings.base, trust_remote_code=settings.trust_remote_code)
     parts, first = [], None
     for path in bundles:
-        loaded = load_bundle(path, base=settings.base, trust_remote_code=settings.trust_remote_code)
+        loaded = load_trained(path, loading, kind=ADAPTER)
         parts.append(_part(loaded.classifier))
         first = first or dataclasses.replace(loaded, classifier=None)
         options = loaded.classifier.model_options

@@ -8,12 +8,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models.stock_parts import backbone_of, head_of, is_encoder
+from llmrec_peft.models.stock_parts import backbone_of, find_backbone, head_of, is_encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _PADDED_POSITIONS = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod",
@@ -51,7 +54,7 @@ _RECURRENT_CLASSES = re.compile(
 )
 
 
-def check_positions(config: Any, max_length: int) -> None:
+def check_positions(config: PreTrainedConfig, max_length: int) -> None:
     """Raise ModelError unless the base can read `max_length` tokens, each seeing all before it in the same way."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -85,13 +88,14 @@ def _changing_ropes(text: Any) -> Iterator[tuple[str, int]]:
     for rope in nests:
         kind = str(rope.get("rope_type", rope.get("type", "default")))
         own = rope.get("original_max_position_embeddings") or original
-        if kind in ("longrope", "su") and (own or positions):
-            yield "longrope", int(own or positions)
+        limit = own or positions
+        if kind in ("longrope", "su") and limit:
+            yield "longrope", int(limit)
         elif "dynamic" in kind and (own or positions):
             yield kind, min(int(value) for value in (own, positions) if value)
 
 
-def _windows(config: Any) -> Iterator[tuple[str, int]]:
+def _windows(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
     """(key, tokens) of the windows that bound what a token sees.
 
     An encoder reads each prompt alone, as its stock model does, and its windows are the model's own affair; but block
@@ -123,7 +127,7 @@ def _own(config: Any, key: str) -> Any:
     return value if value is not None and key in inspect.signature(type(config)).parameters else None
 
 
-def unfit_for_candidates(config: Any, model: nn.Module | None = None) -> str | None:
+def unfit_for_candidates(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> str | None:
     """Why candidates cannot be hidden from each other, as far as configuration and modules tell; None if they can."""
     odd = odd_layers(config, model)
     if odd:
@@ -131,7 +135,7 @@ def unfit_for_candidates(config: Any, model: nn.Module | None = None) -> str | N
     return "ALiBi: positions cannot be given" if _own(config.get_text_config(), "alibi") else None
 
 
-def odd_layers(config: Any, model: nn.Module | None = None) -> list[str]:
+def odd_layers(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> list[str]:
     """Names of layer kinds that do not hide what a mask forbids: linear attention, mamba, conv, recurrent and such."""
     text = config.get_text_config()
     kinds = {str(kind) for key in LAYER_KINDS for kind in getattr(text, key, None) or ()}
@@ -173,15 +177,15 @@ def _rule(domain: Any, *path: str) -> Any:
     return domain
 
 
-def check_layout(base: str, model: nn.Module) -> None:
+def check_layout(base: str, model: PreTrainedModel) -> None:
     """Raise ModelError unless a stock classifier has a backbone and a head that streams can use."""
-    kind, backbone = type(model).__name__, backbone_of(model, missing_ok=True)
+    kind, backbone = type(model).__name__, find_backbone(model)
     if backbone is None:
         raise ModelError(f"base {base}: {kind} has no backbone under its prefix; use another architecture")
     head = head_of(model)
     if is_encoder(model.config):
         return
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         raise ModelError(f"base {base}: the head of {kind} is not a linear layer without bias; use another base")
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         raise ModelError(

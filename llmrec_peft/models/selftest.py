@@ -125,7 +125,7 @@ def _fault(classifier: BehaviorClassifier, name: str) -> _Fault | None:
     """
     if classifier.encoder or any(value.is_meta or is_split(value) for value in classifier.parameters()):
         return None
-    key = (classifier.config._attn_implementation, _precision(classifier), name)
+    key = (str(classifier.config._attn_implementation), _precision(classifier), name)
     measure, needs = _MEASUREMENTS[name]
     if key not in classifier.selftests:
         try:
@@ -139,8 +139,8 @@ def _fault(classifier: BehaviorClassifier, name: str) -> _Fault | None:
             said = f"{type(error).__name__}: {one_line(error, 80)}".rstrip(". ")
             return _Fault(f"its {type(backbone_of(classifier.stock)).__name__} {needs} ({said})", error)
         classifier.selftests[key] = _difference(found.float(), expected.float(), key[1])
-    said = classifier.selftests[key]
-    return None if said is None else _Fault(said)
+    fault = classifier.selftests[key]
+    return None if fault is None else _Fault(fault)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str | None:

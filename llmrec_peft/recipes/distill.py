@@ -14,9 +14,11 @@ import yaml
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from llmrec_peft.checkpoints.bundle import Bundle
-from llmrec_peft.checkpoints.manifest import WEIGHTS, digest
-from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.checkpoints.bundle import Bundle, TrainingRecord
+from llmrec_peft.checkpoints.checksum import digest
+from llmrec_peft.checkpoints.loading import LoadOptions, load_classifier, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import WEIGHTS
 from llmrec_peft.config.schema import DistillConfig, read_config
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
@@ -44,9 +46,11 @@ from llmrec_peft.distillation.teacher_outputs import (
 )
 from llmrec_peft.errors import ConfigError, DataError, ModelError
 from llmrec_peft.files import scratch_directory
-from llmrec_peft.models.base import check_positions, is_encoder, load_config, load_tokenizer, resolve_base
+from llmrec_peft.models.base import load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.bottleneck import transformer_layers
-from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
+from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.requirements import check_positions
+from llmrec_peft.models.stock_parts import is_encoder
 from llmrec_peft.recipes.train import check_classes, fit
 from llmrec_peft.runs.launch_checks import check_launch, common_facts, flatten
 from llmrec_peft.runs.output_paths import check_output, writing
@@ -95,7 +99,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
     timings, student = Timings(), config.student
     with raise_on_all_ranks():
-        manifest = read_answering(config.teacher)
+        manifest = read_manifest(config.teacher)
         domain = config.domain
         run = prepare_run(config)
         arguments = training_arguments(run)
@@ -154,8 +158,8 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         show(classifier.summary())
         lesson = StudentMetadata(student, config.loss, _told(manifest, given), chosen)
 
-        def save(model: BehaviorClassifier, mapping: dict[str, Any], **facts: Any) -> None:
-            save_student(run.path("student"), model, mapping, lesson, **facts)
+        def save(model: BehaviorClassifier, mapping: dict[str, Any], record: TrainingRecord) -> None:
+            save_student(run.path("student"), model, mapping, lesson, record)
 
         return fit(
             run, arguments, classifier, streams, loss, fingerprint, timings, save, kind=DistillTrainer,
@@ -174,7 +178,7 @@ def _attention(manifest: Mapping[str, Any]) -> str:
 
 
 def _teacher(config: DistillConfig, state: PartialState) -> Bundle:
-    teacher = load_answering(config.teacher, base=config.base, trust_remote_code=config.trust_remote_code)
+    teacher = load_trained(config.teacher, LoadOptions(base=config.base, trust_remote_code=config.trust_remote_code))
     teacher.classifier.to(state.device)
     return teacher
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST
 from llmrec_peft.config.schema import EvaluateConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
@@ -14,8 +15,8 @@ from llmrec_peft.data.streams import IndependentPrompts
 from llmrec_peft.errors import ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.predictions import measure, metric_names, prediction_table
-from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.predict import predict
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.recipes.ranking import Lists, check_ranking, rank
 from llmrec_peft.runs.results import check_results, write_results
 from llmrec_peft.runs.split_streams import check_split, read_log, split_of, streams_of
@@ -38,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
     with raise_on_all_ranks():
-        manifest = read_answering(config.bundle)
+        manifest = read_manifest(config.bundle)
         domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
         if config.output_dir is not None:
             inputs = {"bundle": config.bundle, "data.path": config.data.path, "base": config.base}
@@ -51,10 +52,8 @@ def _evaluate(config: EvaluateConfig, state: PartialState) -> dict[str, Any]:
             check_ranking(config)
         lists = Lists(splits, config.split, domain, config.ranking) if wanted else None
         show(f"loading {config.bundle}", flush=True)
-        bundle = load_answering(
-            config.bundle, base=config.base, dtype=config.dtype, attn=config.attn,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+        loading = LoadOptions(config.base, config.dtype, config.attn, config.trust_remote_code)
+        bundle = load_trained(config.bundle, loading)
         check_positions(bundle.classifier.config, domain.stream.max_length)
         streams = streams_of(splits, config.split, domain, bundle.tokenizer)
         part = streams.limited(config.limit)

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST
 from llmrec_peft.config.schema import IndexConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
@@ -22,8 +23,8 @@ from llmrec_peft.evaluation.bootstrap import Interval, differences, intervals
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, compute_metrics, higher_is_better
 from llmrec_peft.evaluation.predictions import metric_names, users_of
-from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.predict import Predictions, predict
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.retrieval.fusion import GATES, Features, Fusion
 from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
@@ -76,7 +77,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
 def _index(config: IndexConfig, state: PartialState) -> dict[str, Any]:
     show = print if state.is_main_process else (lambda *_, **__: None)
     with raise_on_all_ranks():
-        manifest = read_answering(config.bundle)
+        manifest = read_manifest(config.bundle)
         domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
         place = Path(config.retrieval or Path(config.bundle) / DIRECTORY)
         _check_places(config, place)
@@ -87,10 +88,8 @@ def _index(config: IndexConfig, state: PartialState) -> dict[str, Any]:
         show("fitting what the training rows say of the items", flush=True)
         retrieval_index = _retrieval_index(splits, domain, config.seed) if state.is_main_process else None
         show(f"loading {config.bundle}", flush=True)
-        bundle = load_answering(
-            config.bundle, base=config.base, dtype=config.dtype, attn=config.attn,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+        loading = LoadOptions(config.base, config.dtype, config.attn, config.trust_remote_code)
+        bundle = load_trained(config.bundle, loading)
         check_positions(bundle.classifier.config, domain.stream.max_length)
         streams = {name: streams_of(splits, name, domain, bundle.tokenizer) for name in SPLITS}
         limits = {"valid": config.valid_targets, "test": config.test_targets}

@@ -10,9 +10,9 @@ import pyarrow as pa
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from llmrec_peft.checkpoints.manifest import MANIFEST, digest, installed
-from llmrec_peft.checkpoints.merged import read_answering
-from llmrec_peft.checkpoints.sealing import sha256
+from llmrec_peft.checkpoints.checksum import digest, sha256
+from llmrec_peft.checkpoints.manifest import installed, read_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST
 from llmrec_peft.config.schema import RecommendConfig, config_to_yaml
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
@@ -110,7 +110,7 @@ def _read(config: RecommendConfig, state: PartialState, show) -> _Job:
               "candidates": config.candidates, "retrieval": config.retrieval}  # fmt: skip
     check_output(config.output_dir, inputs, writes=(RESULT, ERRORS, PARTS))
     check_results(Path(config.output_dir))
-    manifest = read_answering(config.bundle)
+    manifest = read_manifest(config.bundle)
     domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
     show(f"reading {config.data.path}", flush=True)
     log = read_log(config.data)

@@ -9,11 +9,13 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.config.schema import TrainRecipeConfig
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.errors import DataError
-from llmrec_peft.models.base import check_positions, load_config, load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
+from llmrec_peft.models.base import load_config, load_tokenizer, resolve_base
+from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.runs.launch_checks import check_launch, common_facts, launch_of
 from llmrec_peft.runs.outputs import Answers, Timings, answer, print_results, save_run
 from llmrec_peft.runs.run_directory import Run, begin_run, prepare_run

@@ -15,13 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmrec_peft.checkpoints.manifest import digest
-from llmrec_peft.checkpoints.sealing import Real, check_schema, sha256
+from llmrec_peft.checkpoints.checksum import digest, sha256
+from llmrec_peft.checkpoints.directory_checks import check_links, stray_weights
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import INDEX
+from llmrec_peft.checkpoints.manifest_schema import INDEX_ARRAYS as ARRAYS
+from llmrec_peft.checkpoints.manifest_schema import INDEX_MANIFEST as MANIFEST
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import BundleError, ConfigError, DataError, input_errors, output_errors
 from llmrec_peft.files import move_into_place, scratch_directory, write_json
-from llmrec_peft.models.model_files import check_links, read_json, stray_weights
-from llmrec_peft.models.tensor_files import read_header, read_metadata
+from llmrec_peft.models.safetensors_header import read_header, read_metadata
 from llmrec_peft.retrieval.collaborative import (
     MODELS,
     CollaborativeModel,
@@ -36,16 +39,6 @@ from llmrec_peft.retrieval.histories import Histories
 
 DIRECTORY = "retrieval"
 """Name of the directory inside a bundle's."""
-MANIFEST, ARRAYS = "evidence.json", "evidence.safetensors"
-FORMAT_VERSION = 1
-_SCHEMA = {
-    "models": {str: {str: (Real(-1e12, 1e12), str, None)}},
-    "fitted": dict,
-    "fusion": (dict, None),
-    "adapter_sha256": (str, None),
-    "files": {ARRAYS: str},
-}
-
 HALF_LIVES = (7.0, 30.0, 90.0, 365.0, 1460.0, None)
 """Days that `choose_half_life` tries."""
 TAIL = 0.1  # share of the training positives, the newest, that it tries them on
@@ -212,7 +205,7 @@ class RetrievalIndex:
         writing = output_errors(BundleError, f"retrieval {directory}", "make room or choose another directory")
         with writing, scratch_directory(directory) as scratch:
             manifest = {
-                "format_version": FORMAT_VERSION,
+                "format_version": INDEX.version,
                 "models": {name: model.settings() for name, model in self.models.items()},
                 "fitted": self.note,
                 "fusion": None if fusion is None else fusion.to_dict(),
@@ -260,8 +253,7 @@ class RetrievalIndex:
         stray = stray_weights(directory, (ARRAYS,))
         if stray:
             raise BundleError(f"{directory} holds {', '.join(stray)}, which Evidence.save does not write; remove it")
-        manifest = read_json(path)
-        _check_manifest(path, manifest)
+        manifest = read_manifest(directory, INDEX)
         if manifest["files"].get(ARRAYS) != sha256(arrays):
             raise BundleError(f"{arrays} is not the file that {MANIFEST} was written with; restore both, or fit again")
         try:
@@ -338,15 +330,6 @@ def choose_half_life(log: BehaviorLog, rows: np.ndarray, labels: np.ndarray) -> 
         weights = weights * (len(older) / weights.sum()) + 1
         scores[days] = float(np.log(weights[log.item_codes[newer]] / weights.sum()).mean())
     return max(scores, key=scores.__getitem__)
-
-
-def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format_version {manifest.get('format_version')!r}, and this version reads {FORMAT_VERSION}; "
-            "use the package version that wrote it, or fit again"
-        )
-    check_schema(manifest, _SCHEMA, path, "restore the file or fit again")
 
 
 def _strings(ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> pa.Array:

@@ -11,7 +11,7 @@ from llmrec_peft.checkpoints.manifest import installed
 from llmrec_peft.config.schema import TrainRecipeConfig, config_to_yaml
 from llmrec_peft.documents import parse_yaml
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.models.base import check_quantization
+from llmrec_peft.models.quantization import check_quantization
 from llmrec_peft.models.tuning_options import QloraOptions
 from llmrec_peft.training.distributed import on_cpu, partial_state, uses_fsdp
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 
-from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
 from llmrec_peft.evaluation.baselines import past_rates, rate_baselines
 from llmrec_peft.evaluation.calibration import Calibration, fit_calibration
 from llmrec_peft.evaluation.predictions import measure, metric_names, prediction_table, users_of
@@ -82,7 +82,7 @@ def save_run(
 
     What took the longest to make is saved first, so that no failure of a report can lose it.
 
-    save: takes the classifier, the domain's mapping, calibration, counts and metrics, and writes another form of model
+    save: takes the classifier, the domain's mapping and the training record, and writes another form of model
         than a bundle.
     """
     calibration = calibrate(run, after.valid)
@@ -93,16 +93,16 @@ def save_run(
     if not trainer.is_world_process_zero():
         return metrics
     model: BehaviorClassifier = trainer.model
-    facts = {
-        "calibration": calibration.to_dict() if run.config.evaluation.calibrate else None,
-        "counts": {**streams.counts(), "split": streams.split_note()},
-        "metrics": {name: metrics[name] for name in ("valid", "test")},
-    }
+    record = TrainingRecord(
+        calibration=calibration.to_dict() if run.config.evaluation.calibrate else None,
+        counts={**streams.counts(), "split": streams.split_note()},
+        metrics={name: metrics[name] for name in ("valid", "test")},
+    )
     domain = run.config.domain.to_dict()
     if save is None:
-        save_bundle(run.path("bundle"), model, model.tokenizer, domain, state=state, **facts)
+        save_bundle(run.path("bundle"), model, model.tokenizer, domain, record, state=state)
     else:
-        save(model, domain, **facts)
+        save(model, domain, record)
     with writing(run.directory):
         return _write(run, trainer, streams, before, after, calibration, metrics, names, cost)
 

@@ -179,6 +179,8 @@ def _checkpoint_of(directory: Path, config: TrainRecipeConfig) -> str | None:
     if not isinstance(found, dict):
         raise ConfigError(f"train.resume: {directory / SETTINGS} is no mapping of keys; start a new run")
     old, new = flatten(found), flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
+    if old.get("model.head_init") == "words":  # its name in version 0.1
+        old["model.head_init"] = "label_words"
     for key in sorted(old.keys() | new.keys()):
         if _decides(key, config) and old.get(key) != new.get(key):
             raise ConfigError(

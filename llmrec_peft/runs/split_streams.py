@@ -13,7 +13,7 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.splits import Splits, check_leakage
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, build_streams
 from llmrec_peft.errors import DataError
-from llmrec_peft.models.base import base_fingerprint
+from llmrec_peft.models.base_weights import base_fingerprint
 
 SIMULATED_SHOP = "simulated:shop"
 HASHED_AT_ONCE = 1 << 22  # numbers

@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.checkpoints.bundle import check_bundle
+from llmrec_peft.checkpoints.adapter_checks import check_bundle
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.tables import listed, shorten
 from llmrec_peft.errors import BundleError, DataError, ModelError
-from llmrec_peft.models.base import (
-    Quantization,
-    base_fingerprint,
-    load_model,
-    load_tokenizer,
-    resolve_base,
-)
+from llmrec_peft.models.base import load_tokenizer, resolve_base
+from llmrec_peft.models.base_model import load_model
+from llmrec_peft.models.base_weights import base_fingerprint
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.quantization import Quantization
 from llmrec_peft.scoring.chunks import Wanted, probabilities
 from llmrec_peft.scoring.engine import Engine
 from llmrec_peft.scoring.item_table import Catalogue

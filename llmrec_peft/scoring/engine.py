@@ -226,7 +226,7 @@ class Engine:
                 segment = _pads(sizes, inputs["input_ids"].shape[1], device)
         self._active.spans, self._active.shape = spans, tuple(inputs["input_ids"].shape)
         try:
-            with self._last_layer.answers(self._answers(spans, inputs)):
+            with self._last_layer.only_at(self._answers(spans, inputs)):
                 hidden = self.classifier.hidden_states(**inputs, segment=segment, past=past, past_seen=seen).float()
         finally:
             self._active.spans = ()

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmrec_peft.checkpoints.bundle import check_bundle, reading
-from llmrec_peft.checkpoints.bundle_checks import check_shapes, plain_options, read_state
-from llmrec_peft.checkpoints.manifest import FILES, MANIFEST, WEIGHTS, digest, read_options
+from llmrec_peft.checkpoints.adapter_checks import check_bundle, check_shapes, plain_options, read_state, reading
+from llmrec_peft.checkpoints.checksum import digest
+from llmrec_peft.checkpoints.manifest import read_options
+from llmrec_peft.checkpoints.manifest_schema import FILES, MANIFEST, WEIGHTS
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.models.base import check_positions, head_name
 from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transformer_layers
-from llmrec_peft.models.classifier import quantization_of
 from llmrec_peft.models.fingerprints import fits
-from llmrec_peft.models.tensor_files import TensorEntry
+from llmrec_peft.models.quantization import quantization_of
+from llmrec_peft.models.requirements import check_positions
+from llmrec_peft.models.safetensors_header import TensorEntry
+from llmrec_peft.models.stock_parts import head_name
 from llmrec_peft.models.tuning_options import AdapterOptions, HeadOptions, LoraOptions
 from llmrec_peft.scoring.adapter_layers import Bias, Bottleneck, Delta, LowRank, count_bytes, dora_ratio
 
@@ -88,7 +90,7 @@ def stamp(directory: Path) -> tuple[Any, ...]:
 
 
 def load_adapter(directory: str | Path, base: Base, *, any_dtype: bool = False) -> LoadedAdapter:
-    """Read a bundle for a base that is loaded already, with all the checks of `load_bundle`; the base is left alone.
+    """Read a bundle for a base that is loaded already, with all the checks of `load_trained`; the base is left alone.
 
     `any_dtype` lets the base be in another number format than the bundle was trained with.
 

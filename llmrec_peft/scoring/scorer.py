@@ -9,15 +9,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from llmrec_peft.checkpoints.manifest import MANIFEST, WEIGHTS, digest
-from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.checkpoints.checksum import digest
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST, WEIGHTS
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.errors import DataError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.merging.unload import fold
-from llmrec_peft.models.base import check_positions
 from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.recommender import Recommendation, Recommender
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY as EVIDENCE
@@ -85,10 +87,11 @@ class Scorer:
             DataError: an item table that cannot be read.
         """
         directory, catalogue = Path(directory), Catalogue.read(items)
-        manifest = read_answering(directory)
-        options = {"dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
+        manifest = read_manifest(directory)
         if manifest.get("kind") == "merged" or manifest["method"] == "full" or _folds(manifest, dtype):
-            bundle = load_answering(directory, base=None if base is None else str(base), **options)
+            bundle = load_trained(
+                directory, LoadOptions(None if base is None else str(base), dtype, attn, trust_remote_code)
+            )
             classifier, tokenizer = bundle.classifier, bundle.tokenizer
             if classifier.method == "lora":
                 classifier = BehaviorClassifier(fold(classifier, torch.float32), "merged", classifier.labels)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmrec_peft.checkpoints.export_files import calibration_of, check_export_file
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import EXPORT, GRAPHS, TOKENIZER
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.errors import BundleError, DataError, LLMRecError, input_errors
 from llmrec_peft.probabilities import calibrated
-from llmrec_peft.serving.export_manifest import MODELS, TOKENIZER, calibration_of, check_file, read_serving
 from llmrec_peft.serving.onnx_graph import Graph
 from llmrec_peft.serving.plain_items import Items
 from llmrec_peft.serving.plain_prompts import Ask, Prompts
@@ -94,14 +96,14 @@ class OnnxScorer:
 
     @classmethod
     def _load(cls, directory: Path, items: Any, precision: str, threads: int | None, kept: int) -> OnnxScorer:
-        manifest = read_serving(directory)
+        manifest = read_manifest(directory, EXPORT)
         calibration_of(manifest)
-        name = MODELS.get(precision)
+        name = GRAPHS.get(precision)
         if name not in manifest["files"]:
-            has = [key for key, file in MODELS.items() if file in manifest["files"]]
+            has = [key for key, file in GRAPHS.items() if file in manifest["files"]]
             raise BundleError(f"{directory} has no model of precision {precision!r}; use {' or '.join(has)}")
-        words = Words(manifest, check_file(directory, manifest, TOKENIZER))
-        graph = Graph(check_file(directory, manifest, name), words.pad, threads, len(manifest["labels"]))
+        words = Words(manifest, check_export_file(directory, manifest, TOKENIZER))
+        graph = Graph(check_export_file(directory, manifest, name), words.pad, threads, len(manifest["labels"]))
         return cls(manifest, Prompts(manifest, words, Items.read(items), kept), graph)
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmrec_peft.checkpoints.sealing import Whole, check_schema
+from llmrec_peft.checkpoints.value_schema import Whole, check_schema
 from llmrec_peft.data.item_text import shorten
 from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import BundleError, DataError, ModelError, one_line

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.checkpoints.manifest import read_manifest
 from llmrec_peft.checkpoints.model_card import CARD, bundle_card, hub_id, merged_card
-from llmrec_peft.models.classifier import load_classifier
 
 METRICS = {
     "valid": {"auc": 0.8, "logloss": 0.5, "targets": 100},
@@ -80,7 +80,9 @@ def headings(text: str) -> list[str]:
 
 def test_saved_with_the_bundle_and_never_read(make, domain, tmp_path, tiny_base):
     classifier = make("llama", r=2)
-    directory = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, domain, metrics=METRICS)
+    directory = save_bundle(
+        tmp_path / "bundle", classifier, classifier.tokenizer, domain, TrainingRecord(metrics=METRICS)
+    )
     text = (directory / CARD).read_text("utf-8")
     assert text == bundle_card(read_manifest(directory))
     assert results(text)["test", "auc"] == METRICS["test"]["auc"]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import teacher_outputs as module
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def kept(bundle_of, domains, tmp_path, monkeypatch):
     """(teacher, streams, directory) of an answered log in several parts."""
     monkeypatch.setattr(module, "PART_TOKENS", 400)
-    teacher = load_answering(bundle_of())
+    teacher = load_trained(bundle_of())
     log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
     streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
     teacher_answers(teacher, streams, tmp_path / "kept", batch_tokens=600)
@@ -85,7 +85,7 @@ def test_a_bad_part_is_named(name, kept, monkeypatch):
 
 def test_hidden_states_that_are_not_finite_are_not_kept(bundle_of, domains, tmp_path):
     """float16 ends at 65,504. Others: a NaN that the head's norm hides, a part of an earlier version."""
-    teacher = load_answering(bundle_of())
+    teacher = load_trained(bundle_of())
     log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
     streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
     teacher_answers(teacher, streams, tmp_path / "kept", layers=[0, -1], batch_tokens=600)

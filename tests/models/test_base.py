@@ -28,21 +28,13 @@ from llmrec_peft.errors import ModelError
 from llmrec_peft.models import base as base_module
 from llmrec_peft.models import fingerprints as fingerprints_module
 from llmrec_peft.models import tensor_files as tensors_module
-from llmrec_peft.models.base import (
-    BASES,
-    base_fingerprint,
-    cache_dir,
-    check_positions,
-    head_of,
-    is_encoder,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_base,
-    word_rows,
-)
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
-from llmrec_peft.models.tensor_files import fingerprint
+from llmrec_peft.models.base import BASES, load_config, load_tokenizer, resolve_base
+from llmrec_peft.models.base_model import load_model
+from llmrec_peft.models.base_weights import base_fingerprint, word_rows
+from llmrec_peft.models.cache_directory import cache_dir
+from llmrec_peft.models.fingerprints import fingerprint, tokenizer_fingerprint
+from llmrec_peft.models.requirements import check_positions
+from llmrec_peft.models.stock_parts import head_of, is_encoder
 
 NAMES = {0: "dislike", 1: "like", 2: "love"}
 
@@ -262,7 +254,7 @@ def test_positions_are_checked(tiny_base):
 
 
 def test_positions_that_roberta_keeps_for_pads(tiny_roberta, domain, answer):
-    from llmrec_peft.models.classifier import load_classifier
+    from llmrec_peft.checkpoints.loading import load_classifier
 
     classifier = load_classifier(str(tiny_roberta), domain, "head")
     check_positions(classifier.config, 64)

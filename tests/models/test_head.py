@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.head import first_tokens
 from llmrec_peft.models.tuning_options import METHODS, ModelOptions, QloraOptions, method_options
 

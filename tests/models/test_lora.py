@@ -184,7 +184,7 @@ def test_starts_that_change_the_base_need_float32(init, make):
 def test_experts_that_stay_as_they_are_are_named(tmp_path, tiny_tokenizer, domain, caplog):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from llmrec_peft.models.classifier import load_classifier
+    from llmrec_peft.checkpoints.loading import load_classifier
 
     config = MixtralConfig(
         vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=1,

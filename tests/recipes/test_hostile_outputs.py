@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft import BehaviorLog, files
-from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
+from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.files import move_into_place, replacing, scratch_directory, sweep, write_text
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
@@ -365,7 +366,7 @@ def _writer(what: str, trained, data):
     if what == "evidence":
         found = RetrievalIndex.fit(log, np.arange(len(log)), np.ones(len(log), np.int64))
         return found.save
-    bundle = load_bundle(trained("head") / "bundle")
+    bundle = load_trained(trained("head") / "bundle")
     return lambda place: save_bundle(place, bundle.classifier, bundle.tokenizer, bundle.domain)
 
 

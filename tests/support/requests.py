@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.tokens import Vocabulary
 from llmrec_peft.evaluation.calibration import Calibration
@@ -23,7 +23,7 @@ USER = {"age": 33}
 
 def alone(directory, history, candidates, items=None, user=None, **options):
     """Each candidate as a prompt of its own through the loaded bundle: plain attention, no bank, no candidate."""
-    bundle = load_answering(directory, **options)
+    bundle = load_trained(directory, LoadOptions(**options))
     prompts = Prompts(Vocabulary(Domain.from_dict(bundle.domain), bundle.tokenizer), Catalogue.read(items))
     prefix = prompts.prefix(history, user)
     logits = []

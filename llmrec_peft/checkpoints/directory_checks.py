@@ -17,11 +17,6 @@ _WEIGHT_LIKE = (
 )  # fmt: skip
 
 
-def cache_dir() -> Path:
-    """Where converted bases and fingerprints are kept: $LLMREC_PEFT_CACHE, or ~/.cache/llmrec_peft."""
-    return Path(os.environ.get("LLMREC_PEFT_CACHE") or Path.home() / ".cache" / "llmrec_peft").expanduser()
-
-
 def check_links(directory: Path, what: str) -> None:
     """Raise BundleError for a link out of a directory; `what` names its kind.
 
