@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.checkpoints.adapter_checks import check_bundle
+from llmrec_peft.checkpoints.card_examples import REPOSITORY
 from llmrec_peft.checkpoints.checksum import sha256, with_checksum
 from llmrec_peft.checkpoints.directory_checks import is_weights, read_json
 from llmrec_peft.checkpoints.manifest import is_merged, write_manifest
@@ -22,10 +23,10 @@ from llmrec_peft.checkpoints.manifest_schema import (
     WEIGHTS,
 )
 from llmrec_peft.checkpoints.merged_checks import check_merged
-from llmrec_peft.checkpoints.model_card import CARD, REPOSITORY, bundle_card, hub_id, merged_card
+from llmrec_peft.checkpoints.model_card import CARD, bundle_card, merged_card
 from llmrec_peft.errors import BundleError, ConfigError
 from llmrec_peft.files import write_json
-from llmrec_peft.models.base import BASES
+from llmrec_peft.models.base import BASES, hub_id
 
 _READ_FIRST = (CONFIG, MODEL_CONFIG, MODEL_INDEX)
 """Files by which other libraries tell an adapter from a whole model."""

@@ -117,7 +117,7 @@ def _tokenizer(directory: Path, manifest: Mapping[str, Any], trust_remote_code: 
     if found != said and fits(tokenizer, said):
         raise BundleError(
             f"the tokenizer of merged model {directory} puts an end token behind every text, which stock classes read "
-            "in place of the marker, so other programs give other answers; merge again with this version"
+            "in place of the marker, so other programs give other predictions; merge again with this version"
         )
     if found != said:
         raise BundleError(

@@ -1,6 +1,7 @@
 """One window as tokens: the prefix, and the candidates that hang off it."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -40,6 +41,18 @@ class Stream:
         ids = np.concatenate([self.input_ids[seen], suffix])
         return Stream(ids, np.arange(len(ids), dtype=np.int32), np.zeros(len(ids), np.int32),
                       np.array([len(seen) - 1]), self.labels[one], self.lists[one], self.targets[one])  # fmt: skip
+
+
+class StreamRows(Protocol):
+    """Rows of tokens to predict on: streams of a log (`data.streams.Streams`) or synthetic ones."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows], tokens of each row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Stream: ...
 
 
 class StreamBuilder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ BASES: dict[str, EmbeddedBase] = {
     ),
 }
 """Embedded names; the one place that lists them."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> str:
@@ -70,6 +72,13 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> str:
             "correct the base"
         )
     return name
+
+
+def hub_id(base: str) -> str | None:
+    """Hub id of a base's name; None for a path, which others cannot use and which tells about a machine."""
+    if base in BASES:
+        return BASES[base].hub_id
+    return base if _HUB_ID.fullmatch(base) and not Path(base).expanduser().exists() else None
 
 
 def base_source(base: str | Path) -> str:

@@ -39,8 +39,8 @@ def add_lora(
 
     Returns:
         The PeftModel, and the initial factors A and B if `options.init` moves part of the base weights into them
-        (PiSSA, OLoRA); else an empty mapping. `plain_factors` needs them to write an adapter for the original base. With
-        `trained`, the base is left unchanged.
+        (PiSSA, OLoRA); else an empty mapping. `plain_factors` needs them to write an adapter for the original base.
+        With `trained`, the base is left unchanged.
 
     Raises:
         ModelError: options that the model cannot take.

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
 from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.checkpoints.manifest import read_manifest
-from llmrec_peft.checkpoints.model_card import CARD, bundle_card, hub_id, merged_card
+from llmrec_peft.checkpoints.model_card import CARD, bundle_card, merged_card
+from llmrec_peft.models.base import hub_id
 
 METRICS = {
     "valid": {"auc": 0.8, "logloss": 0.5, "targets": 100},
@@ -198,7 +199,7 @@ def test_merged(merged):
         "| `'movies'` | `'lora'` | `'dddddddddddddddd'` | `1.0` |",
         "| largest difference of a logit | 1.5e-06 |",
         "| mean difference of a logit | 2e-07 |",
-        "| answers compared | 54 |",
+        "| predictions compared | 54 |",
         "| AUC, adapter | 0.7512 |",
         "| AUC, merged | 0.7513 |",
     ):

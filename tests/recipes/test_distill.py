@@ -120,7 +120,7 @@ def test_a_run_without_a_teacher_asks_nothing_of_it(recipe, flags, tmp_path):
     assert not (out / "teacher").exists()
     manifest = read_manifest(out / "student")
     assert manifest["student"]["teacher"] is None
-    assert "No teacher was asked" in (out / "student" / "README.md").read_text()
+    assert "Trained without a teacher" in (out / "student" / "README.md").read_text()
 
 
 @pytest.fixture
