@@ -16,7 +16,7 @@ from llmrec_peft.files import move_into_place, scratch_directory
 
 
 def check_output(directory: str | Path, *sources: str | Path) -> Path:
-    """Where a merged model may be written: a new or empty directory, or one that holds a merged model.
+    """The directory to write a merged model to: a new or empty one, or one that holds a merged model.
 
     Raises BundleError for anything else, and for a directory that the merge itself reads from.
     """
@@ -34,7 +34,7 @@ def check_output(directory: str | Path, *sources: str | Path) -> Path:
 
 
 def without_links(directory: str | Path) -> Path:
-    """A directory to write, by the place that it stands for if it is a link; BundleError for a link to itself."""
+    """The directory that a link points to; BundleError for a circle of links."""
     directory = Path(directory)
     if not directory.is_symlink():
         return directory
@@ -46,9 +46,9 @@ def without_links(directory: str | Path) -> Path:
 
 @contextmanager
 def scratch_beside(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory` that is gone when the block ends; what a killed process left goes too.
+    """A scratch directory beside `directory`, removed when the block ends, with what killed processes left.
 
-    Raises BundleError where the disk is full or cannot be written.
+    Raises BundleError if the disk is full or cannot be written.
     """
     with contextlib.ExitStack() as stack:
         with writing(directory):
@@ -58,12 +58,12 @@ def scratch_beside(directory: Path) -> Iterator[Path]:
 
 
 def writing(directory: Path) -> AbstractContextManager[None]:
-    """Turn what writing raises, by this and other libraries, into one line."""
+    """Turn an error in writing, of this or another library, into a BundleError of one line."""
     return output_errors(BundleError, f"merged model {directory}", "make room or choose another directory")
 
 
 def publish(scratch: Path, directory: Path) -> None:
-    """Force a finished scratch directory to disk and move it into place; it is there whole, or not at all."""
+    """Sync a finished scratch directory to disk and move it into place, whole or not at all."""
     for path in (*scratch.iterdir(), scratch):
         _sync(path)
     move_into_place(scratch, directory)

@@ -1,7 +1,7 @@
 """A merged checkpoint by Transformers alone: `AutoTokenizer` on whole texts, then the stock sequence classifier.
 
-Nothing of this package runs between a text and its logits here. A stock classifier pools the last token of a row that
-is not the pad token, so nothing may follow a prompt's marker, and the marker must not end in the pad token.
+No code of this package runs between a text and its logits here. A stock classifier pools the last token of a row that
+is not the pad token. So nothing may follow a prompt's marker, and the marker must not end in the pad token.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, domain: Mapping[str, Any], *, encoder: bool
 ) -> None:
-    """Make a merged model's tokenizer and configuration such that stock classes read a decoder at its marker.
+    """Change a merged model's tokenizer and configuration so that stock classes pool a decoder's marker.
 
-    Padding goes to the right, as learned positions count from the first token of a row, pads among them. Where the
-    marker ends in the pad token, another special token pads.
+    Padding is on the right, since learned positions count from the first token of a row, pads included. If the marker
+    ends in the pad token, another special token becomes the pad token.
 
     Args:
         tokenizer, config: of the model; both change.
@@ -60,7 +60,7 @@ def prepare_tokenizer(
 
 
 class StockModel:
-    """A checkpoint and its tokenizer as anybody loads them, in the checkpoint's own number format."""
+    """A checkpoint and its tokenizer, loaded by Transformers alone, in the checkpoint's own number format."""
 
     def __init__(self, directory: Path, trust_remote_code: bool) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -82,7 +82,7 @@ class StockModel:
         """Logits [texts, labels] of whole texts with the tokenizer's own special tokens, and the tokens of each."""
         batch = self._tokenizer(list(texts), padding=True, padding_side=side, return_tensors="pt")
         ids, seen = batch["input_ids"].numpy(), batch["attention_mask"].numpy().astype(bool)
-        return self._logits(batch), [row[kept] for row, kept in zip(ids, seen, strict=True)]
+        return self._logits(batch), [row[mask] for row, mask in zip(ids, seen, strict=True)]
 
     def _logits(self, batch: Any) -> np.ndarray:
         with torch.no_grad():

@@ -28,10 +28,10 @@ _TENSOR_PIECES, _TENSOR_PIECE = 256, 4096  # 1 MiB of a tensor
 _FILE_PIECES, _FILE_PIECE = 128, 256
 _CHUNK = 16 * 1024**2
 CACHED_ABOVE = 64 * 1024**2
-"""Fingerprints of checkpoints of more bytes than this are kept in `cache_dir()`/fingerprints.json."""
-_CACHED = 1000  # entries kept there
+"""Fingerprints of checkpoints of more bytes than this are cached in `cache_dir()`/fingerprints.json."""
+_CACHED = 1000  # entries cached there, at most
 
-# What says how a checkpoint is named, stored, labelled, padded or run, and not what its backbone computes.
+# How a checkpoint is named, stored, labelled, padded or run: keys that do not change what its backbone computes.
 _NOT_COMPUTED = frozenset(
     (
         "_name_or_path", "name_or_path", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype",
@@ -93,7 +93,7 @@ def _pieces(begin: int, end: int, count: int, size: int) -> list[tuple[int, int]
 
 
 def fingerprint_of(entries: dict[str, TensorEntry], config: PreTrainedConfig) -> str:
-    """SHA-256 over a backbone's weights and what its configuration computes; see `base.base_fingerprint`."""
+    """SHA-256 over a backbone's weights and what its configuration computes; see `base_weights.base_fingerprint`."""
     weights = _cached_fingerprint(entries)
     text = json.dumps([weights, config_content(config)], sort_keys=True, default=str)
     return ("sampled-" if weights.startswith("sampled-") else "") + hashlib.sha256(text.encode()).hexdigest()
@@ -127,7 +127,7 @@ def _computed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
 
 
 def _cached_fingerprint(entries: dict[str, TensorEntry]) -> str:
-    """`tensors.fingerprint`, paid once for a large checkpoint."""
+    """`fingerprint`, computed once for a large checkpoint."""
     if sum(entry.end - entry.begin for entry in entries.values()) <= CACHED_ABOVE:
         return fingerprint(entries)
     files = sorted({Path(os.path.realpath(entry.file)) for entry in entries.values()})
@@ -150,7 +150,7 @@ def _read_cache(path: Path) -> dict[str, str]:
 
 
 def _write_cache(path: Path, known: Mapping[str, str]) -> None:
-    """Write the cache into place; where that cannot be, the weights are read again next time."""
+    """Write the cache; if that fails, the weights are read again next time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(known, path)
@@ -160,15 +160,15 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over what decides a text's token ids: vocabulary, merges, normaliser, splitting, the tokens that are put
     around a text, special tokens, and the flags of added ones.
 
-    The pad token is left out: it never reaches an answer, and `load_tokenizer` may have chosen it.
+    The pad token is left out: it never changes a prediction, and `load_tokenizer` may have chosen it.
     """
     return _tokenizer_digest(tokenizer, None)
 
 
 def fits(tokenizer: PreTrainedTokenizerBase, said: object) -> bool:
-    """Whether a fingerprint is this tokenizer's, or was before `load_tokenizer` took its end token away.
+    """Whether a fingerprint is this tokenizer's, now or before `load_tokenizer` removed its end token.
 
-    Bundles of earlier versions hold the latter, and so do those that were saved with the base's tokenizer as it is.
+    Bundles of earlier versions hold the latter, and so do bundles that were saved with the base's unchanged tokenizer.
     """
     before = getattr(tokenizer, "replaced_post_processor", None)
     return said == tokenizer_fingerprint(tokenizer) or (
@@ -177,7 +177,7 @@ def fits(tokenizer: PreTrainedTokenizerBase, said: object) -> bool:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase, post_processor: Any) -> str:
-    """`post_processor` stands for the tokenizer's own unless it is None."""
+    """SHA-256 of a tokenizer; `post_processor` replaces its own unless it is None."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     special.pop("additional_special_tokens", None)
     content: dict[str, Any] = {"special": special, "vocabulary": sorted(tokenizer.get_vocab().items())}

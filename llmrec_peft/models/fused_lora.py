@@ -12,7 +12,7 @@ Shape letters: N tokens of the batch, I inputs, O outputs, r rank. W is [O, I], 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -81,7 +81,7 @@ class FusedLinear(Linear):
         # A part with hooks must be called, so that they run: ZeRO-3 fetches parameters in hooks.
         if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
             return None
-        base, a, b = parts
+        base, a, b = cast("tuple[nn.Linear, nn.Linear, nn.Linear]", parts)
         weights = (base.weight, a.weight, b.weight)
         # Only in float32: in other formats the order of the sums changes the result visibly.
         if x.dtype != torch.float32 or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):

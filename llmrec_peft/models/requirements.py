@@ -1,6 +1,6 @@
-"""What streams require of a base, as far as its configuration and its modules tell: positions, windows, layer kinds.
+"""What streams require of a base, by its configuration and its modules: positions, windows, layer kinds.
 
-`selftest` measures what these do not tell.
+`selftest` measures the rest.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PADDED_POSITIONS = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod",
     "longformer", "luke", "mpnet", "ibert", "esm", "lilt", "layoutlmv3", "markuplm",
 )  # fmt: skip
-"""Encoders that count positions from pad_token_id + 1, as RoBERTa does: so many of their positions take no token."""
+"""Encoders that count positions from pad_token_id + 1, as RoBERTa does: the positions below hold no token."""
 
 WINDOWS = (
     "sliding_window", "sliding_window_size", "sliding_windows", "attention_window", "attention_window_size",
     "local_attention", "local_attention_window_len", "attention_chunk_size", "window_size", "keep_window_size",
     "index_topk",
 )  # fmt: skip
-"""Configuration keys that hold a number of tokens, or a list of one a layer, beyond which a layer does not look."""
+"""Configuration keys of attention windows: a number of tokens, or a list of one number for each layer."""
 _LAYERS_OF = {
     "sliding_window": "slid", "sliding_window_size": "slid", "sliding_windows": "slid", "attention_chunk_size": "chunk",
     "window_size": "local", "index_topk": "index",
@@ -42,8 +42,8 @@ ATTENTION_KINDS = (
     "full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local", "full", "sliding",
     "moe", "mlp", "dense", "sparse",
 )  # fmt: skip
-"""Layers that hide what a mask forbids: softmax attention over the mask that the model is given, and layers without any
-attention that take each token by itself."""
+"""Layers that hide what a mask forbids: softmax attention under the model's mask, and layers without attention, which act
+on each token by itself."""
 _PATTERN = {"*": "attention", "-": "mlp", "E": "moe", "|": "moe", "M": "mamba", "D": "linear_attention"}
 """Letters of Nemotron-H's `hybrid_override_pattern`."""
 _ATTENTION_PLACES = ("attn_layer_indices", "full_attn_idxs")
@@ -55,7 +55,7 @@ _RECURRENT_CLASSES = re.compile(
 
 
 def check_positions(config: PreTrainedConfig, max_length: int) -> None:
-    """Raise ModelError unless the base can read `max_length` tokens, each seeing all before it in the same way."""
+    """Raise ModelError unless each of `max_length` tokens sees all tokens before it, whatever the length of the row."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and text.model_type in _PADDED_POSITIONS:
@@ -96,10 +96,10 @@ def _changing_ropes(text: Any) -> Iterator[tuple[str, int]]:
 
 
 def _windows(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
-    """(key, tokens) of the windows that bound what a token sees.
+    """(key, tokens) of the windows that limit what a token sees.
 
-    An encoder reads each prompt alone, as its stock model does, and its windows are the model's own affair; but block
-    sparse attention draws its blocks by the length of the padded batch.
+    An encoder gets each prompt alone, as its stock model does, so its windows do not matter. But block-sparse attention
+    chooses its blocks by the length of the padded batch.
     """
     text = config.get_text_config()
     if is_encoder(config):
@@ -122,13 +122,13 @@ def _windows(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
 
 
 def _own(config: Any, key: str) -> Any:
-    """A value that the configuration's class knows, and not one that a file brought and no code reads; None if not."""
+    """A value that the configuration's class knows; None for one that only a file brought and no code reads."""
     value = getattr(config, key, None)
     return value if value is not None and key in inspect.signature(type(config)).parameters else None
 
 
 def unfit_for_candidates(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> str | None:
-    """Why candidates cannot be hidden from each other, as far as configuration and modules tell; None if they can."""
+    """Why candidates cannot be hidden from each other, by configuration and modules; None if they can."""
     odd = odd_layers(config, model)
     if odd:
         return f"layers of the kind {', '.join(odd)} do not follow a mask"
