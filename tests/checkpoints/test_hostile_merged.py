@@ -1,4 +1,4 @@
-"""Merged models of strangers, sealed again by who edited them: one line names the part, and nothing is built."""
+"""Merged models of strangers, edited with new checksums: one line names the part, and nothing is built."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_weights_of_other_formats(dtype, merged, tmp_path):
 @pytest.mark.parametrize("name", ["extra.weight", "model.layers.9.self_attn.q_proj.weight", "lm_head2.weight"])
 def test_tensors_that_the_model_has_not(name, merged, tmp_path):
     directory = forge(merged, tmp_path, tensors=lambda v: v | {name: torch.ones(3)})
-    refused(directory, rf"holds the tensor '{name}', which its model has not \(1 in all\)")
+    refused(directory, rf"holds the tensor '{name}', which its model does not have \(1 in all\)")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_configuration_that_names_other_weights(config, merged, tmp_path):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, and 100,000 are the most"),
         ({"num_labels": 10**9}, "num_labels 1000000000, and 100,000 are the most"),
         ({"num_hidden_layers": 3}, "lacks the weight"),
-        ({"num_hidden_layers": 1}, "which its model has not"),
+        ({"num_hidden_layers": 1}, "which its model does not have"),
         ({"vocab_size": 401}, "weights of other shapes"),
     ],
 )

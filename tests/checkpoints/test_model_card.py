@@ -140,7 +140,7 @@ def test_base_is_named_for_others(manifest, tmp_path, monkeypatch):
 def test_body_says_how_to_answer(manifest, domain):
     text = bundle_card(manifest(domain={**domain, "stream": {"context": 10, "targets": 30}}))
     assert "| 0 | `'dislike'` | `' no\\n'` |" in text and "| event | `'{title}'` |" in text
-    assert "at most 39 events before an answer" in text
+    assert "at most 39 events before a prediction" in text
     assert "(logits / 1.25 + torch.tensor([0.5, -0.5])).softmax(-1)  # ['dislike', 'like']" in text
     assert "| `train` | 5 | 12,345 |" in text and "Split by `time`" in text and "`torch 2.13.0`" in text
     assert "OWNER/NAME" in text and len(blocks(text)) == 2

@@ -61,7 +61,7 @@ PLACES = [
 
 @pytest.mark.parametrize("place", [tuple(name.split(".")) for name in PLACES])
 def test_forged_numbers_are_refused_in_one_line(place, exported, tmp_path):
-    """The seal is made to fit."""
+    """The checksum is computed again."""
     directory = Path(shutil.copytree(exported[1], tmp_path / "copy"))
     manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
     for value in (True, -1, 1.5, 10**12, "x", [[[]]], {"temperature": True}, {"temperature": 1.0, "bias": [True, 1]}):
