@@ -14,7 +14,7 @@ KINDS = ("llama", "qwen2", "mistral", "gpt2")
 @pytest.mark.parametrize("kind", [*KINDS, "bert"])
 def test_untrained_adapter_answers_as_the_base(kind, make, answer, prompt):
     batch = {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
-    start = {"head_init": "words"} if kind != "bert" else {}
+    start = {"head_init": "label_words"} if kind != "bert" else {}
     adapted, base = make(kind, "lora", **start), make(kind, "head", **start)
     if kind == "bert":  # its pooler and head start at random; give both the same
         for name in ("classifier", "bert.pooler"):
