@@ -23,7 +23,7 @@ from llmrec_peft.models.tuning_options import LoraOptions
 def adapter_tensors(
     classifier: BehaviorClassifier, state: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Tensors of adapter_model.safetensors, on the CPU; for LoRA under PEFT's names and fitting the untouched base."""
+    """Tensors of adapter_model.safetensors, on the CPU; for LoRA with PEFT's names and for the original base."""
     if isinstance(classifier.method_options, LoraOptions):
         from peft import get_peft_model_state_dict
 
@@ -61,7 +61,7 @@ def adapter_config(classifier: BehaviorClassifier, base: str) -> dict[str, Any]:
 
 
 def check_whole(classifier: BehaviorClassifier, state: Mapping[str, torch.Tensor] | None) -> None:
-    """Refuse tensors that are a rank's part, or that are missing: they load without a word and answer at random."""
+    """Raise BundleError for tensors that are sharded or missing: they would load silently and predict at random."""
     trained = {name: value for name, value in classifier.model.named_parameters() if value.requires_grad}
     if state is None:
         parts = [name for name, value in trained.items() if is_split(value)]

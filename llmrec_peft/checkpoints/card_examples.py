@@ -76,7 +76,7 @@ def merged_example(manifest: Mapping[str, Any]) -> str:
 
 
 def _prediction_lines(manifest: Mapping[str, Any]) -> list[str]:
-    """Lines that answer one event after another by `tokenizer` and `model`."""
+    """Lines that predict the label of an event by `tokenizer` and `model`."""
     domain, calibration = manifest["domain"], manifest["calibration"] or {}
     texts = [str(domain.get(key) or "") for key in ("header", "event", "marker")]
     scale = f" / {float(calibration.get('temperature', 1.0))!r}"

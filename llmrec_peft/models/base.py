@@ -104,7 +104,7 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         config = AutoConfig.from_pretrained(resolve_base(base), trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ModelError(
-            f"base {base} is an encoder-decoder ({config.model_type}), which has no place for a marker's answer; "
+            f"base {base} is an encoder-decoder ({config.model_type}), which has no hidden state to read at a marker; "
             "use a decoder such as smollm2-135m, or an encoder such as BERT"
         )
     return config

@@ -24,7 +24,7 @@ from llmrec_peft.models.stock_parts import HEAD_NAMES, head_name, head_of, is_en
 from llmrec_peft.models.tensor_files import read_tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 UNTRAINED = ("pooler", "pre_classifier")
 """Modules of encoders between backbone and head that a language model's checkpoint lacks."""
@@ -58,15 +58,7 @@ def load_model(
 
     config = copy.deepcopy(load_config(base, trust_remote_code=trust_remote_code))
     same_labels = list((config.id2label or {}).values()) == list(id2label.values())
-    config.num_labels = num_labels
-    config.id2label = dict(id2label)
-    config.label2id = {label: number for number, label in id2label.items()}
-    config.problem_type = "single_label_classification"
-    text = config.get_text_config()
-    if pad_token_id is None or (is_encoder(config) and text.pad_token_id is not None):
-        # An encoder's own stays: RoBERTa counts positions from it.
-        pad_token_id = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
-    config.pad_token_id = text.pad_token_id = pad_token_id[0] if isinstance(pad_token_id, list) else pad_token_id
+    _set_labels(config, num_labels, id2label, pad_token_id)
     with base_errors(base), _quiet_report(), splitting_in(dtype):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             resolve_base(base),
@@ -102,6 +94,19 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def _set_labels(config: PreTrainedConfig, num_labels: int, id2label: dict[int, str], pad_token_id: int | None) -> None:
+    """Set labels and pad token of a configuration, in place."""
+    config.num_labels = num_labels
+    config.id2label = dict(id2label)
+    config.label2id = {label: number for number, label in id2label.items()}
+    config.problem_type = "single_label_classification"
+    text = config.get_text_config()
+    if pad_token_id is None or (is_encoder(config) and text.pad_token_id is not None):
+        # An encoder keeps its own: RoBERTa counts positions from it.
+        pad_token_id = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
+    config.pad_token_id = text.pad_token_id = pad_token_id[0] if isinstance(pad_token_id, list) else pad_token_id
 
 
 def _read_head(model: PreTrainedModel, base: str) -> None:

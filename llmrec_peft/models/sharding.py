@@ -26,7 +26,7 @@ def is_split(value: torch.Tensor) -> bool:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
-    """Inside, the ZeRO-3 parameters among these are whole on every rank; with `write`, rank 0's changes are kept."""
+    """Inside, the ZeRO-3 parameters among these are whole on every rank; with `write`, rank 0's changes are stored."""
     split = [value for value in parameters if _in_zero3(value)]
     if not split:
         yield
