@@ -174,7 +174,7 @@ def _runs(opset: int) -> bool:
     return True
 
 
-def _check_output(out: Path, student: Path, serving: Any) -> Path:
+def _check_output(out: Path, student: Path) -> Path:
     """Where an export may be written: a new or empty directory, or one that holds an export."""
     out = without_links(out)
     if out.exists() and (not out.is_dir() or out.samefile(student)):
