@@ -48,9 +48,10 @@ class BehaviorClassifier(nn.Module):
         self._last_layer = LastLayer(self.stock)
         if not self.encoder:
             attention.install(self.stock)
-        self.tokenizer: PreTrainedTokenizerBase | None = None
+        # Set right after construction, except on models that are never saved.
+        self.tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
         self.base: str = ""
-        self.model_options: ModelOptions | None = None
+        self.model_options: ModelOptions = None  # type: ignore[assignment]
         self.method_options: MethodOptions | None = None
         self.initial_factors: dict[str, torch.Tensor] = {}
         self.selftests: dict[tuple[str, torch.dtype, str], str | None] = {}
