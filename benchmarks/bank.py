@@ -22,7 +22,8 @@ import torch
 from measuring import header, machine, memory_mib, quiet, release_memory, spread, write_result
 
 from llmrec_peft import BehaviorLog, Domain, load_classifier
-from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
+from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.batches import plan_micro_batches
 from llmrec_peft.data.collator import collate
@@ -119,7 +120,7 @@ def make_requests(log: BehaviorLog, domain: Domain, options: argparse.Namespace)
 
 
 def merge_in_memory(bundle: Path):
-    classifier = load_bundle(bundle).classifier
+    classifier = load_trained(bundle).classifier
     classifier.model = classifier.model.merge_and_unload()
     return classifier.eval()
 

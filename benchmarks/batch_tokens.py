@@ -14,12 +14,12 @@ import time
 from measuring import header, memory_mib, quiet, reset_peak, spread, stop, write_result
 from train_speed import CONFIG, ROOT, StreamSide, draw_rounds, read_log, targets_of
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import StreamSubset
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
 from llmrec_peft.runs.split_streams import build_split_streams
 

@@ -59,6 +59,7 @@ from peers.streams import read_domain
 from score_speed import pick
 from train_speed import CONFIG, StreamSide, flops_per_token, read_log
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
@@ -66,7 +67,7 @@ from llmrec_peft.distillation.shallow_student import write_shallow_student
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.models.base import load_config, load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.runs.split_streams import split_by_domain, streams_for_split
 from llmrec_peft.scoring.scorer import Scorer
 

@@ -38,13 +38,13 @@ from peers.instruction import InstructionDataset, instruction_trainer, load_inst
 from peers.plain import StepClock
 from peers.streams import TargetPrompts, read_domain
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.evaluation.bootstrap import differences, intervals
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.head import first_tokens
 from llmrec_peft.models.predict import predict
 from llmrec_peft.runs.split_streams import SplitStreams, build_split_streams, read_log

@@ -18,12 +18,12 @@ from measuring import quiet, release_memory, stop
 from peers.plain import PromptDataset, load_plain, plain_trainer
 from train_speed import PlainSide, targets_of
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.config.schema import DataConfig, TrainRecipeConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.errors import ConfigError, LLMRecError
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.sharding import assign, whole
 from llmrec_peft.runs.launch_checks import check_launch
 from llmrec_peft.runs.split_streams import read_log, split_by_domain, streams_for_split

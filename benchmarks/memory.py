@@ -53,11 +53,12 @@ def train_measured(case: dict, options: argparse.Namespace, result: Path) -> Non
     import transformers
     from measuring import memory_mib, quiet, release_memory, reset_peak
 
+    from llmrec_peft.checkpoints.loading import load_classifier
     from llmrec_peft.config.schema import DataConfig
     from llmrec_peft.data.domain import Domain
     from llmrec_peft.data.streams import StreamSubset
     from llmrec_peft.models.base import load_tokenizer
-    from llmrec_peft.models.classifier import load_classifier
+    from llmrec_peft.checkpoints.loading import load_classifier
     from llmrec_peft.runs.split_streams import read_log, split_by_domain, streams_for_split
     from llmrec_peft.runs.trainer_setup import OPTIMIZERS
     from llmrec_peft.training.distributed import device_arguments

@@ -81,8 +81,8 @@ def make_bundle(directory: Path, base: str, method: str, held: str) -> None:
     import torch
 
     from llmrec_peft.checkpoints.bundle import save_bundle
+    from llmrec_peft.checkpoints.loading import load_classifier
     from llmrec_peft.data.domain import Domain
-    from llmrec_peft.models.classifier import load_classifier
 
     domain = Domain.from_yaml(ROOT.parent / "recipes/configs/movies/domain.yaml")
     torch.manual_seed(SEED)

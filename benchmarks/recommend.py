@@ -23,7 +23,7 @@ import yaml
 from accelerate import PartialState
 from measuring import header, quiet, write_result
 
-from llmrec_peft.checkpoints.merged import read_answering
+from llmrec_peft.checkpoints.manifest import read_manifest
 from llmrec_peft.config.schema import DataConfig, EvaluateConfig, RankingConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.evaluation.bootstrap import mean_interval
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    manifest = read_answering(options.bundle)
+    manifest = read_manifest(options.bundle)
     domain = Domain.of_manifest(manifest["domain"])
     ranking = RankingConfig(
         candidates=options.candidates, targets=options.targets, bootstrap=options.bootstrap, seed=options.seed

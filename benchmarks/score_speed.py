@@ -23,7 +23,7 @@ from bank import make_bundle
 from measuring import header, machine, memory_mib, quiet, release_memory, reset_peak, spread, stop, write_result
 
 from llmrec_peft import BehaviorLog, Domain, Scorer
-from llmrec_peft.checkpoints.bundle import load_bundle
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.runs.split_streams import read_log
@@ -57,7 +57,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
     fresh, kept = Scorer.load(bundle, log, cache_bytes=0), Scorer.load(bundle, log)
     history, candidates = pick(log, domain, fresh, options)
     prompts = independent_prompts(fresh, history, candidates)
-    loaded = load_bundle(bundle)
+    loaded = load_trained(bundle)
     calibration = Calibration.from_dict(loaded.calibration)
 
     def extended() -> np.ndarray:

@@ -27,12 +27,13 @@ from measuring import attention_of, cell, header, matmul_rate, quiet, spread, st
 from torch.profiler import ProfilerActivity, profile
 from train_speed import flops_per_token, read_log
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models import attention as blocks
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.runs.split_streams import build_split_streams
 
 ROOT = Path(__file__).resolve().parent

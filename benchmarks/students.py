@@ -25,7 +25,8 @@ import torch
 from measuring import header, plain_intervals, quiet, spread, write_result
 
 from llmrec_peft import Scorer
-from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
@@ -71,9 +72,9 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
     }
     log = read_log(DataConfig(path=options.data))
     answers = {name: predictions(place) for name, place in places.items()}
-    systems, label = {}, Domain.of_manifest(read_answering(model_of(places["teacher"]))["domain"]).labels[-1]
+    systems, label = {}, Domain.of_manifest(read_manifest(model_of(places["teacher"]))["domain"]).labels[-1]
     for name, place in places.items():
-        directory, fast = model_of(place), read_answering(model_of(place))["domain"]["event"] == "item {item_id}"
+        directory, fast = model_of(place), read_manifest(model_of(place))["domain"]["event"] == "item {item_id}"
         system = {"bytes": size_of(directory)}
         if not name.endswith("_alone"):
             system |= speed(directory, log, options, fast)
@@ -101,7 +102,7 @@ def model_of(place: Path) -> Path:
 def size_of(directory: Path) -> int:
     """Bytes of the weights; of an adapter, with its base's."""
     own = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    manifest = read_answering(directory)
+    manifest = read_manifest(directory)
     if manifest.get("kind") != "merged":
         from llmrec_peft.models.base import resolve_base
 
@@ -157,7 +158,7 @@ def ids_alone(answers: dict, log, places: dict, label: str, options: argparse.Na
 
 def speed(directory: Path, log, options: argparse.Namespace, fast: bool) -> dict:
     """Targets a second over test windows, three times after one to warm up."""
-    bundle = load_answering(directory)
+    bundle = load_trained(directory)
     domain = Domain.of_manifest(bundle.domain)
     streams = streams_for_split(split_by_domain(log, domain), "test", domain, bundle.tokenizer)
     part = streams.limited(None if fast else options.targets)
@@ -173,7 +174,7 @@ def speed(directory: Path, log, options: argparse.Namespace, fast: bool) -> dict
 
 def requests_of(log, directory: Path, options: argparse.Namespace, count: int) -> list[tuple[list, list]]:
     """The newest history of users, and candidates from the whole table."""
-    domain = Domain.of_manifest(read_answering(directory)["domain"])
+    domain = Domain.of_manifest(read_manifest(directory)["domain"])
     classes, rng = domain.classes(log), np.random.default_rng(options.seed)
     ids, requests = log.items.column("item_id").to_pylist(), []
     window = domain.stream.context + domain.stream.targets - 1
@@ -198,7 +199,7 @@ def latency(scorer, requests: list) -> dict:
 
 def int8(directory: Path, log, scratch: Path, requests: list) -> tuple[dict, pd.DataFrame]:
     """The int8 export: its size, speed and latency, and its answers to all test targets."""
-    bundle = load_answering(directory)
+    bundle = load_trained(directory)
     domain = Domain.of_manifest(bundle.domain)
     streams = streams_for_split(split_by_domain(log, domain), "test", domain, bundle.tokenizer)
     measured = export_onnx(directory, scratch, streams=streams.limited(500))

@@ -24,6 +24,7 @@ import yaml
 from measuring import cell, header, matmul_rate, memory_mib, quiet, reset_peak, spread, stop, write_result
 from peers.plain import PromptDataset, StepClock, load_plain, plain_logits, plain_trainer
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
@@ -32,7 +33,7 @@ from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
+from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.predict import predict
 from llmrec_peft.runs.split_streams import SIMULATED_SHOP, build_split_streams
 from llmrec_peft.runs.split_streams import read_log as read_named_log

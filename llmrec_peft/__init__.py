@@ -5,12 +5,12 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .checkpoints.loading import load_classifier
     from .data.domain import Domain
     from .data.log import BehaviorLog
     from .data.streams import build_streams
     from .errors import BundleError, ConfigError, DataError, DomainError, LLMRecError, ModelError, StreamError
     from .merging.merge_bundle import merge_bundle
-    from .models.classifier import load_classifier
     from .recipes.distill import distill
     from .scoring.bank import DomainBank
     from .scoring.scorer import Scorer
@@ -34,7 +34,7 @@ _PLACES = {
     "StreamError": "errors",
     "build_streams": "data.streams",
     "distill": "recipes.distill",
-    "load_classifier": "models.classifier",
+    "load_classifier": "checkpoints.loading",
     "merge_bundle": "merging.merge_bundle",
 }
 
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # Read on first use: reading a log does not need torch, and the command line answers at once.
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -154,3 +154,8 @@ def one_line(error: BaseException, limit: int = 160) -> str:
     """The first line of an error's message, shortened."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def joined_lines(error: BaseException, limit: int = 300) -> str:
+    """All lines of an error's message joined to one, cut to `limit` characters, without the final period."""
+    return " ".join(str(error).split())[:limit].rstrip(". ")

@@ -20,10 +20,10 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 from llmrec_peft.errors import ConfigError, LLMRecError, output_errors
 
@@ -160,6 +160,8 @@ def writing(
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a table as parquet."""
+    import pyarrow.parquet as pq  # here alone, so that the rest of this file needs no Arrow
+
     with replacing(path) as partial:
         pq.write_table(table, partial)
 

@@ -283,7 +283,7 @@ def small_log() -> Callable[[], object]:
 def exported(tiny_base, tmp_path_factory) -> tuple[Path, Path, dict[str, object]]:
     """Directories of a merged model of the movies domain and of its export, and what the export measured; read-only."""
     from llmrec_peft import Domain, load_classifier, merge_bundle
-    from llmrec_peft.checkpoints.bundle import save_bundle
+    from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
     from llmrec_peft.distillation.export import export_onnx
     from tests.support.domains import DOMAINS
     from tests.support.requests import CALIBRATION
@@ -298,8 +298,8 @@ def exported(tiny_base, tmp_path_factory) -> tuple[Path, Path, dict[str, object]
                 if value.requires_grad:
                     value.add_(0.1 * torch.randn(value.shape))
     save_bundle(
-        place / "bundle", classifier, classifier.tokenizer, domain.to_dict(), calibration=CALIBRATION,
-        metrics={"test": {"auc": 0.7}},
+        place / "bundle", classifier, classifier.tokenizer, domain.to_dict(),
+        TrainingRecord(CALIBRATION, metrics={"test": {"auc": 0.7}}),
     )  # fmt: skip
     merge_bundle(place / "bundle", place / "merged")
     measured = export_onnx(place / "merged", place / "onnx")

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from llmrec_peft.boundary import exit_on_error
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.config.parsing import read_config
 from llmrec_peft.config.schema import CONFIGS, LoraConfig, RecommendConfig
 from llmrec_peft.data.domain import Domain
@@ -31,7 +32,6 @@ from llmrec_peft.errors import ConfigError, DataError, DomainError, LLMRecError
 from llmrec_peft.fields import annotations_of, check_fields
 from llmrec_peft.memory.__main__ import main as memory
 from llmrec_peft.memory.memory_options import MemoryConfig
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.tuning_options import METHODS, matching_names, method_options
 from tests.conftest import ROOT
 
@@ -272,9 +272,9 @@ def test_a_pattern_is_kept_as_the_names_that_it_matched(tiny_base):
 
 
 OWN_TEXTS = {
-    "models/bundle.py", "models/checks.py",  # what PEFT makes, as JSON has it
-    "models/prompt_tokens.py",  # a post-processor's own state, and a file that was just written
-    "models/tensors.py",  # a header that was just written
+    "checkpoints/loading.py", "checkpoints/adapter_checks.py",  # what PEFT makes, as JSON has it
+    "models/end_token.py",  # a post-processor's own state, and a file that was just written
+    "models/safetensors_header.py",  # a header that was just written
     "data/sources/records.py",  # entries of an array, by JSONDecoder, one at a time
 }  # fmt: skip
 """Files that parse JSON which this package itself made, or within limits of their own."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.memory.__main__ import main
 from llmrec_peft.memory.estimate import estimate_memory, model_tensors
@@ -21,7 +22,6 @@ from llmrec_peft.memory.trace import trace_passes
 from llmrec_peft.memory.trace_patches import synthetic_segment
 from llmrec_peft.memory.zero_partitioning import ModelTensors, partition, partition_size
 from llmrec_peft.models import attention
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.training.losses import BehaviorLoss
 from tests.conftest import ROOT
 

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import transformers
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.models.base import load_tokenizer
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
 from llmrec_peft.runs.split_streams import SplitStreams, build_split_streams
 from llmrec_peft.training.trainer import BehaviorTrainer

@@ -9,18 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmrec_peft.checkpoints import merged
-from llmrec_peft.checkpoints.bundle import check_bundle
-from llmrec_peft.checkpoints.manifest import CONFIG, MANIFEST, WEIGHTS, is_merged
-from llmrec_peft.checkpoints.merged import check_merged, write_manifest
-from llmrec_peft.checkpoints.model_card import CARD, REPOSITORY, bundle_card, hub_id, merged_card
-from llmrec_peft.checkpoints.sealing import sealed, sha256
+from llmrec_peft.checkpoints.adapter_checks import check_bundle
+from llmrec_peft.checkpoints.card_examples import REPOSITORY
+from llmrec_peft.checkpoints.checksum import sha256, with_checksum
+from llmrec_peft.checkpoints.directory_checks import is_weights, read_json
+from llmrec_peft.checkpoints.manifest import is_merged, write_manifest
+from llmrec_peft.checkpoints.manifest_schema import (
+    CONFIG,
+    MANIFEST,
+    MERGED,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    WEIGHTS,
+)
+from llmrec_peft.checkpoints.merged_checks import check_merged
+from llmrec_peft.checkpoints.model_card import CARD, bundle_card, merged_card
 from llmrec_peft.errors import BundleError, ConfigError
 from llmrec_peft.files import write_json
-from llmrec_peft.models.base import BASES
-from llmrec_peft.models.model_files import is_weights, read_json
+from llmrec_peft.models.base import BASES, hub_id
 
-_READ_FIRST = (CONFIG, merged.CONFIG, merged.INDEX)
+_READ_FIRST = (CONFIG, MODEL_CONFIG, MODEL_INDEX)
 """Files by which other libraries tell an adapter from a whole model."""
 
 
@@ -67,7 +75,8 @@ def push_to_hub(
             present = api.list_repo_files(repo_id, revision=revision)
         old = _replaced(present, files, repo_id)
         card = files[CARD].read_text(encoding="utf-8").replace(REPOSITORY, repo_id).encode()
-        operations = [CommitOperationDelete(path_in_repo=name) for name in old]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        operations += [CommitOperationDelete(path_in_repo=name) for name in old]
         operations += [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=card if name == CARD else str(path))
             for name, path in files.items()
@@ -86,8 +95,8 @@ def _files(directory: Path, scratch: Path, base: str | None) -> dict[str, Path]:
     """Files of a sound directory by name: as they lie there, or in `scratch` where the base's name changes them."""
     if is_merged(directory):
         manifest, shards, tokenizer = check_merged(directory)
-        names = [path.name for path in shards] + [merged.INDEX] * (directory / merged.INDEX).is_file()
-        names += [merged.CONFIG, *_tokenizer_files(directory, tokenizer), MANIFEST]
+        names = [path.name for path in shards] + [MODEL_INDEX] * (directory / MODEL_INDEX).is_file()
+        names += [MODEL_CONFIG, *_tokenizer_files(directory, tokenizer), MANIFEST]
         write_card = merged_card
     else:
         manifest, _ = check_bundle(directory)
@@ -103,7 +112,7 @@ def _files(directory: Path, scratch: Path, base: str | None) -> dict[str, Path]:
     if base is not None:
         manifest = {**manifest, "base": {**manifest["base"], "name": base, "source": base}}
         if is_merged(directory):
-            write_manifest(scratch, manifest)
+            write_manifest(scratch, manifest, MERGED)
         else:
             _rename_base(directory, scratch, manifest, base)
     if edited:
@@ -129,7 +138,7 @@ def _rename_base(directory: Path, scratch: Path, manifest: Mapping[str, Any], ba
     options = {**manifest["model_options"], "base": base, "gguf_file": None}
     digests = {**manifest["files"], CONFIG: sha256(scratch / CONFIG)}
     content = {**manifest, "model_options": options, "files": digests}
-    write_json(content if manifest["format_version"] == 1 else sealed(content), scratch / MANIFEST)
+    write_json(content if manifest["format_version"] == 1 else with_checksum(content), scratch / MANIFEST)
 
 
 def _tokenizer_files(directory: Path, tokenizer: Any) -> list[str]:

@@ -1,93 +1,164 @@
-"""behavior.json: its parts and their types, and the digests that tie them to the weights.
+"""Reads and writes the manifest of a trained directory, with all of its entries checked. Nothing here needs torch.
 
-The weights' file holds, in its metadata, the format version, the labels and words, the method, the number format and
-the SHA-256 of the domain, of the calibration and of the method's options; behavior.json holds the SHA-256 of the
-weights' file, and seals itself. So no file can be edited without another telling.
+One function reads every kind of `manifest_schema`. The checks run in this order: the kind, the format version, the
+types of all entries, what the entries say of each other, and the manifest's own checksum.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmrec_peft.checkpoints.sealing import check_schema, check_seal, content_digest
-from llmrec_peft.data.domain import Domain
+from llmrec_peft.checkpoints.checksum import KEY, check_checksum, with_checksum
+from llmrec_peft.checkpoints.directory_checks import read_json
+from llmrec_peft.checkpoints.manifest_schema import ADAPTER, EXPORT, MANIFEST, MERGED, ManifestKind
+from llmrec_peft.checkpoints.value_schema import check_schema
 from llmrec_peft.errors import BundleError, ConfigError, LLMRecError
-from llmrec_peft.files import plain
+from llmrec_peft.files import plain, write_json
 from llmrec_peft.messages import shortened
-from llmrec_peft.models.model_files import read_json
 from llmrec_peft.models.tuning_options import METHODS, MethodOptions, ModelOptions, from_mapping, method_options
 from llmrec_peft.probabilities import read_calibration
 
 _log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-"""Of a bundle's behavior.json. Format 1 was not sealed; it is read with a warning."""
-CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "behavior.json"
-FILES = (CONFIG, WEIGHTS, MANIFEST)
-MERGED = "merged"
-"""What `kind` says in the behavior.json of a merged model; that of a bundle has no `kind`."""
-_RESTORE = "restore the file that training wrote"
-_SCHEMA: dict[str, Any] = {
-    "method": str,
-    "method_options": dict,
-    "model_options": {"base": str, "dtype": str},
-    "base": {"name": str, "source?": (str, None), "fingerprint": str},
-    "tokenizer": {"fingerprint": str},
-    "domain": dict,
-    "labels": [str],
-    "words": [str],
-    "stream": dict,
-    "calibration": (dict, None),
-    "counts": {"split?": (dict, None)},
-    "metrics": dict,
-    "versions": {str: str},
-    "files": {CONFIG: str, WEIGHTS: str},
-    "seal?": str,
-}
 ALL_LINEAR = "all-linear"
 MAX_NAMES = 20_000
 """Names in `target_modules`, at most."""
-_warned: set[str] = set()  # directories of format 1 that were told of
+_warned: set[str] = set()  # manifests of format 1 that a warning has named
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """behavior.json of a bundle, with the types of its parts and its seal checked; no base is read.
+def read_manifest(directory: str | Path, kind: ManifestKind | None = None) -> dict[str, Any]:
+    """Read the manifest of a trained directory and check all of its entries; no weight and no base is read.
 
-    Raises BundleError for another format version, for a part that is missing or not of its type, and for an edit.
+    Args:
+        kind: what the directory must be; None for a bundle, a merged model or a student, whichever it is.
+
+    Raises:
+        BundleError: there is no manifest, it is of another kind or format version, an entry is missing or has a wrong
+            type, entries contradict each other, or the file was edited.
     """
-    refuse_merged(directory)
+    directory = Path(directory)
+    if kind is None:
+        if not (directory / MANIFEST).is_file():
+            raise BundleError(f"bundle {directory} has no {MANIFEST}; name {ADAPTER.made_by}, or a merged model")
+        kind = MERGED if is_merged(directory) else ADAPTER
+    path = directory / kind.file
+    if not path.is_file():
+        raise BundleError(f"{directory} has no {kind.file}; name {kind.made_by}")
+    manifest = read_json(path, kind.restore)
+    _check_kind(path, manifest, kind)
+    _check_version(path, manifest, kind)
+    check_schema(manifest, kind.fields, path, kind.restore)
+    if kind in (ADAPTER, MERGED):
+        _check_model(path, manifest, kind)
+    elif kind is EXPORT:
+        _check_export(path, manifest)
+    _check_own_checksum(path, manifest, kind)
+    return manifest
+
+
+def write_manifest(directory: Path, content: Mapping[str, Any], kind: ManifestKind) -> dict[str, Any]:
+    """Write a manifest with its format version, kind and checksum; returns it as it will be read."""
+    header: dict[str, Any] = {"format_version": kind.version}
+    if kind.kind is not None:
+        header["kind"] = kind.kind
+    manifest = with_checksum(plain({**header, **content}))
+    write_json(manifest, directory / kind.file)
+    return manifest
+
+
+def is_merged(directory: str | Path) -> bool:
+    """Whether a directory's behavior.json says that it is a merged model, sound or not."""
     path = Path(directory) / MANIFEST
-    manifest = read_json(path)
-    check_version(path, manifest)
-    check_schema(manifest, _SCHEMA, path, _RESTORE)
-    if manifest["method"] not in METHODS:
+    try:
+        return path.is_file() and read_json(path).get("kind") == MERGED.kind
+    except BundleError:
+        return False
+
+
+def refuse_merged(directory: str | Path) -> None:
+    """Raise BundleError if a directory is a merged model; a bundle is needed."""
+    if is_merged(directory):
+        raise BundleError(
+            f"{directory} is a merged model and no bundle: its adapter is in its weights already; load it with "
+            "load_trained, score it with recipes/evaluate.py, train it further as model.base, or name the bundle that "
+            "it was merged from"
+        )
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # this package too, if it runs from a source tree
+            continue
+    return found
+
+
+# -- header ------------------------------------------------------------------------------------------
+
+
+def _check_kind(path: Path, manifest: Mapping[str, Any], kind: ManifestKind) -> None:
+    found = manifest.get("kind")
+    if kind is ADAPTER:
+        refuse_merged(path.parent)
+    elif kind is MERGED and found != kind.kind:
+        raise BundleError(f"{path.parent} is no merged model (kind {shortened(repr(found))}); load it as a bundle")
+    elif kind is EXPORT and found != kind.kind:
+        raise BundleError(f"{path} is not of an exported student; name {kind.made_by}")
+
+
+def _check_version(path: Path, manifest: Mapping[str, Any], kind: ManifestKind) -> None:
+    version = manifest.get("format_version")
+    if type(version) is not int or not 1 <= version <= kind.version:
+        known = "1" if kind.version == 1 else f"1 to {kind.version}"
+        raise BundleError(
+            f"{path} has format_version {shortened(repr(version))}, and this version reads {known}; "
+            f"use the package version that wrote it, or {kind.again}"
+        )
+
+
+def _check_own_checksum(path: Path, manifest: Mapping[str, Any], kind: ManifestKind) -> None:
+    if kind.checksum_from is None:
+        return
+    if manifest["format_version"] >= kind.checksum_from:
+        check_checksum(manifest, path, kind.restore)
+    elif KEY in manifest:
+        raise BundleError(
+            f"{path} has format_version {manifest['format_version']}, which has no checksum, and has one, so it was "
+            f"edited; {kind.restore}"
+        )
+    elif str(path) not in _warned:
+        _warned.add(str(path))
+        _log.warning(
+            "%s %s is of format %d, which has no checksum: an edit of its metrics or counts would not show; load it "
+            "and save it again to add one", kind.name, path.parent, manifest["format_version"],
+        )  # fmt: skip
+
+
+# -- content -----------------------------------------------------------------------------------------
+
+
+def _check_model(path: Path, manifest: Mapping[str, Any], kind: ManifestKind) -> None:
+    """Check what the manifest of a bundle or of a merged model says beyond the types of its entries."""
+    if kind is ADAPTER and manifest["method"] not in METHODS:
         raise BundleError(
             f"{path} names method {shortened(repr(manifest['method']))}, not one of {', '.join(METHODS)}; restore it"
         )
     check_domain(manifest["domain"], str(path))
     check_calibration(manifest["calibration"], len(manifest["domain"]["outcomes"]), str(path))
-    check_labels(path, manifest, _RESTORE)
-    read_options(Path(directory), manifest)
-    if manifest["format_version"] > 1:
-        check_seal(manifest, path, _RESTORE)
-    elif "seal" in manifest:
-        raise BundleError(f"{path} has format_version 1, which has no seal, and a seal, so it was edited; {_RESTORE}")
-    elif str(path) not in _warned:
-        _warned.add(str(path))
-        _log.warning(
-            "bundle %s is of format 1, which is not sealed: an edit of its metrics or counts would not show; load it "
-            "and save it again to seal it", directory,
-        )  # fmt: skip
-    return manifest
+    _check_labels(path, manifest, kind.restore)
+    if kind is ADAPTER:
+        read_options(path.parent, manifest)
 
 
-def check_labels(path: Path, manifest: Mapping[str, Any], advice: str) -> None:
+def _check_labels(path: Path, manifest: Mapping[str, Any], advice: str) -> None:
     """Raise BundleError where the labels, words or stream settings are not those of the domain."""
     labels, words, domain = manifest["labels"], manifest["words"], manifest["domain"]
     if labels != list(domain["outcomes"]) or words != list(domain["outcomes"].values()):
@@ -102,87 +173,19 @@ def check_labels(path: Path, manifest: Mapping[str, Any], advice: str) -> None:
         )
 
 
-def is_pattern(targets: Any) -> bool:
-    """Whether `target_modules` is a regular expression: a text other than all-linear."""
-    return isinstance(targets, str) and targets != ALL_LINEAR
-
-
-def read_options(
-    directory: Path, manifest: Mapping[str, Any], stored: Mapping[str, Any] | None = None
-) -> tuple[MethodOptions, ModelOptions]:
-    """Options objects of a manifest; `stored` replaces its model options.
-
-    Raises BundleError for values of another type or out of bounds, and for a pattern in target_modules.
-    """
-    path, method = directory / MANIFEST, manifest["method"]
-    stored = manifest["model_options"] if stored is None else stored
-    try:
-        tuning = method_options(method, manifest["method_options"])
-        options = from_mapping(ModelOptions, stored, "model")
-    except (ConfigError, TypeError) as error:
-        # The advice of a ConfigError, behind its last semicolon, is for a configuration.
-        raise BundleError(f"{path}: {str(error).rpartition('; ')[0] or error}; {_RESTORE}") from None
-    _check_targets(path, getattr(tuning, "target_modules", ALL_LINEAR))
-    return tuning, options
-
-
-def _check_targets(path: Path, targets: Any) -> None:
-    """Refuse `target_modules` that is not all-linear or a list of names: a pattern of a stranger's may never end."""
-    if is_pattern(targets):
+def _check_export(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise BundleError where the labels of an export are not those of its domain, or lack their tokens."""
+    outcomes, labels, tokens = manifest["domain"]["outcomes"], manifest["labels"], manifest["tokens"]["outcomes"]
+    if labels != list(outcomes) or len(labels) < 2 or len(tokens) != len(labels):
         raise BundleError(
-            f"{path} has target_modules {shortened(repr(targets))}, and a bundle's must be {ALL_LINEAR} or a list of "
-            "module names: patterns are not read from a file; train again, which writes the names"
+            f"{path} has the labels {labels} with {len(tokens)} words, but its domain has {outcomes}; {EXPORT.restore}"
         )
-    if isinstance(targets, list):
-        names = all(isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,500}", name) for name in targets)
-        if not names or len(targets) > MAX_NAMES:
-            raise BundleError(
-                f"{path} has target_modules that are not up to {MAX_NAMES:,} names of modules; {_RESTORE}"
-            )
-
-
-def check_version(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise BundleError for a format version that is not read."""
-    version = manifest.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format_version {shortened(repr(version))}, and this version reads 1 to {FORMAT_VERSION}; "
-            "use the package version that wrote it, or train again"
-        )
-
-
-def is_merged(directory: str | Path) -> bool:
-    """Whether a directory's behavior.json says that it is a merged model, sound or not."""
-    path = Path(directory) / MANIFEST
-    try:
-        return path.is_file() and read_json(path).get("kind") == MERGED
-    except BundleError:
-        return False
-
-
-def refuse_merged(directory: str | Path) -> None:
-    """Raise BundleError for a merged model where a bundle belongs."""
-    if is_merged(directory):
-        raise BundleError(
-            f"{directory} is a merged model and no bundle: its adapter is in its weights already; load it with "
-            "load_merged, score it with recipes/evaluate.py, train it further as model.base, or name the bundle that "
-            "it was merged from"
-        )
-
-
-def installed(*packages: str) -> dict[str, str]:
-    """Versions of those of the packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # the package itself too, run from a source tree
-            continue
-    return found
 
 
 def check_domain(domain: Mapping[str, Any], where: str) -> None:
-    """Raise BundleError unless a domain's mapping makes a `Domain`, of two labels or more."""
+    """Raise BundleError unless a domain's mapping makes a `Domain` of two labels or more."""
+    from llmrec_peft.data.domain import Domain  # needs Arrow
+
     outcomes, stream = domain.get("outcomes"), domain.get("stream")
     if not (
         isinstance(outcomes, Mapping)
@@ -200,7 +203,7 @@ def check_domain(domain: Mapping[str, Any], where: str) -> None:
     try:
         Domain.of_manifest(dict(domain), source=where)
     except LLMRecError as error:
-        raise BundleError(f"{error} (the domain of a bundle; {_RESTORE})") from None
+        raise BundleError(f"{error} (the domain of a bundle; {ADAPTER.restore})") from None
 
 
 def check_calibration(calibration: Mapping[str, Any] | None, labels: int, where: str) -> None:
@@ -208,53 +211,43 @@ def check_calibration(calibration: Mapping[str, Any] | None, labels: int, where:
     read_calibration(calibration, labels, where)
 
 
-def weights_metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata of the weights' file: what ties it to behavior.json. Texts, JSON of lists, and digests of mappings.
+# -- options -----------------------------------------------------------------------------------------
 
-    manifest: entries of behavior.json, of which the labels, the domain, the calibration, the method, its options and
-    the model options are read.
+
+def is_pattern(targets: Any) -> bool:
+    """Whether `target_modules` is a regular expression: a text other than all-linear."""
+    return isinstance(targets, str) and targets != ALL_LINEAR
+
+
+def read_options(
+    directory: Path, manifest: Mapping[str, Any], stored: Mapping[str, Any] | None = None
+) -> tuple[MethodOptions, ModelOptions]:
+    """Options objects of a bundle's manifest; `stored` replaces its model options.
+
+    Raises BundleError for values of another type or out of bounds, and for a pattern in target_modules.
     """
-    return {
-        "format": "pt",
-        "format_version": str(FORMAT_VERSION),
-        "labels": json.dumps(manifest["labels"]),
-        "words": json.dumps([str(word) for word in manifest["domain"]["outcomes"].values()]),
-        "domain_sha256": digest(manifest["domain"]),
-        "calibration_sha256": digest(manifest["calibration"]),
-        "method": manifest["method"],
-        "dtype": manifest["model_options"]["dtype"],
-        "method_options_sha256": digest(manifest["method_options"]),
-    }
+    path, method = directory / MANIFEST, manifest["method"]
+    stored = manifest["model_options"] if stored is None else stored
+    try:
+        tuning = method_options(method, manifest["method_options"])
+        options = from_mapping(ModelOptions, stored, "model")
+    except (ConfigError, TypeError) as error:
+        # The advice of a ConfigError, after its last semicolon, is about a configuration.
+        raise BundleError(f"{path}: {str(error).rpartition('; ')[0] or error}; {ADAPTER.restore}") from None
+    _check_targets(path, getattr(tuning, "target_modules", ALL_LINEAR))
+    return tuning, options
 
 
-def check_metadata(path: Path, manifest: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Raise BundleError where behavior.json is not what the weights were saved with.
-
-    `path` is that of behavior.json.
-    """
-    version = str(manifest["format_version"])
-    if metadata.get("format_version", "1") != version:
+def _check_targets(path: Path, targets: Any) -> None:
+    """Refuse `target_modules` that is not all-linear or a list of names: a stranger's pattern may never end."""
+    if is_pattern(targets):
         raise BundleError(
-            f"{path} has format_version {version}, the weights {shortened(metadata.get('format_version', '1'))}; "
-            f"{_RESTORE}"
+            f"{path} has target_modules {shortened(repr(targets))}, and a bundle's must be {ALL_LINEAR} or a list of "
+            "module names: patterns are not read from a file; train again, which writes the names"
         )
-    expected = weights_metadata(manifest)
-    told = ("labels", "words") if version == "1" else ("labels", "words", "method", "dtype")
-    for key in told:
-        if metadata.get(key) != expected[key]:
-            value = manifest["model_options"][key] if key == "dtype" else manifest[key]
+    if isinstance(targets, list):
+        names = all(isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,500}", name) for name in targets)
+        if not names or len(targets) > MAX_NAMES:
             raise BundleError(
-                f"{path} has the {key} {shortened(value)}, the weights {shortened(metadata.get(key))}; {_RESTORE}"
+                f"{path} has target_modules that are not up to {MAX_NAMES:,} names of modules; {ADAPTER.restore}"
             )
-    for part in ("domain", "calibration") if version == "1" else ("domain", "calibration", "method_options"):
-        found, said = expected[f"{part}_sha256"], metadata.get(f"{part}_sha256")
-        if found != said:
-            raise BundleError(
-                f"{path} has a {part} with the SHA-256 {found[:16]}..., but the weights were saved with "
-                f"{str(said)[:16]}...; {_RESTORE}"
-            )
-
-
-def digest(value: Mapping[str, Any] | None) -> str:
-    """SHA-256 of a mapping's canonical JSON, its values made those of JSON first."""
-    return content_digest(plain(value))

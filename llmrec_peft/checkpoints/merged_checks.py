@@ -1,7 +1,7 @@
-"""What a merged model's files are held to before a model or a tokenizer is built of them.
+"""Checks of a merged model's files before a model or a tokenizer is built from them.
 
-All digests may be right: whoever edits a file can seal it again. So the configuration may name no other weights, and
-make no more than the weights' headers hold; the tokenizer's rules have bounds.
+All checksums may be right: whoever edits a file can compute them again. So the configuration may name no other weights
+and build no more than the headers of the weights hold, and the rules of the tokenizer have bounds.
 """
 
 from __future__ import annotations
@@ -9,17 +9,25 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from llmrec_peft.errors import BundleError, ModelError
+from llmrec_peft.checkpoints.checksum import check_file
+from llmrec_peft.checkpoints.directory_checks import check_links, read_json, stray_weights
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST, MERGED, MODEL_CONFIG, MODEL_INDEX, MODEL_WEIGHTS
+from llmrec_peft.errors import BundleError, ModelError, input_errors
 from llmrec_peft.messages import shortened
-from llmrec_peft.models.model_files import read_json
-from llmrec_peft.models.tensor_files import TensorEntry
+from llmrec_peft.models.base import load_tokenizer
+from llmrec_peft.models.fingerprints import fingerprint, fits, short, tokenizer_fingerprint
+from llmrec_peft.models.safetensors_header import TensorEntry, read_headers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_COUNT = 100_000
 """Layers or labels that a config.json gives, at most; lists are made of them before any weight is looked at."""
@@ -30,8 +38,96 @@ Llama 3 has one pattern of 150 characters, DeepSeek five; `Replace` puts one to 
 """
 _FORMATS = ("F32", "BF16", "F16")
 _ELSEWHERE = ("transformers_weights", "quantization_config", "compression_config")
-_RESTORE = "restore the file that merging wrote, or merge again"
 _COMPILED = "precompiled_charsmap"  # SentencePiece's table of characters, 300,000 characters long
+
+
+def check_merged(
+    directory: str | Path, trust_remote_code: bool = False
+) -> tuple[dict[str, Any], list[Path], PreTrainedTokenizerBase]:
+    """Check a merged model's files against each other; returns its manifest, its weights' files and its tokenizer.
+
+    No model is made. Raises BundleError as `load_trained` does.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise BundleError(f"{directory} is not a directory; name the one that merging wrote")
+    with reading_merged(directory):
+        check_links(directory, "merged model")
+        manifest = read_manifest(directory, MERGED)
+        shards = _check_files(directory, manifest)
+        check_config(directory / MODEL_CONFIG)
+        check_tokenizer(directory)
+        return manifest, shards, _tokenizer(directory, manifest, trust_remote_code)
+
+
+def reading_merged(directory: Path) -> AbstractContextManager[None]:
+    return input_errors(BundleError, f"merged model {directory}", MERGED.restore)
+
+
+def _check_files(directory: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Compare the files with the manifest, the weights by their fingerprint; returns the files of the weights."""
+    shards = weights_files(directory)
+    strange = stray_weights(directory, [path.name for path in shards])
+    if strange:
+        raise BundleError(f"merged model {directory} holds {strange[0]!r} beside its own weights; remove it")
+    for name, said in manifest["files"].items():
+        if Path(name).name != name:
+            raise BundleError(
+                f"{directory / MANIFEST} names the file {name!r} outside of its directory; {MERGED.restore}"
+            )
+        check_file(directory / name, str(said), MANIFEST, MERGED.restore)
+    try:
+        entries = read_headers(shards)
+        check_formats(entries)
+        found = fingerprint(entries)
+    except ValueError as error:
+        raise BundleError(f"merged model {directory}: {error}; copy it again or merge again") from None
+    said = manifest["weights"].get("fingerprint")
+    if found != said:
+        raise BundleError(
+            f"the weights of {directory} have the fingerprint {short(found)}, but {MANIFEST} says {short(said)}; "
+            "copy them again or merge again"
+        )
+    return shards
+
+
+def weights_files(directory: Path) -> list[Path]:
+    """Safetensors files of a merged model, by its index if it has one."""
+    if not (directory / MODEL_INDEX).is_file():
+        shards = [directory / MODEL_WEIGHTS]
+    else:
+        names = read_json(directory / MODEL_INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) and "/" not in name for name in names.values()):
+            raise BundleError(f"{directory / MODEL_INDEX} has no map from tensors to files beside it; {MERGED.restore}")
+        shards = [directory / name for name in sorted(set(names.values()))]
+    for path in shards:
+        if not path.is_file():
+            raise BundleError(
+                f"merged model {directory} has no {path.name}; copy the whole directory that merging wrote"
+            )
+    return shards
+
+
+def _tokenizer(directory: Path, manifest: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = load_tokenizer(str(directory), trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise BundleError(f"merged model {directory} has no tokenizer that loads: {error}") from error
+    found, said = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
+    if found != said and fits(tokenizer, said):
+        raise BundleError(
+            f"the tokenizer of merged model {directory} puts an end token behind every text, which stock classes read "
+            "in place of the marker, so other programs give other predictions; merge again with this version"
+        )
+    if found != said:
+        raise BundleError(
+            f"merged model {directory} was trained with a tokenizer of fingerprint {short(said)}, but its files have "
+            f"{short(found)}; {MERGED.restore}"
+        )
+    return tokenizer
+
+
+# -- limits of what is built ---------------------------------------------------------------------------
 
 
 def check_formats(entries: Mapping[str, TensorEntry]) -> None:
@@ -54,12 +150,12 @@ def check_config(path: Path) -> None:
         for key, part in value.items():
             if key in _ELSEWHERE and part is not None:
                 raise BundleError(
-                    f"{path} sets {key}, and a merged model's weights are whole in its own files; {_RESTORE}"
+                    f"{path} sets {key}, and a merged model's weights are whole in its own files; {MERGED.restore}"
                 )
             counts = "layer" in key or "label" in key
             if counts and isinstance(part, int | float) and not abs(part) <= MAX_COUNT:
                 raise BundleError(
-                    f"{path} has {shortened(key)} {shortened(part)}, and {MAX_COUNT:,} are the most; {_RESTORE}"
+                    f"{path} has {shortened(key)} {shortened(part)}, and {MAX_COUNT:,} are the most; {MERGED.restore}"
                 )
 
 
@@ -86,7 +182,7 @@ def no_more_than(entries: Mapping[str, TensorEntry]) -> Iterator[None]:
         if seen > most or numbers > 2 * held:
             raise ModelError(
                 f"config.json makes more than its weights hold ({len(entries):,} tensors of {held:,} numbers); "
-                f"{_RESTORE}"
+                f"{MERGED.restore}"
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -118,8 +214,8 @@ def check_tokenizer(directory: Path) -> None:
             elif isinstance(value, str) and len(value) > MAX_RULE:
                 raise BundleError(
                     f"{path} has {len(value):,} characters in a rule of its {part}, and {MAX_RULE:,} are the most; "
-                    f"{_RESTORE}"
+                    f"{MERGED.restore}"
                 )
             if rules > MAX_RULES or growth > MAX_GROWTH:
                 reason = f"more than {MAX_RULES} rules" if rules > MAX_RULES else "rules that blow texts up"
-                raise BundleError(f"{path} has {reason} in its {part}; {_RESTORE}")
+                raise BundleError(f"{path} has {reason} in its {part}; {MERGED.restore}")

@@ -1,13 +1,17 @@
 """Preparing a merged model's tokenizer and configuration, so that stock classes read a decoder at its marker.
 
-A stock classifier pools the last token of a row that is not the pad token. So nothing may follow a prompt's marker, and
-the marker must not end in the pad token.
+No code of this package runs between a text and its logits here. A stock classifier pools the last token of a row that
+is not the pad token. So nothing may follow a prompt's marker, and the marker must not end in the pad token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary, special_tokens_around
@@ -20,10 +24,10 @@ if TYPE_CHECKING:
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, domain: Mapping[str, Any], *, encoder: bool
 ) -> None:
-    """Make a merged model's tokenizer and configuration such that stock classes read a decoder at its marker.
+    """Change a merged model's tokenizer and configuration so that stock classes pool a decoder's marker.
 
-    Padding goes to the right, as learned positions count from the first token of a row, pads among them. Where the
-    marker ends in the pad token, another special token pads.
+    Padding is on the right, since learned positions count from the first token of a row, pads included. If the marker
+    ends in the pad token, another special token becomes the pad token.
 
     Args:
         tokenizer, config: of the model; both change.
@@ -53,3 +57,77 @@ def prepare_tokenizer(
         )
     tokenizer.pad_token = other[0]
     config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+class StockModel:
+    """A checkpoint and its tokenizer, loaded by Transformers alone, in the checkpoint's own number format."""
+
+    def __init__(self, directory: Path, trust_remote_code: bool) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        model = AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        self._model = model.eval()
+
+    def of_tokens(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits [rows, labels] of token ids, padded on the right."""
+        pad, longest = self._tokenizer.pad_token_id, max(map(len, rows))
+        ids, seen = (torch.full((len(rows), longest), value) for value in (pad, 0))
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.from_numpy(row.astype(np.int64))
+            seen[number, : len(row)] = 1
+        return self._logits({"input_ids": ids, "attention_mask": seen})
+
+    def of_texts(self, texts: Sequence[str], side: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits [texts, labels] of whole texts with the tokenizer's own special tokens, and the tokens of each."""
+        batch = self._tokenizer(list(texts), padding=True, padding_side=side, return_tensors="pt")
+        ids, seen = batch["input_ids"].numpy(), batch["attention_mask"].numpy().astype(bool)
+        return self._logits(batch), [row[mask] for row, mask in zip(ids, seen, strict=True)]
+
+    def _logits(self, batch: Any) -> np.ndarray:
+        with torch.no_grad():
+            return self._model(**batch).logits.float().numpy()
+
+
+def measure_stock(
+    directory: Path,
+    rows: Sequence[np.ndarray],
+    texts: Sequence[str] | None,
+    logits: np.ndarray,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Compare a merged model's logits with those of stock classes on the same prompts.
+
+    Args:
+        rows: the prompts' token ids, as this package joins them.
+        texts: the same prompts as texts; None where a model reads item ids, which no text spells.
+        logits: of the merged model at the markers, [prompts, labels].
+
+    Returns:
+        `stock_difference`: largest difference through our tokens. `stock_prompts`: how many. None without texts:
+        `text_same_tokens`, how many of the texts give our tokens; `text_same_difference`, the largest of these (None
+        where there is none), which must be nothing but rounding; `text_difference` and `text_mean_difference` through
+        the tokenizer's; `text_left_difference`, the largest when they are padded on the left.
+    """
+    stock = StockModel(directory, trust_remote_code)
+    found: dict[str, Any] = {
+        "stock_prompts": len(rows),
+        "stock_difference": float(np.abs(stock.of_tokens(rows) - logits).max()),
+        "text_same_tokens": None,
+        "text_same_difference": None,
+        "text_difference": None,
+        "text_mean_difference": None,
+        "text_left_difference": None,
+    }
+    if texts is None:
+        return found
+    right, tokens = stock.of_texts(texts, "right")
+    left, _ = stock.of_texts(texts, "left")
+    same = [np.array_equal(ours, theirs) for ours, theirs in zip(rows, tokens, strict=True)]
+    return found | {
+        "text_same_tokens": int(sum(same)),
+        "text_same_difference": float(np.abs(right - logits)[same].max()) if any(same) else None,
+        "text_difference": float(np.abs(right - logits).max()),
+        "text_mean_difference": float(np.abs(right - logits).mean()),
+        "text_left_difference": float(np.abs(left - logits).max()),
+    }

@@ -274,9 +274,9 @@ class DistillConfig:
     @cached_property
     def teacher_domain(self) -> Domain:
         """The domain that the teacher answers, read from its directory; rows without a label may be asked about."""
-        from llmrec_peft.checkpoints.merged import read_answering
+        from llmrec_peft.checkpoints.manifest import read_manifest
 
-        domain = Domain.of_manifest(read_answering(self.teacher)["domain"], source=f"teacher {self.teacher}")
+        domain = Domain.of_manifest(read_manifest(self.teacher)["domain"], source=f"teacher {self.teacher}")
         if self.answers.unlabelled:
             domain = dataclasses.replace(domain, label=dataclasses.replace(domain.label, missing="leave_out"))
         return domain

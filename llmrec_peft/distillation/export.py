@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.checkpoints.bundle import Bundle
-from llmrec_peft.checkpoints.merged import load_merged, publish, read_merged, scratch_beside, without_links, writing
+from llmrec_peft.checkpoints.checksum import sha256
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest, write_manifest
+from llmrec_peft.checkpoints.manifest_schema import EXPORT, GRAPHS, MERGED, SERVING_MANIFEST, TOKENIZER
 from llmrec_peft.checkpoints.model_card import CARD
-from llmrec_peft.checkpoints.sealing import sha256
+from llmrec_peft.checkpoints.output_directory import publish, scratch_beside, without_links, writing
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import Streams
 from llmrec_peft.data.vocabulary import Vocabulary
@@ -26,11 +29,10 @@ from llmrec_peft.distillation.export_check import (
     checked_streams,
     compare_graphs,
 )
-from llmrec_peft.distillation.exported_vocabulary import check_tokens, serving_entries
 from llmrec_peft.distillation.onnx_model import OPSET, check_opset, write_graph
 from llmrec_peft.distillation.quantise import quantise
+from llmrec_peft.distillation.serving_entries import check_tokens, serving_entries
 from llmrec_peft.errors import BundleError, ModelError
-from llmrec_peft.files import plain, write_json
 from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.models.selftest import check_candidates
 
@@ -75,9 +77,9 @@ def export_onnx(
         raise ModelError(f"tolerance must be a finite number of at least 0, not {tolerance!r}; correct it")
     _check_packages()
     opset = check_opset(OPSET if opset is None else opset)
-    manifest = read_merged(student)
+    manifest = read_manifest(student, MERGED)
     out = _check_output(Path(out), Path(student))
-    loaded = load_merged(student, dtype="float32")
+    loaded = load_trained(student, LoadOptions(dtype="float32"), kind=MERGED)
     domain = _check_exportable(student, loaded)
     vocabulary = Vocabulary(domain, loaded.tokenizer)
     if streams is not None:
@@ -106,12 +108,10 @@ def _check_packages() -> None:
 
 def _check_output(out: Path, student: Path) -> Path:
     """Where an export may be written: a new or empty directory, or one that holds an export."""
-    from llmrec_peft.serving.export_manifest import MANIFEST
-
     out = without_links(out)
     if out.exists() and (not out.is_dir() or out.samefile(student)):
         raise BundleError(f"{out} is {'the student itself' if out.is_dir() else 'a file'}; choose another directory")
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+    if out.exists() and any(out.iterdir()) and not (out / SERVING_MANIFEST).is_file():
         raise BundleError(f"{out} exists and holds no export, so it is not replaced; choose another directory")
     return out
 
@@ -135,13 +135,11 @@ def _check_exportable(student: str | Path, loaded: Bundle) -> Domain:
 
 def _write_graphs(scratch: Path, loaded: Bundle, opset: int, *, int8: bool, blocks: bool) -> dict[str, Path]:
     """Write the tokenizer and the graphs; returns the graph of each precision. `blocks` is that of `quantise`."""
-    from llmrec_peft.serving.export_manifest import MODELS, TOKENIZER
-
     loaded.tokenizer.backend_tokenizer.save(str(scratch / TOKENIZER))
-    graphs = {"float32": scratch / MODELS["float32"]}
+    graphs = {"float32": scratch / GRAPHS["float32"]}
     write_graph(loaded.classifier, graphs["float32"], opset)
     if int8:
-        graphs["int8"] = scratch / MODELS["int8"]
+        graphs["int8"] = scratch / GRAPHS["int8"]
         quantise(graphs["float32"], graphs["int8"], blocks=blocks)
     return graphs
 
@@ -163,8 +161,6 @@ def _verify(
 
 def _write_manifest(scratch: Path, entries: dict[str, Any]) -> None:
     """Write serving.json, with the digests of the files beside it, and the card."""
-    from llmrec_peft.serving.export_manifest import MANIFEST, described
-
     entries = {**entries, "files": {path.name: sha256(path) for path in scratch.iterdir()}}
-    write_json(described(plain(entries)), scratch / MANIFEST)
+    write_manifest(scratch, entries, EXPORT)
     (scratch / CARD).write_text(export_card(entries), encoding="utf-8")

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.checkpoints.manifest import digest
+from llmrec_peft.checkpoints.checksum import digest
+from llmrec_peft.checkpoints.directory_checks import read_json
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.distillation.teacher_cache import ADVICE, list_column, matrix, read_cached, write_cached
 from llmrec_peft.distillation.teacher_outputs import TeacherPredictions
 from llmrec_peft.errors import DataError, input_errors
 from llmrec_peft.files import write_json
-from llmrec_peft.models.model_files import read_json
 
 METADATA = "teacher.json"
 FORMAT = 2

@@ -59,7 +59,7 @@ def check_prunable(config: PretrainedConfig, trust_remote_code: bool = False) ->
         check_form(AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code))
 
 
-def check_form(model: nn.Module) -> None:
+def check_form(model: PreTrainedModel) -> None:
     """Raise ModelError unless every layer has a gated MLP and separate q, k, v and o projections."""
     for layer in transformer_layers(model):
         parts = [(getattr(layer, "mlp", None), _MLP), (getattr(layer, "self_attn", None), _ATTENTION)]

@@ -7,22 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrec_peft.checkpoints.bundle import TrainingRecord, domain_entries
 from llmrec_peft.checkpoints.manifest import installed
-from llmrec_peft.checkpoints.merged import (
-    check_output,
-    describe,
-    loading_notes,
-    publish,
-    save_merged,
-    scratch_beside,
-    writing,
-)
+from llmrec_peft.checkpoints.merged import loading_notes, save_merged, write_merged_manifest
 from llmrec_peft.checkpoints.model_card import CARD, student_card
+from llmrec_peft.checkpoints.output_directory import check_output, publish, scratch_beside, writing
 from llmrec_peft.checkpoints.stock_loading import prepare_tokenizer
 from llmrec_peft.distillation.content_embedding import merge_content
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
 from llmrec_peft.models.classifier import BehaviorClassifier
-from llmrec_peft.models.head import outcomes_of
 
 PACKAGES = ("llmrec_peft", "torch", "transformers", "safetensors")
 
@@ -49,10 +42,7 @@ def save_student(
     classifier: BehaviorClassifier,
     domain: Mapping[str, Any],
     metadata: StudentMetadata,
-    *,
-    calibration: Mapping[str, Any] | None = None,
-    counts: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
+    record: TrainingRecord | None = None,
 ) -> dict[str, Any]:
     """Write a student as a merged model, whole or not at all, and return its behavior.json. An earlier one is replaced.
 
@@ -60,7 +50,7 @@ def save_student(
 
     Args:
         domain: the student's domain, as a mapping.
-        calibration, counts, metrics: entries of the manifest, as `save_bundle` takes them.
+        record: calibration, counts and metrics of the training run.
 
     Raises:
         BundleError: the directory holds something else or cannot be written, or the tokenizer makes stock classes pool
@@ -69,20 +59,14 @@ def save_student(
     directory = check_output(directory)
     merge_content(classifier)
     prepare_tokenizer(classifier.tokenizer, classifier.config, domain, encoder=classifier.encoder)
-    outcomes = outcomes_of(domain)
     content = {
         "merged_from": [],
         "combination": None,
         "base": {"name": metadata.options.base or metadata.options.kind},
         "dtype": "float32",
         **loading_notes(classifier, classifier.tokenizer),
-        "domain": dict(domain),
-        "labels": list(outcomes),
-        "words": list(outcomes.values()),
-        "stream": dict(domain.get("stream") or {}),
-        "calibration": None if calibration is None else dict(calibration),
-        "counts": dict(counts or {}),
-        "metrics": dict(metrics or {}),
+        **domain_entries(domain),
+        **(record or TrainingRecord()).entries(),
         "measured": {},
         "versions": installed(*PACKAGES),
         "student": {
@@ -94,7 +78,7 @@ def save_student(
     }
     with scratch_beside(directory) as scratch, writing(directory):
         save_merged(scratch, classifier.stock, classifier.tokenizer, max_shard_size="2GB")
-        manifest = describe(scratch, content)
+        manifest = write_merged_manifest(scratch, content)
         (scratch / CARD).write_text(student_card(manifest), encoding="utf-8")
         publish(scratch, directory)
     return manifest

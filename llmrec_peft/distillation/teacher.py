@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from llmrec_peft.checkpoints.bundle import Bundle
-from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.models.base import load_config, resolve_base
 
@@ -32,7 +33,7 @@ class Teacher:
     @classmethod
     def open(cls, directory: str, base: str | None = None, trust_remote_code: bool = False) -> Teacher:
         """Read the manifest. Raises BundleError where there is none, or an invalid one."""
-        return cls(directory, read_answering(directory), base, trust_remote_code)
+        return cls(directory, read_manifest(directory), base, trust_remote_code)
 
     def domain(self, *, unlabelled: bool = False) -> Domain:
         """The teacher's domain; `unlabelled` leaves rows without a label out, so that its predictions can replace them.
@@ -66,6 +67,6 @@ class Teacher:
 
     def load(self, device: torch.device) -> Bundle:
         """Load the weights onto a device."""
-        bundle = load_answering(self.directory, base=self.base, trust_remote_code=self.trust_remote_code)
+        bundle = load_trained(self.directory, LoadOptions(base=self.base, trust_remote_code=self.trust_remote_code))
         bundle.classifier.to(device)
         return bundle

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from llmrec_peft.checkpoints.bundle import Bundle
-from llmrec_peft.checkpoints.manifest import digest
+from llmrec_peft.checkpoints.checksum import digest
 from llmrec_peft.data.batches import plan_micro_batches
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmrec_peft.checkpoints.manifest import WEIGHTS
+from llmrec_peft.checkpoints.manifest_schema import WEIGHTS
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.errors import DataError
 

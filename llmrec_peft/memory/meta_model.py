@@ -11,8 +11,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from llmrec_peft.memory.memory_options import MemoryConfig
 from llmrec_peft.models import attention
-from llmrec_peft.models.base import UNTRAINED, base_errors, bnb_config, load_config
-from llmrec_peft.models.classifier import BehaviorClassifier, check_precision, quantization_of, with_method
+from llmrec_peft.models.base import base_errors, load_config
+from llmrec_peft.models.base_model import UNTRAINED
+from llmrec_peft.models.building import check_precision, with_method
+from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.models.quantization import bnb_config, quantization_of
 from llmrec_peft.models.requirements import check_layout
 from llmrec_peft.models.stock_parts import head_name, is_encoder, modules_named
 

@@ -11,21 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from llmrec_peft.checkpoints.bundle import Bundle, load_bundle
-from llmrec_peft.checkpoints.manifest import MANIFEST, WEIGHTS, installed, read_manifest
-from llmrec_peft.checkpoints.merged import (
-    check_output,
-    check_room,
-    describe,
-    load_merged,
-    loading_notes,
-    publish,
-    save_merged,
-    scratch_beside,
-    write_manifest,
-    writing,
-)
+from llmrec_peft.checkpoints.bundle import Bundle
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import installed, read_manifest, write_manifest
+from llmrec_peft.checkpoints.manifest_schema import ADAPTER, MANIFEST, MERGED, WEIGHTS
+from llmrec_peft.checkpoints.merged import loading_notes, save_merged, write_merged_manifest
 from llmrec_peft.checkpoints.model_card import CARD, merged_card
+from llmrec_peft.checkpoints.output_directory import check_output, check_room, publish, scratch_beside, writing
 from llmrec_peft.checkpoints.stock_loading import prepare_tokenizer
 from llmrec_peft.data.streams import Streams
 from llmrec_peft.errors import BundleError, ModelError
@@ -105,8 +97,9 @@ def merge_bundle(bundle: str | Path, out: str | Path, options: MergeOptions | No
     options = options or MergeOptions()
     manifest = mergeable(bundle)
     out = check_output(out, bundle, options.base or manifest["base"]["name"])
+    loading = LoadOptions(base=options.base, trust_remote_code=options.trust_remote_code, mapped=True)
     return write_merge(
-        lambda: load_bundle(bundle, base=options.base, trust_remote_code=options.trust_remote_code, mapped=True),
+        lambda: load_trained(bundle, loading, kind=ADAPTER),
         out,
         {**inherited(manifest), "merged_from": [provenance(manifest)], "combination": None},
         options,
@@ -117,7 +110,7 @@ def mergeable(bundle: str | Path) -> dict[str, Any]:
     """behavior.json of a bundle. Raises BundleError where it cannot be merged, saying what to do instead."""
     if not (Path(bundle) / MANIFEST).is_file():
         raise BundleError(f"bundle {bundle} has no {MANIFEST}; name the directory `bundle` that a training run left")
-    manifest = read_manifest(bundle)
+    manifest = read_manifest(bundle, ADAPTER)
     if manifest["method"] == "adapter":
         raise BundleError(
             f"bundle {bundle} is a bottleneck adapter, whose layers have no place in a stock checkpoint; serve it in a "
@@ -172,8 +165,8 @@ def write_merge(
         del adapted, model
         gc.collect()  # models refer to themselves
         with writing(out):
-            manifest = describe(scratch, content)
-        merged = load_merged(scratch, trust_remote_code=options.trust_remote_code)
+            manifest = write_merged_manifest(scratch, content)
+        merged = load_trained(scratch, LoadOptions(trust_remote_code=options.trust_remote_code), kind=MERGED)
         after = predict_on(merged, streams, options.batch_tokens)
         measured = compare(before, after, labelled=options.streams is not None)
         prompts = StockPrompts(merged, options.streams)
@@ -189,7 +182,7 @@ def write_merge(
         check_stock(out, measured, TOLERANCE["float32" if dtype == "float32" else "low"] * scale)
         # Only a model that passed appears under its name.
         with writing(out):
-            manifest = write_manifest(scratch, {**manifest, "measured": measured})
+            manifest = write_manifest(scratch, {**manifest, "measured": measured}, MERGED)
             (scratch / CARD).write_text(merged_card(manifest), encoding="utf-8")
             publish(scratch, out)
     return measured | {

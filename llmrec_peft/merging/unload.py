@@ -27,7 +27,7 @@ def unload(classifier: BehaviorClassifier, dtype: torch.dtype) -> PreTrainedMode
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
-    model = cast("PreTrainedModel", classifier.stock)
+    model = classifier.stock
     names = {name: type(module) for name, module in model.named_modules()}
     for name in [name for name, kind in names.items() if issubclass(kind, LoraLayer)]:
         model.set_submodule(name, _without_lora(model.get_submodule(name), dtype))

@@ -17,16 +17,21 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
-from llmrec_peft.checkpoints.bundle import Bundle, adapter_tensors, load_bundle
-from llmrec_peft.checkpoints.merged import check_output
+from llmrec_peft.checkpoints.adapter_tensors import adapter_tensors
+from llmrec_peft.checkpoints.bundle import Bundle
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest_schema import ADAPTER
+from llmrec_peft.checkpoints.output_directory import check_output
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.merging.merge_bundle import MergeOptions, inherited, mergeable, provenance, write_merge
-from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
+from llmrec_peft.models.building import build_classifier
+from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.head import outcomes_of
 from llmrec_peft.models.tuning_options import HeadOptions, LoraOptions, changes_base, method_options
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 Combination = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 COMBINATIONS: tuple[str, ...] = get_args(Combination)
@@ -157,10 +162,11 @@ def _combined(
     options: MergeOptions,
 ) -> Bundle:
     """A classifier whose one adapter is the combination, and whose head is the mean; all else is the first bundle's."""
+    loading = LoadOptions(base=options.base, trust_remote_code=options.trust_remote_code)
     updates: list[_Update] = []
     first: dict[str, Any] = {}
     for path in bundles:
-        loaded = load_bundle(path, base=options.base, trust_remote_code=options.trust_remote_code)
+        loaded = load_trained(path, loading, kind=ADAPTER)
         updates.append(_update(loaded.classifier))
         first = first or {name: value for name, value in vars(loaded).items() if name != "classifier"}
         model_options = loaded.classifier.model_options
@@ -192,12 +198,12 @@ def _update(classifier: BehaviorClassifier) -> _Update:
 
 
 def _with_combination(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     updates: Sequence[_Update],
     weights: Sequence[float],
     combination: Combination,
     density: float | None,
-) -> torch.nn.Module:
+) -> PreTrainedModel | PeftModel:
     """PeftModel around a stock classifier, with the combined adapter alone."""
     from peft import get_peft_model, set_peft_model_state_dict
 

@@ -7,16 +7,16 @@ Placements:
 - `parallel`: reads the MLP's input and adds to its output (He et al. 2022, "Towards a unified view of
   parameter-efficient transfer learning").
 
-A sequential block maps a sublayer's output y to y + scale * U f(D y), a parallel one adds scale * U f(D x) for the
-input x. U starts at zero, so an untrained classifier answers as its base. The blocks are float32 on any base, a 4-bit
-one too.
+A sequential block maps a sublayer's output y to y + scale * U f(D y); a parallel one adds scale * U f(D x) for the
+input x. D is [size, H], U is [H, size], f the activation. U starts at zero, so an untrained classifier predicts as its
+base. The blocks are float32 on every base, a 4-bit one included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,12 +25,15 @@ from llmrec_peft.errors import ModelError
 from llmrec_peft.models.stock_parts import backbone_of
 from llmrec_peft.models.tuning_options import AdapterOptions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths inside one transformer layer: attention's output, the MLP's output, and what `parallel` wraps.
+    """Paths inside one transformer layer: of the attention's output, of the MLP's output, and of what `parallel` wraps.
 
     The first two are the last modules before each residual sum: the norm after a sublayer, where there is one.
 
@@ -70,7 +73,7 @@ class BottleneckAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds for `x`."""
+        """What the adapter adds for inputs [..., H]: [..., H]."""
         delta = self.up(self.dropout(self.activation(self.down(x.to(self.down.weight.dtype)))))
         if self.scale != 1.0:
             delta = delta * self.scale
@@ -78,7 +81,7 @@ class BottleneckAdapter(nn.Module):
 
 
 class SequentialBottleneck(nn.Module):
-    """A sublayer followed by its adapter. Attention returns a tuple, whose first element is the output."""
+    """A sublayer followed by its adapter: y -> y + adapter(y). Attention returns a tuple, whose first element is y."""
 
     def __init__(self, sublayer: nn.Module, adapter: BottleneckAdapter) -> None:
         super().__init__()
@@ -94,7 +97,7 @@ class SequentialBottleneck(nn.Module):
 
 
 class ParallelBottleneck(nn.Module):
-    """An MLP beside its adapter, both reading the MLP's input."""
+    """An MLP with its adapter in parallel: x -> MLP(x) + adapter(x)."""
 
     def __init__(self, sublayer: nn.Module, adapter: BottleneckAdapter, residual_input: bool) -> None:
         super().__init__()
@@ -114,7 +117,7 @@ class ParallelBottleneck(nn.Module):
         return result + self.adapter(hidden)
 
 
-def add_adapters(model: nn.Module, options: AdapterOptions) -> None:
+def add_adapters(model: PreTrainedModel, options: AdapterOptions) -> None:
     """Put adapters into a stock classifier, in place; they are its only new trainable parameters.
 
     Raises ModelError for a layout that is not known, naming the modules found, and for layers that do not exist.
@@ -136,7 +139,7 @@ def add_adapters(model: nn.Module, options: AdapterOptions) -> None:
             setattr(parent, name, wrapper.train(model.training))
 
 
-def adapter_paths(model: nn.Module, options: AdapterOptions) -> list[str]:
+def adapter_paths(model: PreTrainedModel, options: AdapterOptions) -> list[str]:
     """Paths of the modules that `add_adapters` would wrap; nothing is built. Raises ModelError as it does."""
     layers = transformer_layers(model)
     root = next(path for path, module in model.named_modules() if module is layers)
@@ -167,7 +170,7 @@ def adapters_of(model: nn.Module) -> Iterator[tuple[str, BottleneckAdapter]]:
             yield path, module
 
 
-def transformer_layers(model: nn.Module) -> nn.ModuleList:
+def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of layers of a stock classifier's backbone. Raises ModelError if there is no such list."""
     backbone, depth = backbone_of(model), model.config.get_text_config().num_hidden_layers
     for module in backbone.modules():

@@ -1,15 +1,18 @@
-"""LoRA in one step: what PEFT computes, y = x W^T + b + s (x A^T) B^T, without the copies between its parts.
+"""A LoRA layer in one step: the result of PEFT's layer, without the copies between its parts.
 
-PEFT's layer scales the adapter's output, adds it to the base's in a new tensor, and lets autograd add the two gradients
-of x. Here each is accumulated in place by the matrix product itself. The formulas are those of the LoRA paper (Hu et
-al., 2021, arXiv 2106.09685); with G the gradient of y, g = s G B:
+PEFT's layer scales the adapter's output, adds it to the base's output in a new tensor, and lets autograd add the two
+gradients of x. Here the matrix products accumulate in place. The formulas are those of the LoRA paper (Hu et al., 2021,
+arXiv 2106.09685); with s the scale, G the gradient of y and g = s G B:
 
+    y = x W^T + b + s (x A^T) B^T
     dB = s G^T (x A^T),  dA = g^T x,  dx = G W + g A
+
+Shape letters: N tokens of the batch, I inputs, O outputs, r rank. W is [O, I], A [r, I], B [O, r].
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -18,32 +21,43 @@ from torch import nn
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, a, b, scale: float) -> torch.Tensor:
-        flat = x.flatten(0, -2)
-        inner = flat @ a.T  # [tokens, r]
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        flat = x.flatten(0, -2)  # [N, I]
+        inner = flat @ a.T  # [N, r]
         y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
-        y.addmm_(inner, b.T, alpha=scale)
+        y.addmm_(inner, b.T, alpha=scale)  # [N, O], in place
         ctx.save_for_backward(flat, weight, a, b, inner)
         ctx.scale, ctx.lead = scale, x.shape[:-1]
         return y.unflatten(0, ctx.lead)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor):
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor, torch.Tensor, None]:
         x, weight, a, b, inner = ctx.saved_tensors
-        grad = grad.flatten(0, -2)
-        through = (grad @ b).mul_(ctx.scale)
+        grad = grad.flatten(0, -2)  # G [N, O]
+        through = (grad @ b).mul_(ctx.scale)  # g = s G B, [N, r]
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad @ weight).addmm_(through, a).unflatten(0, ctx.lead)
+            x_grad = (grad @ weight).addmm_(through, a).unflatten(0, ctx.lead)  # dx = G W + g A
+        # dA = g^T x, dB = s G^T (x A^T); the base's weight and bias are frozen.
         return x_grad, None, None, through.T @ x, (grad.T @ inner).mul_(ctx.scale), None
 
 
 class FusedLinear(Linear):
-    """PEFT's LoRA layer, which takes the one step where nothing asks for more; else it is PEFT's own."""
+    """PEFT's LoRA layer, which computes in one step where `_alone` allows it, and by PEFT's own code elsewhere."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Arguments as PEFT's; float [..., out]."""
+        """Output [..., O] of inputs [..., I]; arguments as PEFT's."""
         name = self._alone(x) if not args and not kwargs else None
         if name is None:
             return super().forward(x, *args, **kwargs)
@@ -53,7 +67,7 @@ class FusedLinear(Linear):
         )
 
     def _alone(self, x: torch.Tensor) -> str | None:
-        """The only adapter, if it is a plain one on a plain layer in training, whose parameters lie here whole."""
+        """Name of the only adapter, if one step gives PEFT's result: plain LoRA in training, parameters not sharded."""
         active = self.active_adapters
         if len(active) != 1 or active[0] not in self.lora_A or not torch.is_grad_enabled():
             return None
@@ -64,22 +78,26 @@ class FusedLinear(Linear):
         if self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             return None
         parts = (self.base_layer, self.lora_A[name], self.lora_B[name])
-        # Who hooks into a part (ZeRO-3 fetches its parameters so) must see it called.
+        # A part with hooks must be called, so that they run: ZeRO-3 fetches parameters in hooks.
         if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
             return None
-        base, a, b = parts
+        base, a, b = cast("tuple[nn.Linear, nn.Linear, nn.Linear]", parts)
         weights = (base.weight, a.weight, b.weight)
-        # In float32 alone: elsewhere the order of the sums shows in the answers.
-        exact = x.dtype == torch.float32
-        plain = exact and all(type(weight) is nn.Parameter and weight.dtype == x.dtype for weight in weights)
-        fixed = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-        whole = plain and fixed and a.bias is None and b.bias is None and a.weight.requires_grad
-        whole = whole and b.weight.requires_grad and a.weight.numel() > 0 and x.dim() > 1
-        return name if whole and not torch.is_autocast_enabled(x.device.type) else None
+        # Only in float32: in other formats the order of the sums changes the result visibly.
+        if x.dtype != torch.float32 or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
+            return None
+        if any(type(weight) is not nn.Parameter or weight.dtype != x.dtype for weight in weights):
+            return None
+        biases = [getattr(part, "bias", None) for part in parts]
+        if base.weight.requires_grad or (biases[0] is not None and biases[0].requires_grad):
+            return None
+        if any(bias is not None for bias in biases[1:]) or not (a.weight.requires_grad and b.weight.requires_grad):
+            return None
+        return name if a.weight.numel() > 0 else None
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Let the plain LoRA layers of a PeftModel take the one step; returns how many can."""
+    """Turn the LoRA layers of a PeftModel into `FusedLinear`; returns how many."""
     found = [module for module in model.modules() if type(module) is Linear]
     for module in found:
         module.__class__ = FusedLinear

@@ -1,20 +1,28 @@
-"""The head's start: outcome words, their tokens, and the rows of the language-model head that belong to them."""
+"""Initial weights of the head: label words, their first tokens, and their rows of the language-model head.
+
+Shape letters: C labels, H hidden width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models.base import word_rows
+from llmrec_peft.models.base_weights import word_rows
 from llmrec_peft.models.stock_parts import head_of, is_encoder
 from llmrec_peft.models.tuning_options import ModelOptions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def outcomes_of(domain: Any) -> dict[str, str]:
+    from llmrec_peft.data.domain import Domain
+
+
+def outcomes_of(domain: Domain | Mapping[str, Any]) -> dict[str, str]:
     """Label -> outcome word, in class order, of a `Domain` or its mapping."""
     outcomes = domain["outcomes"] if isinstance(domain, Mapping) else domain.outcomes
     if len(outcomes) < 2:
@@ -22,12 +30,20 @@ def outcomes_of(domain: Any) -> dict[str, str]:
     return {str(label): word for label, word in outcomes.items()}
 
 
-def start_head(model: nn.Module, base: str, tokenizer: Any, outcomes: Mapping[str, str], options: ModelOptions) -> None:
+def start_head(
+    model: PreTrainedModel,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+    outcomes: Mapping[str, str],
+    options: ModelOptions,
+) -> None:
     """Set the head's first weights in place.
 
-    `words`: a base that is a classifier of the same labels in the same order, such as a merged model, keeps its trained
-    head; a new head starts from the words' rows, or at random in an encoder, which predicts no next word. `zero` and
-    `random` start any head again; where a head has several layers, zero is for the last, as the others could not learn.
+    With E [C, H] the rows of the language-model head for the first tokens of the C label words (the verbalizer of
+    OpenPrompt), the weights of `label_words` are head_scale * (E - mean of E over the labels), [C, H]. An encoder's
+    head starts at random, since an encoder predicts no next word. A base that is a classifier of the same labels in the
+    same order, such as a merged model, keeps its trained head. `zero` and `random` initialise any head again; in a head
+    of several layers, zero is for the last layer, since the others could not learn.
     """
     layers = [module for module in head_of(model).modules() if isinstance(module, nn.Linear)]
     with torch.no_grad():
@@ -39,13 +55,13 @@ def start_head(model: nn.Module, base: str, tokenizer: Any, outcomes: Mapping[st
                 layer.weight.normal_(std=getattr(model.config.get_text_config(), "initializer_range", 0.02))
                 if layer.bias is not None:
                     layer.bias.zero_()
-        elif options.head_init == "words" and not is_encoder(model.config) and not model.trained_head:
+        elif options.head_init == "label_words" and not is_encoder(model.config) and not model.trained_head:
             ids = first_tokens(tokenizer, outcomes)
             rows = word_rows(base, model, ids)  # [C, H]
             layers[-1].weight.copy_(options.head_scale * (rows - rows.mean(0)))
 
 
-def first_tokens(tokenizer: Any, outcomes: Mapping[str, str]) -> list[int]:
+def first_tokens(tokenizer: PreTrainedTokenizerBase, outcomes: Mapping[str, str]) -> list[int]:
     """First token id of each outcome word. Raises ModelError if a word has none or two words share theirs."""
     seen: dict[int, str] = {}
     for label, word in outcomes.items():

@@ -1,9 +1,10 @@
-"""The last layer for the answers alone.
+"""Computes the last layer at the markers only.
 
-What the other tokens come to there is read by nobody: from their input to it come the keys and values that the answers
-attend to, and the rest - queries, the attention's projection, the feed-forward part - acts on each token by itself.
+Nothing reads the last layer's output at other tokens. Their keys and values are still needed, as the markers attend to
+them; but queries, the attention's output projection and the feed-forward part act on each token by itself, so they run
+on the markers alone.
 
-Shape letters: B rows, L tokens of a row, T answers.
+Shape letters: B rows, L tokens of a row, T markers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,20 +20,23 @@ from torch import nn
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.bottleneck import transformer_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
-"""Parts of a layer that take each token by itself, by the names of Transformers; a layer may lack any of them."""
+"""Parts of a layer that act on each token by itself, by Transformers' names; a layer may lack any of them."""
 
 _active = threading.local()
 
 
 class LastLayer:
-    """The parts of a stock classifier's last layer that can leave tokens out. Without `answers` it is as it was.
+    """The last layer of a stock classifier. Outside `only_at` it computes all tokens as before.
 
     Attributes:
         path: of the layer in the classifier; empty where the model has no list of layers.
     """
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: PreTrainedModel) -> None:
         self.path, self._stock = "", stock
         try:
             self._layer = transformer_layers(stock)[-1]
@@ -47,15 +51,15 @@ class LastLayer:
 
     @property
     def runs_once(self) -> bool:
-        """Whether nothing runs the layer again in the backward pass, outside `answers`: checkpointing does."""
+        """False if the backward pass runs the layer again outside of `only_at`, as activation checkpointing does."""
         if not self.path or transformer_layers(self._stock)[-1] is not self._layer:
             return False
         names = ("gradient_checkpointing", "activation_checkpointing")
         return not any(getattr(self._layer, name, False) for name in names)
 
     @contextmanager
-    def answers(self, places: torch.Tensor | None) -> Iterator[None]:
-        """Inside, this thread's last layer is right at `places` only, int64 [T] of b * L + l; None: everywhere."""
+    def only_at(self, places: torch.Tensor | None) -> Iterator[None]:
+        """Inside, this thread computes the layer at `places` only, int64 [T] of b * L + l; None for all tokens."""
         _active.places, _active.part = places, None
         try:
             yield
@@ -63,15 +67,17 @@ class LastLayer:
             _active.places = _active.part = None
 
 
-def _gather(module: nn.Module, args: tuple) -> tuple | None:
-    # A part may lie inside another that has left tokens out already, such as a layer that an adapter wraps.
+def _gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Hook before a part: inputs [B, L, width] -> [1, T, width]."""
+    # A part may lie inside another part that has gathered already, such as a layer that an adapter wraps.
     if getattr(_active, "places", None) is None or getattr(_active, "part", None) is not None:
         return None
     _active.part, _active.shape = module, args[0].shape[:2]
     return (args[0].flatten(0, 1).index_select(0, _active.places)[None], *args[1:])
 
 
-def _scatter(module: nn.Module, _args: tuple, output: Any) -> Any:
+def _scatter(module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    """Hook after a part: outputs [1, T, width] -> [B, L, width], zeros at all other tokens."""
     if getattr(_active, "part", None) is not module:
         return None
     _active.part = None

@@ -1,4 +1,7 @@
-"""LoRA and QLoRA through PEFT, so that a bundle of theirs is an adapter that PEFT loads by itself."""
+"""LoRA and QLoRA through PEFT, so that PEFT alone can load their bundles.
+
+Shape letters: I inputs and O outputs of a layer, r rank. W is [O, I], A [r, I], B [O, r]; the layer adds s B A to W.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,28 +18,36 @@ from transformers.pytorch_utils import Conv1D
 
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.messages import shortened
-from llmrec_peft.models.base import backbone_entries
+from llmrec_peft.models.base_weights import backbone_entries
 from llmrec_peft.models.fused_lora import fuse_lora
-from llmrec_peft.models.stock_parts import HEAD_NAMES, backbone_of
+from llmrec_peft.models.stock_parts import HEAD_NAMES, backbone_of, fresh_modules_of
 from llmrec_peft.models.tensor_files import read_tensor
 from llmrec_peft.models.tuning_options import LoraOptions, QloraOptions, changes_base, matching_names
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
 _SAME = re.compile(r"\.lora_([AB])\.default\.weight$")
 
 
 def add_lora(
-    model: nn.Module, options: LoraOptions, base: str, *, trained: bool = False
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """PeftModel around a stock classifier, and the factors that the initialisation took out of its base weights.
+    model: PreTrainedModel, options: LoraOptions, base: str, *, trained: bool = False
+) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """Wrap a stock classifier in a PeftModel.
 
-    The factors are empty unless `options.init` changes the base (PiSSA, OLoRA); `plain_factors` needs them to write an
-    adapter that fits the base as it was. With `trained` the base stays as it is. Raises ModelError for options that
-    the model cannot take.
+    Returns:
+        The PeftModel, and the initial factors A and B if `options.init` moves part of the base weights into them
+        (PiSSA, OLoRA); else an empty mapping. `plain_factors` needs them to write an adapter for the original base.
+        With `trained`, the base is left unchanged.
+
+    Raises:
+        ModelError: options that the model cannot take.
     """
     from peft import get_peft_model
 
-    fresh = list(model.fresh_modules)
+    fresh = fresh_modules_of(model)
     config = lora_config(model, options, trained=trained)
     try:
         with warnings.catch_warnings():  # PEFT asks for an attribute that Transformers has renamed
@@ -45,7 +56,7 @@ def add_lora(
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"LoRA cannot be added: {reason}; correct target_modules or layers") from error
-    wrapped.get_base_model().fresh_modules = fresh
+    wrapped.get_base_model().fresh_modules = fresh  # type: ignore[assignment]  # stubs know tensors and modules only
     _check_bias(wrapped, options)
     if options.init == "loftq" and not trained:
         _start_loftq(wrapped, base)
@@ -56,7 +67,7 @@ def add_lora(
     return wrapped.eval(), initial
 
 
-def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False) -> Any:
+def lora_config(model: PreTrainedModel, options: LoraOptions, *, trained: bool = False) -> LoraConfig:
     """PEFT's configuration for a stock classifier. SEQ_CLS makes PEFT train and save the head with the adapter."""
     from peft import LoraConfig, TaskType
 
@@ -89,25 +100,25 @@ def lora_config(model: nn.Module, options: LoraOptions, *, trained: bool = False
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=options.r,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r, so a fraction will do
         lora_dropout=options.dropout,
         target_modules=targets,
         layers_to_transform=options.layers,
         bias=options.bias,
         use_dora=options.dora,
         use_rslora=options.rslora,
-        init_lora_weights=start,
+        init_lora_weights=start,  # type: ignore[arg-type]  # one of PEFT's names: LoraOptions has checked it
         fan_in_fan_out=transposed,
-        modules_to_save=[name for name in model.fresh_modules if name not in HEAD_NAMES] or None,
+        modules_to_save=[name for name in fresh_modules_of(model) if name not in HEAD_NAMES] or None,
     )
 
 
-def _present(model: nn.Module, targets: list[str]) -> list[str]:
-    """Those of a bundle's names that end the path of a module, each once: PEFT's time grows with their square.
+def _present(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """Those of a bundle's target names that end the path of a module, each once: PEFT's time grows with their square.
 
-    Others adapt nothing; a warning counts them. Raises BundleError if none is left.
+    The other names adapt nothing; a warning counts them. Raises BundleError if none is left.
     """
-    ends = set()
+    ends: set[str] = set()
     for path, _ in model.named_modules():
         parts = path.split(".")
         ends.update(".".join(parts[start:]) for start in range(len(parts)))
@@ -124,11 +135,11 @@ def _present(model: nn.Module, targets: list[str]) -> list[str]:
     return found
 
 
-def linear_names(model: nn.Module) -> list[str]:
+def linear_names(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers inside the transformer's layers, as paths below the layer's number.
 
-    Whole paths, since a bare `dense` of BERT would also match its pooler. Experts that a mixture holds together in one
-    parameter are no linear layers; a warning names them, since they stay as they are.
+    Whole paths, since a bare `dense` of BERT would also match its pooler. Experts that a mixture stores in one fused
+    parameter are no linear layers and are not adapted; a warning names them.
     """
     backbone, names = backbone_of(model), set()
     for path, module in backbone.named_modules():
@@ -145,11 +156,11 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def _is_router(module: nn.Module) -> bool:
-    """A subclass of a linear layer that returns its choice of experts, such as Phi-MoE's."""
+    """Whether a linear layer is a router, whose subclass returns its choice of experts, as in Phi-MoE."""
     return "Router" in type(module).__name__ and type(module).forward is not nn.Linear.forward
 
 
-def _as_named(model: nn.Module, names: list[str]) -> list[str]:
+def _as_named(model: PreTrainedModel, names: list[str]) -> list[str]:
     """The names without those that PEFT takes for parts of fused experts (`rewritten`); a warning names these."""
     moved = set(rewritten(model, names))
     if moved:
@@ -164,7 +175,7 @@ def _as_named(model: nn.Module, names: list[str]) -> list[str]:
     return left
 
 
-def _refuse_rewritten(model: nn.Module, targets: str | Iterable[str]) -> None:
+def _refuse_rewritten(model: PreTrainedModel, targets: str | Iterable[str]) -> None:
     moved = rewritten(model, [targets] if isinstance(targets, str) else targets)
     if moved:
         raise ModelError(
@@ -173,7 +184,7 @@ def _refuse_rewritten(model: nn.Module, targets: str | Iterable[str]) -> None:
         )
 
 
-def rewritten(model: nn.Module, targets: Iterable[str]) -> list[str]:
+def rewritten(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
     """Targets (names, or one pattern) that PEFT replaces by other modules or parameters on this model.
 
     PEFT reads adapters of mixtures that older versions of Transformers held expert by expert: there `gate_proj` becomes
@@ -203,17 +214,18 @@ def rewritten(model: nn.Module, targets: Iterable[str]) -> list[str]:
     return found
 
 
-def _check_bias(wrapped: nn.Module, options: LoraOptions) -> None:
+def _check_bias(wrapped: PeftModel, options: LoraOptions) -> None:
     if options.bias == "none":
         return
     if not any(p.requires_grad for n, p in wrapped.named_parameters() if n.endswith("bias") and "lora_" not in n):
         raise ModelError(f"bias is {options.bias!r}, but the adapted layers of this base have no bias; set it to none")
 
 
-def _start_loftq(wrapped: nn.Module, base: str) -> None:
-    """LoftQ (Li et al. 2023), one step: s B A is the best approximation of rank r to what 4 bits lose of a weight.
+def _start_loftq(wrapped: PeftModel, base: str) -> None:
+    """LoftQ (Li et al. 2023) with one step: s B A is the best approximation of rank r to W - dequantised(W).
 
-    Written here since PEFT's own version for bitsandbytes runs on accelerators only.
+    With U S V^T the singular value decomposition of (W - dequantised(W)) / s: A = sqrt(S_r) V_r^T, B = U_r sqrt(S_r).
+    PEFT's own version for bitsandbytes runs on accelerators only.
     """
     import bitsandbytes.functional as functional
 
@@ -224,13 +236,13 @@ def _start_loftq(wrapped: nn.Module, base: str) -> None:
         packed = layer.get_base_layer().weight
         weight = read_tensor(entries[name.removeprefix(f"{stock.base_model_prefix}.") + ".weight"])
         weight = weight.to(packed.device, torch.float32)
-        kept = functional.dequantize_4bit(packed.data, packed.quant_state).float()
-        u, s, v = torch.linalg.svd((weight - kept) / layer.scaling["default"], full_matrices=False)
+        coarse = functional.dequantize_4bit(packed.data, packed.quant_state).float()  # [O, I]
+        u, s, v = torch.linalg.svd((weight - coarse) / layer.scaling["default"], full_matrices=False)
         rank = layer.r["default"]
         with torch.no_grad():
             layer.lora_A["default"].weight[: len(s)].copy_(s[:rank, None].sqrt() * v[:rank])
             layer.lora_B["default"].weight[:, : len(s)].copy_(u[:, :rank] * s[:rank].sqrt())
-        if layer.use_dora["default"]:  # its magnitudes were those of the weights with B at zero
+        if layer.use_dora["default"]:  # its magnitudes were computed with B = 0
             layer.lora_magnitude_vector["default"].update_layer(
                 base_layer=layer.get_base_layer(),
                 lora_A=layer.lora_A["default"].weight,
@@ -240,10 +252,10 @@ def _start_loftq(wrapped: nn.Module, base: str) -> None:
 
 
 def plain_factors(state: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """LoRA tensors that fit the untouched base, of rank 2r: s (B A - B0 A0) = s [B, -B0] [A; A0].
+    """LoRA tensors of rank 2r for the original base: s (B A - B0 A0) = s [B, -B0] [A; A0].
 
-    The base holds W - s B0 A0 after PiSSA or OLoRA, so this is what training added to W. The configuration that goes
-    with it has rank 2r and a scale that is still s = alpha / r (`plain_config`).
+    After PiSSA or OLoRA the base holds W - s B0 A0, so this is the difference of the trained weights to W. [B, -B0] is
+    [O, 2r], [A; A0] is [2r, I]. Their configuration has rank 2r and still the scale s = alpha / r (`plain_config`).
     """
     result = dict(state)
     for name, value in initial.items():
@@ -253,11 +265,11 @@ def plain_factors(state: dict[str, torch.Tensor], initial: dict[str, torch.Tenso
     return result
 
 
-def plain_config(config: Any) -> Any:
+def plain_config(config: LoraConfig) -> LoraConfig:
     """Copy of a LoRA configuration for the tensors of `plain_factors`: double rank, same scale."""
     import copy
 
     plain = copy.deepcopy(config)
     plain.r = 2 * config.r
-    plain.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    plain.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)  # type: ignore[assignment]  # as above
     return plain

@@ -1,4 +1,4 @@
-"""Answers of a classifier on a data set of streams."""
+"""Predictions of a classifier on a data set of streams."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from llmrec_peft.models.selftest import check_streams
 
 @dataclass(frozen=True)
 class Predictions:
-    """Answers in the order of target numbers.
+    """Logits in the order of target numbers.
 
     Attributes:
         targets: int64 [n], numbers of the data set's targets, ascending.
@@ -40,18 +40,18 @@ def predict(
     processes: PartialState | None = None,
     description: str | None = None,
 ) -> Predictions:
-    """Answer every target of `streams`, whatever the batch size.
+    """Predict every target of `streams`; the result does not depend on the batch size.
 
     Args:
         model: a `BehaviorClassifier`, or a wrapper around one.
         streams: a data set with `lengths` whose items are streams.
         collator: how streams become tensors.
         batch_tokens: tokens in a padded batch, at most.
-        processes: with several ranks, each answers its share and all ranks get the whole.
+        processes: with several ranks, each predicts a part and all ranks get the whole.
         description: shows a progress bar under this name.
 
     Raises:
-        ModelError: an answer is not a finite number, or the base cannot answer such streams (`check_streams`).
+        ModelError: a logit is not a finite number, or the base does not support such streams (`check_streams`).
     """
     if isinstance(model, BehaviorClassifier):
         check_streams(model, streams)
@@ -62,7 +62,7 @@ def predict(
     model.eval()
     parts = []
     try:
-        # Not inference mode: what shards and gathers weights could not write to tensors made in it.
+        # No inference mode: ZeRO and FSDP could not write to tensors that were made in it.
         with torch.no_grad():
             # Every rank runs the same number of forward passes: sharded models gather weights in each.
             for start in tqdm(range(0, len(batches), world), desc=description, disable=not description or rank > 0,
@@ -81,5 +81,7 @@ def predict(
     order = np.argsort(targets, kind="stable")
     if not np.isfinite(logits).all():
         bad = int((~np.isfinite(logits).all(1)).sum())
-        raise ModelError(f"{bad} of {len(logits)} answers are not finite; lower the learning rate or check the weights")
+        raise ModelError(
+            f"{bad} of {len(logits)} predictions are not finite; lower the learning rate or check the weights"
+        )
     return Predictions(targets[order], labels[order], logits[order])

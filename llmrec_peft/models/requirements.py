@@ -1,6 +1,6 @@
-"""What streams require of a base, as far as its configuration and its modules tell: positions, windows, layer kinds.
+"""What streams require of a base, by its configuration and its modules: positions, windows, layer kinds.
 
-`selftest` measures what these do not tell.
+`selftest` measures the rest.
 """
 
 from __future__ import annotations
@@ -8,25 +8,28 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models.stock_parts import backbone_of, head_of, is_encoder
+from llmrec_peft.models.stock_parts import backbone_of, find_backbone, head_of, is_encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _PADDED_POSITIONS = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod",
     "longformer", "luke", "mpnet", "ibert", "esm", "lilt", "layoutlmv3", "markuplm",
 )  # fmt: skip
-"""Encoders that count positions from pad_token_id + 1, as RoBERTa does: so many of their positions take no token."""
+"""Encoders that count positions from pad_token_id + 1, as RoBERTa does: the positions below hold no token."""
 
 WINDOWS = (
     "sliding_window", "sliding_window_size", "sliding_windows", "attention_window", "attention_window_size",
     "local_attention", "local_attention_window_len", "attention_chunk_size", "window_size", "keep_window_size",
     "index_topk",
 )  # fmt: skip
-"""Configuration keys that hold a number of tokens, or a list of one a layer, beyond which a layer does not look."""
+"""Configuration keys of attention windows: a number of tokens, or a list of one number for each layer."""
 _LAYERS_OF = {
     "sliding_window": "slid", "sliding_window_size": "slid", "sliding_windows": "slid", "attention_chunk_size": "chunk",
     "window_size": "local", "index_topk": "index",
@@ -39,8 +42,8 @@ ATTENTION_KINDS = (
     "full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local", "full", "sliding",
     "moe", "mlp", "dense", "sparse",
 )  # fmt: skip
-"""Layers that hide what a mask forbids: softmax attention over the mask that the model is given, and layers without any
-attention that take each token by itself."""
+"""Layers that hide what a mask forbids: softmax attention under the model's mask, and layers without attention, which
+act on each token by itself."""
 _PATTERN = {"*": "attention", "-": "mlp", "E": "moe", "|": "moe", "M": "mamba", "D": "linear_attention"}
 """Letters of Nemotron-H's `hybrid_override_pattern`."""
 _ATTENTION_PLACES = ("attn_layer_indices", "full_attn_idxs")
@@ -51,8 +54,8 @@ _RECURRENT_CLASSES = re.compile(
 )
 
 
-def check_positions(config: Any, max_length: int) -> None:
-    """Raise ModelError unless the base can read `max_length` tokens, each seeing all before it in the same way."""
+def check_positions(config: PreTrainedConfig, max_length: int) -> None:
+    """Raise ModelError unless each of `max_length` tokens sees all tokens before it, whatever the length of the row."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and text.model_type in _PADDED_POSITIONS:
@@ -85,17 +88,18 @@ def _changing_ropes(text: Any) -> Iterator[tuple[str, int]]:
     for rope in nests:
         kind = str(rope.get("rope_type", rope.get("type", "default")))
         own = rope.get("original_max_position_embeddings") or original
-        if kind in ("longrope", "su") and (own or positions):
-            yield "longrope", int(own or positions)
+        limit = own or positions
+        if kind in ("longrope", "su") and limit:
+            yield "longrope", int(limit)
         elif "dynamic" in kind and (own or positions):
             yield kind, min(int(value) for value in (own, positions) if value)
 
 
-def _windows(config: Any) -> Iterator[tuple[str, int]]:
-    """(key, tokens) of the windows that bound what a token sees.
+def _windows(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+    """(key, tokens) of the windows that limit what a token sees.
 
-    An encoder reads each prompt alone, as its stock model does, and its windows are the model's own affair; but block
-    sparse attention draws its blocks by the length of the padded batch.
+    An encoder gets each prompt alone, as its stock model does, so its windows do not matter. But block-sparse attention
+    chooses its blocks by the length of the padded batch.
     """
     text = config.get_text_config()
     if is_encoder(config):
@@ -118,20 +122,20 @@ def _windows(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def _own(config: Any, key: str) -> Any:
-    """A value that the configuration's class knows, and not one that a file brought and no code reads; None if not."""
+    """A value that the configuration's class knows; None for one that only a file brought and no code reads."""
     value = getattr(config, key, None)
     return value if value is not None and key in inspect.signature(type(config)).parameters else None
 
 
-def unfit_for_candidates(config: Any, model: nn.Module | None = None) -> str | None:
-    """Why candidates cannot be hidden from each other, as far as configuration and modules tell; None if they can."""
+def unfit_for_candidates(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> str | None:
+    """Why candidates cannot be hidden from each other, by configuration and modules; None if they can."""
     odd = odd_layers(config, model)
     if odd:
         return f"layers of the kind {', '.join(odd)} do not follow a mask"
     return "ALiBi: positions cannot be given" if _own(config.get_text_config(), "alibi") else None
 
 
-def odd_layers(config: Any, model: nn.Module | None = None) -> list[str]:
+def odd_layers(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> list[str]:
     """Names of layer kinds that do not hide what a mask forbids: linear attention, mamba, conv, recurrent and such."""
     text = config.get_text_config()
     kinds = {str(kind) for key in LAYER_KINDS for kind in getattr(text, key, None) or ()}
@@ -173,15 +177,15 @@ def _rule(domain: Any, *path: str) -> Any:
     return domain
 
 
-def check_layout(base: str, model: nn.Module) -> None:
+def check_layout(base: str, model: PreTrainedModel) -> None:
     """Raise ModelError unless a stock classifier has a backbone and a head that streams can use."""
-    kind, backbone = type(model).__name__, backbone_of(model, missing_ok=True)
+    kind, backbone = type(model).__name__, find_backbone(model)
     if backbone is None:
         raise ModelError(f"base {base}: {kind} has no backbone under its prefix; use another architecture")
     head = head_of(model)
     if is_encoder(model.config):
         return
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         raise ModelError(f"base {base}: the head of {kind} is not a linear layer without bias; use another base")
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         raise ModelError(

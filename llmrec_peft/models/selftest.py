@@ -1,9 +1,9 @@
-"""A base measured against itself before streams meet it: what a stream answers must be what its prompts alone do.
+"""Self-test of a base before it gets streams: the predictions of a stream must be those of its prompts alone.
 
-A few short rows of made-up tokens go through the loaded model, once as streams and once each as the prompt that stands
-for it. That shows what no list of architectures could: layers that see past a mask, positions that are not followed,
-modules between backbone and head, and backbones that take other arguments. It costs four passes of about 70 tokens
-together, and two more where keys and values are kept.
+A few short rows of made-up tokens go through the loaded model, once as streams and once as single prompts. This finds
+what no list of architectures could: layers that see past a mask, positions that are ignored, modules between backbone
+and head, and backbones that take other arguments. It costs four passes of about 70 tokens together, and two more if
+keys and values are cached.
 """
 
 from __future__ import annotations
@@ -24,33 +24,38 @@ from llmrec_peft.models.stock_parts import backbone_of, head_of
 if TYPE_CHECKING:
     from llmrec_peft.models.classifier import BehaviorClassifier
 
-PREFIX, PROBES, REST = 4, (3, 4), 2
-"""Tokens of the rows: of the prefix, of each candidate that hangs off it, and of the prefix beyond them."""
+PREFIX, CANDIDATES, REST = 4, (3, 4), 2
+"""Tokens of the rows: of the prefix, of each candidate after it, and of the prefix beyond the candidates."""
 TOLERANCE = 1e-3
-"""Largest difference that passes in float32, as a share of the spread of different prompts. Right answers differ by
-1e-7 to 2e-5, and linear attention is off by 3e-3 (weights that nobody trained) to 5."""
+"""Largest difference that passes in float32, relative to the spread over different prompts. Correct bases differ by
+1e-7 to 2e-5; linear attention is off by 3e-3 (untrained weights) to 5."""
 LOW_TOLERANCE = 0.1
-"""Mean difference that passes in less precise types and 4 bits, as such a share: one number alone may be off by 1 where
-a mixture routes a token to another expert. Right answers differ by up to 0.015, wrong layers are off by 0.3 to 1."""
+"""Mean difference that passes in less precise types and 4 bits, relative to the same spread. The mean, since a single
+number may be off by 1 if a mixture routes a token to another expert. Correct bases differ by up to 0.015, wrong layers
+by 0.3 to 1."""
 _FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
+Pieces = tuple[list[int], list[list[int]], list[int]]
+"""Tokens of a prefix, of two candidates, and of the rest of the prefix."""
+
+
 class _Fault(NamedTuple):
-    """What is wrong with a base, and the library's exception that showed it, if one did."""
+    """What is wrong with a base, and the exception of a library that showed it, if any."""
 
     text: str
     cause: Exception | None = None
 
 
 class _HeadReached(Exception):
-    """The stock model has come to its head."""
+    """Raised in a hook to stop the stock model before its head."""
 
 
 def check_streams(classifier: BehaviorClassifier, streams: Any) -> None:
-    """Raise ModelError unless the classifier's base answers these streams as it would answer their prompts.
+    """Raise ModelError unless the base predicts these streams as it would predict their prompts alone.
 
-    streams: a data set from `build_streams`, a part of one, or its prompts by `IndependentPrompts`; anything else is
-    left to who made it.
+    streams: a data set from `build_streams`, a part of one, or its prompts by `IndependentPrompts`. Any other data set
+    is not checked.
     """
     parent = getattr(streams, "parent", streams)
     domain = getattr(parent, "domain", None)
@@ -61,13 +66,13 @@ def check_streams(classifier: BehaviorClassifier, streams: Any) -> None:
     if parent is streams or not hasattr(streams, "streams"):  # not prompts, each alone in its row
         reason = candidates_of(domain)
         if reason is None and getattr(parent, "has_candidates", False):
-            reason = "targets without a label are answered too"
+            reason = "targets without a label are predicted too"
         if reason is not None:
             check_candidates(classifier, reason)
 
 
 def check_base_for(classifier: BehaviorClassifier, domain: Any) -> None:
-    """Raise ModelError unless the base can answer streams of a domain (or its mapping), whatever their length."""
+    """Raise ModelError unless the base supports streams of a domain (or its mapping), whatever their length."""
     check_prefixes(classifier)
     reason = candidates_of(domain)
     if reason is not None:
@@ -75,26 +80,28 @@ def check_base_for(classifier: BehaviorClassifier, domain: Any) -> None:
 
 
 def check_prefixes(classifier: BehaviorClassifier) -> None:
-    """Raise ModelError unless rows without candidates give what the stock classifier's head reads of their prompts."""
+    """Raise ModelError unless rows without candidates give the head inputs of the stock classifier on their prompts."""
     fault = _fault(classifier, "prefixes")
     if fault:
         raise ModelError(
-            f"base {_name(classifier)}: a stream's answers are not those of the stock model ({fault.text}); use "
+            f"base {_name(classifier)}: a stream's predictions are not those of the stock model ({fault.text}); use "
             "another base"
         ) from fault.cause
 
 
 def check_candidates(classifier: BehaviorClassifier, reason: str, *, cache: bool = False) -> None:
-    """Raise ModelError unless the base hides candidates from each other, by its layers' kinds and by measurement.
+    """Raise ModelError unless the base hides candidates from each other, by the kinds of its layers and by measurement.
 
-    reason: what asks for candidates. cache: they also go on from keys and values of a prefix that ran before.
+    Args:
+        reason: what needs candidates, for the message.
+        cache: candidates also continue from cached keys and values of a prefix.
     """
     if classifier.encoder:
-        return  # refused where it matters: it answers each prompt alone
+        return  # an encoder predicts each prompt alone; `forward` refuses candidates
     unfit = unfit_for_candidates(classifier.config, classifier.stock)
     fault = _Fault(unfit) if unfit else None
     if not fault and classifier.config._attn_implementation.startswith("flash"):
-        return  # refused by the first rows with candidates, with the remedy
+        return  # `forward` refuses rows with candidates and says what to do
     fault = fault or _fault(classifier, "candidates")
     if cache and not fault:
         fault = _fault(classifier, "cache")
@@ -119,13 +126,13 @@ def _name(classifier: BehaviorClassifier) -> str:
 
 
 def _fault(classifier: BehaviorClassifier, name: str) -> _Fault | None:
-    """What is wrong with a base by one measurement, which is made once; None if nothing, or if it cannot be made.
+    """What is wrong with a base by one measurement, which runs once; None if nothing, or if it cannot run.
 
-    Weights that are split over ranks or not there at all are not measured: there the configuration alone tells.
+    Sharded weights and weights on the meta device are not measured; there only the configuration is checked.
     """
     if classifier.encoder or any(value.is_meta or is_split(value) for value in classifier.parameters()):
         return None
-    key = (classifier.config._attn_implementation, _precision(classifier), name)
+    key = (str(classifier.config._attn_implementation), _precision(classifier), name)
     measure, needs = _MEASUREMENTS[name]
     if key not in classifier.selftests:
         try:
@@ -135,19 +142,19 @@ def _fault(classifier: BehaviorClassifier, name: str) -> _Fault | None:
             return _Fault(str(error).split(";")[0], error)
         except _FAILURES as error:
             if machine_fault(error) is not None:
-                raise  # not the base's fault, and another time it may do
+                raise  # the machine failed (memory, disk), not the base
             said = f"{type(error).__name__}: {one_line(error, 80)}".rstrip(". ")
             return _Fault(f"its {type(backbone_of(classifier.stock)).__name__} {needs} ({said})", error)
         classifier.selftests[key] = _difference(found.float(), expected.float(), key[1])
-    said = classifier.selftests[key]
-    return None if said is None else _Fault(said)
+    fault = classifier.selftests[key]
+    return None if fault is None else _Fault(fault)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """What is wrong with answers [prompts, H] of a base that computes in `dtype`; None if nothing."""
+    """What is wrong with head inputs `found` [prompts, H] of a base that computes in `dtype`; None if nothing."""
     spread = float((expected - expected.mean(0)).std())
     if not spread > 0:
-        return None  # all prompts are answered alike (or by no number), and no answer tells of another prompt
+        return None  # all prompts give the same vector (or NaN), so nothing can leak between them
     gaps = (found - expected).abs() / spread
     gap, limit = (gaps.max(), TOLERANCE) if dtype is torch.float32 else (gaps.mean(), LOW_TOLERANCE)
     if gap <= limit:
@@ -156,7 +163,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 
 
 def _precision(classifier: BehaviorClassifier) -> torch.dtype:
-    """The least precise type that the base computes in: float16 for packed weights."""
+    """The least precise number format that the base computes in; float16 for packed weights."""
     parameters = list(classifier.stock.parameters())
     if any(hasattr(value, "quant_state") or not value.is_floating_point() for value in parameters):
         return torch.float16
@@ -176,13 +183,13 @@ def _quietly(classifier: BehaviorClassifier) -> Iterator[None]:
             module.training = training
 
 
-def _pieces(classifier: BehaviorClassifier) -> tuple[list[int], list[list[int]], list[int]]:
+def _pieces(classifier: BehaviorClassifier) -> Pieces:
     """Tokens of prefix, candidates and the rest of the prefix: always the same, none of them the pad token."""
     config = classifier.config.get_text_config()
     vocabulary = [token for token in range(min(config.vocab_size, 4096)) if token != config.pad_token_id]
     draw = random.Random(0)
-    tokens = [draw.choice(vocabulary) for _ in range(PREFIX + sum(PROBES) + REST)]
-    first, second = PREFIX, PREFIX + PROBES[0]
+    tokens = [draw.choice(vocabulary) for _ in range(PREFIX + sum(CANDIDATES) + REST)]
+    first, second = PREFIX, PREFIX + CANDIDATES[0]
     return tokens[:first], [tokens[first:second], tokens[second:-REST]], tokens[-REST:]
 
 
@@ -197,12 +204,12 @@ def _padded(classifier: BehaviorClassifier, rows: list[list[int]]) -> torch.Tens
 
 
 def _alone(classifier: BehaviorClassifier, prompts: list[list[int]]) -> torch.Tensor:
-    """What the stock classifier's head reads at the last token of each prompt, alone in its row: [prompts, H]."""
+    """Inputs of the stock classifier's head at the last token of each prompt, alone in its row: [prompts, H]."""
     read: list[torch.Tensor] = []
 
     def stop(_head: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         read.append(inputs[0])
-        raise _HeadReached  # a float32 head would not take what a bfloat16 base gives it
+        raise _HeadReached  # a float32 head does not take the output of a bfloat16 base
 
     ids, lengths = _padded(classifier, prompts), torch.tensor([len(row) for row in prompts], device=classifier.device)
     mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
@@ -216,7 +223,7 @@ def _alone(classifier: BehaviorClassifier, prompts: list[list[int]]) -> torch.Te
     return hidden[torch.arange(len(prompts), device=ids.device), lengths - 1] if hidden.dim() == 3 else hidden
 
 
-def _prefixes(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _prefixes(classifier: BehaviorClassifier, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
     """Two rows of different lengths, one padded on the right, each read at two places."""
     prefix, _, rest = pieces
     whole = prefix + rest
@@ -226,8 +233,8 @@ def _prefixes(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor
     return found, _alone(classifier, [prefix[:2], prefix, whole[:3], whole])
 
 
-def _candidates(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row: a prefix, two candidates off it, and more of the prefix."""
+def _candidates(classifier: BehaviorClassifier, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row: a prefix, two candidates after it, and more of the prefix."""
     prefix, (one, two), rest = pieces
     places = [0] * len(prefix) + [1] * len(one) + [2] * len(two) + [0] * len(rest)
     point = len(prefix)
@@ -241,8 +248,8 @@ def _candidates(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tens
     return found, _alone(classifier, [prefix + one, prefix + two, prefix + rest])
 
 
-def _continued(classifier: BehaviorClassifier, pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prefix first, and the candidates on its keys and values, as a scorer answers them."""
+def _continued(classifier: BehaviorClassifier, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prefix first, then the candidates on its cached keys and values, as in a scorer."""
     from transformers import DynamicCache
 
     prefix, (one, two), _ = pieces
@@ -267,4 +274,4 @@ _MEASUREMENTS: dict[str, tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]],
     "candidates": (_candidates, "takes no mask for each row"),
     "cache": (_continued, "takes no keys and values of earlier tokens under a mask"),
 }
-"""Each measurement, and what a base lacks that fails in it."""
+"""Each measurement, and what a base that fails in it lacks."""

@@ -1,13 +1,14 @@
-"""Parameters that are split over ranks: ZeRO-3 and FSDP leave a part of each on every rank.
+"""Sharded parameters: under ZeRO-3 and FSDP each rank holds a part of every parameter.
 
-Whatever reads or writes a parameter's numbers outside a forward pass goes through here. Each function is collective
-where a parameter is split: all ranks must call it, in the same order. On whole parameters they cost nothing.
+Code that reads or writes a parameter's numbers outside a forward pass uses these functions. They are collective if a
+parameter is sharded: all ranks must call them, in the same order. On whole parameters they cost nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def is_split(value: torch.Tensor) -> bool:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
-    """Inside, the ZeRO-3 parameters among these are whole on every rank; with `write`, rank 0's changes are kept."""
+    """Inside, the ZeRO-3 parameters among these are whole on every rank; with `write`, rank 0's changes are stored."""
     split = [value for value in parameters if _in_zero3(value)]
     if not split:
         yield
@@ -38,13 +39,13 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iter
 
 def whole_shape(value: torch.Tensor) -> torch.Size:
     """Shape of the whole parameter."""
-    return torch.Size(value.ds_shape) if _in_zero3(value) else value.shape
+    return torch.Size(getattr(value, "ds_shape", ())) if _in_zero3(value) else value.shape
 
 
 def whole(value: nn.Parameter) -> torch.Tensor:
     """The whole parameter, detached: a copy where it is split, else the tensor itself."""
     if isinstance(value, DTensor):
-        return value.detach().full_tensor()
+        return cast(DTensor, value.detach()).full_tensor()
     if not _in_zero3(value):
         return value.detach()
     with gathered([value]):

@@ -76,11 +76,12 @@ class ModelOptions:
     """Number format of the frozen base weights; the head is always float32. Method full needs float32."""
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel; flash_attention_2 serves streams without candidates only."""
-    head_init: Literal["words", "zero", "random"] = "words"
-    """Start of the head: the outcome words' rows of the language-model head (an encoder's starts at random, and a base
-    that is a classifier of these labels keeps its own), zero, or random."""
+    head_init: Literal["label_words", "zero", "random", "words"] = "label_words"
+    """Initial weights of the head: label_words, the label words' rows of the language-model head (an encoder's head
+    starts at random, and a base that is a classifier of these labels keeps its own head); zero; or random. words is
+    the former name of label_words."""
     head_scale: float = number(1.0, 0, 1e6, above=True)
-    """Factor on the rows that `head_init: words` starts from."""
+    """Factor on the initial rows of `head_init: label_words`."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     trust_remote_code: bool = False
@@ -88,6 +89,8 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.head_init == "words":  # in configurations and manifests of version 0.1
+            self.head_init = "label_words"
         require(bool(self.base.strip()), "base", "a model name or path", self.base)
 
 
@@ -204,6 +207,11 @@ def method_options(method: str, values: Mapping[str, Any]) -> MethodOptions:
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, not {method!r}; choose one of them")
     return from_mapping(METHODS[method], values, f"method {method}")
+
+
+def method_name_of(options: MethodOptions) -> str:
+    """Name of the method that an options object belongs to."""
+    return next(name for name, kind in METHODS.items() if type(options) is kind)
 
 
 def from_mapping(kind: type, values: Mapping[str, Any], what: str) -> Any:

@@ -9,7 +9,8 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from llmrec_peft.checkpoints.bundle import Bundle
-from llmrec_peft.checkpoints.manifest import digest
+from llmrec_peft.checkpoints.checksum import digest
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.config.schema import DistillConfig, read_config
 from llmrec_peft.data.log import BehaviorLog, Splits
 from llmrec_peft.distillation.content_embedding import add_teacher_content
@@ -25,7 +26,7 @@ from llmrec_peft.distillation.teacher_predictions import teacher_predictions
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.files import scratch_directory, writing
 from llmrec_peft.models.base import load_tokenizer
-from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
+from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.runs.console import main_printer
 from llmrec_peft.runs.launch_checks import check_launch, describe_launch
 from llmrec_peft.runs.output_paths import check_output_directory
@@ -164,7 +165,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         # Save: the student comes first, so that no failure of the report loses it.
         if state.is_main_process:
             record = results.training_record(run, streams)
-            save_student(run.path("student"), trainer.model, plan.domain.to_dict(), metadata, **record)
+            save_student(run.path("student"), trainer.model, plan.domain.to_dict(), metadata, record)
 
         # Report.
         metrics = report_run(run, trainer, streams, results)

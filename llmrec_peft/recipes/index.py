@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST
 from llmrec_peft.config.schema import IndexConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
@@ -40,7 +41,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
         show = main_printer(state)
         with raise_on_all_ranks():
             # Settings.
-            manifest = read_answering(config.bundle)
+            manifest = read_manifest(config.bundle)
             domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
             directory = Path(config.retrieval or Path(config.bundle) / DIRECTORY)
             check_index_output(config, directory)
@@ -62,10 +63,8 @@ def index(config: IndexConfig) -> dict[str, Any]:
 
             # Classifier.
             show(f"loading {config.bundle}")
-            bundle = load_answering(
-                config.bundle, base=config.base, dtype=config.dtype, attn=config.attn,
-                trust_remote_code=config.trust_remote_code,
-            )  # fmt: skip
+            loading = LoadOptions(config.base, config.dtype, config.attn, config.trust_remote_code)
+            bundle = load_trained(config.bundle, loading)
             check_positions(bundle.classifier.config, domain.stream.max_length)
             model = bundle.classifier.to(state.device)
 

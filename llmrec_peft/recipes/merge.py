@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.merged import check_output
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST
+from llmrec_peft.checkpoints.output_directory import check_output
 from llmrec_peft.config.schema import DataConfig, MergeConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import Streams

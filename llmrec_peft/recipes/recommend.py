@@ -3,8 +3,8 @@
 import time
 from pathlib import Path
 
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.merged import read_answering
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST
 from llmrec_peft.config.schema import RecommendConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.errors import DataError
@@ -34,7 +34,7 @@ def recommend(config: RecommendConfig) -> None:
                       "base": config.base, "candidates": config.candidates, "retrieval": config.retrieval}  # fmt: skip
             check_output_directory(out, inputs, writes=(RESULT, ERRORS, DIRECTORY))
             check_job_results(out)
-            manifest = read_answering(config.bundle)
+            manifest = read_manifest(config.bundle)
             domain = Domain.of_manifest(manifest["domain"], source=f"{config.bundle}/{MANIFEST}")
 
             # Log, users and candidates.

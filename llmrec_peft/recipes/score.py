@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from llmrec_peft.checkpoints.bundle import check_bundle
+from llmrec_peft.checkpoints.adapter_checks import check_bundle
 from llmrec_peft.config.schema import ScoreConfig
 from llmrec_peft.data.readers.json_records import is_json
 from llmrec_peft.errors import BundleError, ConfigError, DataError

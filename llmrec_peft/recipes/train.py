@@ -7,8 +7,8 @@ from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.models.base import load_config, load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.runs.console import main_printer
 from llmrec_peft.runs.launch_checks import check_launch, describe_launch
@@ -113,7 +113,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         if state.is_main_process:
             record, domain = results.training_record(run, streams), config.domain.to_dict()
             model = trainer.model
-            save_bundle(run.path("bundle"), model, model.tokenizer, domain, state=tensors, **record)
+            save_bundle(run.path("bundle"), model, model.tokenizer, domain, record, state=tensors)
 
         # Report.
         metrics = report_run(run, trainer, streams, results)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.checkpoints.sealing import Real, check_schema, content_digest, sha256
+from llmrec_peft.checkpoints.checksum import content_digest, sha256
+from llmrec_peft.checkpoints.directory_checks import check_links, read_json, stray_weights
+from llmrec_peft.checkpoints.value_schema import Real, check_schema
 from llmrec_peft.errors import BundleError, ConfigError, input_errors, output_errors
 from llmrec_peft.files import move_into_place, plain, scratch_directory, write_json
-from llmrec_peft.models.model_files import check_links, read_json, stray_weights
 from llmrec_peft.retrieval.collaborative import MODELS
 from llmrec_peft.retrieval.collaborative_model import CollaborativeModel
 from llmrec_peft.retrieval.fusion import Fusion
@@ -137,7 +138,7 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any], arrays: str) -> Non
 def _check_digests(path: Path, arrays: Path, manifest: Mapping[str, Any]) -> None:
     """Raise BundleError unless both files are those that were written together."""
     # Imported here: that module imports torch, which retrieval does not need.
-    from llmrec_peft.models.tensor_files import read_header, read_metadata
+    from llmrec_peft.models.safetensors_header import read_header, read_metadata
 
     if manifest["files"][arrays.name] != sha256(arrays):
         raise BundleError(f"{arrays} is not the file that {path.name} was written with; restore both, or fit again")

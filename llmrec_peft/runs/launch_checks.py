@@ -7,7 +7,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.models.base import check_quantization
+from llmrec_peft.models.quantization import check_quantization
 from llmrec_peft.models.tuning_options import QloraOptions
 from llmrec_peft.runs.settings import RunConfig
 from llmrec_peft.training.distributed import on_cpu, partial_state, uses_fsdp

@@ -8,8 +8,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from llmrec_peft.checkpoints.manifest import digest
-from llmrec_peft.checkpoints.sealing import sha256
+from llmrec_peft.checkpoints.checksum import digest, sha256
 from llmrec_peft.config.schema import RecommendConfig
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import DataError, LLMRecError

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from llmrec_peft.checkpoints.bundle import TrainingRecord
 from llmrec_peft.evaluation.calibration import Calibration, fit_calibration
 from llmrec_peft.evaluation.stream_metrics import choose_metrics, measure
 from llmrec_peft.runs.run_directory import Run
@@ -37,13 +38,13 @@ class RunResults:
     metrics: dict[str, Any]
     cost: dict[str, float | str]
 
-    def training_record(self, run: Run, streams: SplitStreams) -> dict[str, Any]:
+    def training_record(self, run: Run, streams: SplitStreams) -> TrainingRecord:
         """What a bundle's or a student's behavior.json says of the run."""
-        return {
-            "calibration": self.calibration.to_dict() if run.config.evaluation.calibrate else None,
-            "counts": {**streams.counts(), "split": streams.split_note()},
-            "metrics": {name: self.metrics[name] for name in ("valid", "test")},
-        }
+        return TrainingRecord(
+            calibration=self.calibration.to_dict() if run.config.evaluation.calibrate else None,
+            counts={**streams.counts(), "split": streams.split_note()},
+            metrics={name: self.metrics[name] for name in ("valid", "test")},
+        )
 
 
 def measure_run(

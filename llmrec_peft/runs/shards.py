@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmrec_peft.checkpoints.manifest import digest
+from llmrec_peft.checkpoints.checksum import digest
 from llmrec_peft.documents import parse_json, read_mapping
 from llmrec_peft.errors import ConfigError, LLMRecError
 from llmrec_peft.files import replacing, sweep, write_json, writing

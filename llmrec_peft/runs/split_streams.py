@@ -13,7 +13,7 @@ from llmrec_peft.data.leakage import check_leakage
 from llmrec_peft.data.log import BehaviorLog, Splits
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, Streams, build_streams
 from llmrec_peft.errors import DataError
-from llmrec_peft.models.base import base_fingerprint
+from llmrec_peft.models.base_weights import base_fingerprint
 from llmrec_peft.models.classifier import BehaviorClassifier
 
 if TYPE_CHECKING:

@@ -198,7 +198,7 @@ class AdapterBank:
 
     def token_embeddings(self) -> torch.Tensor:
         """The base's embeddings of tokens, [tokens, width]."""
-        embedding: nn.Module = self._engine.classifier.stock.get_input_embeddings()  # type: ignore[operator]
+        embedding: nn.Module = self._engine.classifier.stock.get_input_embeddings()
         return embedding.get_parameter("weight")
 
     # -- versions ------------------------------------------------------------------------------

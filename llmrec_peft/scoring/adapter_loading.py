@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 
-from llmrec_peft.checkpoints.bundle import check_bundle, reading
-from llmrec_peft.checkpoints.bundle_checks import check_shapes, plain_options, read_state
-from llmrec_peft.checkpoints.manifest import MANIFEST, WEIGHTS, digest, read_options
+from llmrec_peft.checkpoints.adapter_checks import check_bundle, check_shapes, plain_options, read_state, reading
+from llmrec_peft.checkpoints.checksum import digest
+from llmrec_peft.checkpoints.manifest import read_options
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST, WEIGHTS
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.models.bottleneck import BottleneckAdapter, find_layout, transformer_layers
-from llmrec_peft.models.classifier import BehaviorClassifier, quantization_of
+from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import fits
+from llmrec_peft.models.quantization import quantization_of
 from llmrec_peft.models.requirements import check_positions
+from llmrec_peft.models.safetensors_header import TensorEntry
 from llmrec_peft.models.stock_parts import head_name
-from llmrec_peft.models.tensor_files import TensorEntry
 from llmrec_peft.models.tuning_options import AdapterOptions, HeadOptions, LoraOptions
 from llmrec_peft.scoring.adapter_layers import AdapterLayer, Bias, Bottleneck, LowRank, count_bytes, dora_ratio
 from llmrec_peft.scoring.loaded_adapter import LoadedAdapter

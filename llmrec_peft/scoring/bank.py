@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmrec_peft.checkpoints.bundle import check_bundle
+from llmrec_peft.checkpoints.adapter_checks import check_bundle
 from llmrec_peft.errors import DataError
 from llmrec_peft.messages import listed, quoted
 from llmrec_peft.requests.argument_checks import check_count

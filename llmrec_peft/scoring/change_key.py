@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from llmrec_peft.checkpoints.manifest import FILES
+from llmrec_peft.checkpoints.manifest_schema import FILES
 from llmrec_peft.errors import BundleError
 
 ChangeKey: TypeAlias = tuple[Any, ...]

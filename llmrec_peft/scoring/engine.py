@@ -196,7 +196,7 @@ class Engine:
                 segment = _pads([len(row.stream) for row in rows], inputs["input_ids"].shape[1], device)
         self._active.spans, self._active.shape = spans, tuple(inputs["input_ids"].shape)
         try:
-            with self._last_layer.answers(self._marker_places(spans, inputs)):
+            with self._last_layer.only_at(self._marker_places(spans, inputs)):
                 # [T, H], the rows' markers one after another
                 hidden = self.classifier.hidden_states(**inputs, segment=segment, past=past, past_seen=seen).float()
         finally:

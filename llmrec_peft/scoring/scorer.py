@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmrec_peft.checkpoints.manifest import MANIFEST, WEIGHTS, digest
-from llmrec_peft.checkpoints.merged import load_answering, read_answering
+from llmrec_peft.checkpoints.checksum import digest
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST, WEIGHTS
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import DataError
@@ -90,7 +92,7 @@ class Scorer:
             DataError: an item table that cannot be read.
         """
         directory, table = Path(directory), ItemTable.read(items)
-        manifest = read_answering(directory)
+        manifest = read_manifest(directory)
         cache = PrefixCache(cache_bytes) if cache_bytes else None
         options = BaseOptions(dtype, attn, device, trust_remote_code)
         if manifest.get("kind") == "merged" or manifest["method"] == "full" or _merges(manifest, dtype):
@@ -206,13 +208,8 @@ def _bank_of_model(
     directory: Path, items: ItemTable, base: str | Path | None, options: BaseOptions, cache: PrefixCache | None
 ) -> AdapterBank:
     """A bank of one model with weights of its own: merged, fully trained, or a LoRA bundle that is merged here."""
-    bundle = load_answering(
-        directory,
-        base=None if base is None else str(base),
-        dtype=options.dtype,
-        attn=options.attn,
-        trust_remote_code=options.trust_remote_code,
-    )
+    place = None if base is None else str(base)
+    bundle = load_trained(directory, LoadOptions(place, options.dtype, options.attn, options.trust_remote_code))
     classifier, tokenizer = bundle.classifier, bundle.tokenizer
     if classifier.method == "lora":
         classifier = BehaviorClassifier(unload(classifier, torch.float32), "merged", classifier.labels)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models.base import Quantization, base_fingerprint, load_model, load_tokenizer, resolve_base
+from llmrec_peft.models.base import load_tokenizer, resolve_base
+from llmrec_peft.models.base_model import load_model
+from llmrec_peft.models.base_weights import base_fingerprint
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import tokenizer_fingerprint
+from llmrec_peft.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmrec_peft.checkpoints.sealing import Whole, check_schema
+from llmrec_peft.checkpoints.value_schema import Whole, check_schema
 from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import BundleError, DataError, ModelError, one_line
 from llmrec_peft.messages import quoted

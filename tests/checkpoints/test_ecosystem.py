@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrec_peft.checkpoints.bundle import load_bundle
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary
@@ -93,7 +93,7 @@ def test_the_same_logits_in_a_padded_batch(kind, options, jobs, found, tiny_base
 @pytest.mark.parametrize("name", CARDS)
 def test_the_code_of_a_card_gives_the_same_answer(name, jobs, found):
     """Its tokens are those of a stream, piece by piece, and its probabilities are calibrated."""
-    loaded = load_bundle(jobs[name]["bundle"])
+    loaded = load_trained(jobs[name]["bundle"])
     domain = Domain.from_dict(DOMAIN)
     vocabulary = Vocabulary(domain, loaded.tokenizer)
     assert len(vocabulary.prefix) == (name == "begins")

@@ -18,25 +18,30 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmrec_peft.checkpoints import manifest as manifest_module
-from llmrec_peft.checkpoints.bundle import check_bundle, load_bundle, save_bundle
-from llmrec_peft.checkpoints.manifest import CONFIG, FILES, MANIFEST, WEIGHTS, read_manifest, weights_metadata
-from llmrec_peft.checkpoints.sealing import sealed, sha256
+from llmrec_peft.checkpoints.adapter_checks import check_bundle, weights_metadata
+from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
+from llmrec_peft.checkpoints.checksum import sha256, with_checksum
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import CONFIG, FILES, MANIFEST, WEIGHTS
 from llmrec_peft.errors import BundleError, LLMRecError
-from llmrec_peft.models import classifier as classifier_module
-from llmrec_peft.models.tensor_files import read_header
+from llmrec_peft.models import building as building_module
+from llmrec_peft.models.safetensors_header import read_header
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_base):
     """Sound bundles by method."""
-    from llmrec_peft.models.classifier import load_classifier
+    from llmrec_peft.checkpoints.loading import load_classifier
     from tests.models.conftest import DOMAIN
 
     place = tmp_path_factory.mktemp("hostile")
     for method, options in (("lora", {"r": 4}), ("adapter", {"size": 4})):
         torch.manual_seed(0)
         classifier = load_classifier(str(tiny_base("llama")), DOMAIN, method, **options)
-        save_bundle(place / method, classifier, classifier.tokenizer, DOMAIN, metrics={"test": {"auc": 0.7}})
+        save_bundle(
+            place / method, classifier, classifier.tokenizer, DOMAIN, TrainingRecord(metrics={"test": {"auc": 0.7}})
+        )
     return place
 
 
@@ -60,17 +65,17 @@ def forge(directory: Path, change=lambda manifest: None, tensors=None, config=No
     save_file(values if tensors is None else tensors(values), directory / WEIGHTS, metadata=metadata)
     if isinstance(manifest.get("files"), dict):
         manifest["files"].update({name: sha256(directory / name) for name in (CONFIG, WEIGHTS)})
-    (directory / MANIFEST).write_text(json.dumps(sealed(manifest)), "utf-8")
+    (directory / MANIFEST).write_text(json.dumps(with_checksum(manifest)), "utf-8")
 
 
 def refused(directory: Path, match: str | None = None, kind: type[LLMRecError] = BundleError) -> str:
     with pytest.raises(kind, match=match) as caught:
-        load_bundle(directory)
+        load_trained(directory)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
     return str(caught.value)
 
 
-# -- the seal ----------------------------------------------------------------------------------------
+# -- the checksum ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,11 +106,11 @@ def test_an_edited_manifest_is_refused(change, bundle):
         lambda m: m.update(format_version=1) or m.pop("seal"),
     ],
 )
-def test_a_manifest_sealed_again_is_held_to_its_weights(change, bundle):
+def test_a_manifest_with_a_new_checksum_is_held_to_its_weights(change, bundle):
     """Method, options, number format and format version stand in the weights too."""
     manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     change(manifest)
-    (bundle / MANIFEST).write_text(json.dumps(sealed(manifest) if "seal" in manifest else manifest), "utf-8")
+    (bundle / MANIFEST).write_text(json.dumps(with_checksum(manifest) if "seal" in manifest else manifest), "utf-8")
     refused(bundle)
 
 
@@ -120,9 +125,9 @@ def test_format_1_loads_with_one_warning(bundle, caplog, monkeypatch):
     manifest["format_version"] = 1
     (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
     with caplog.at_level(logging.WARNING):
-        load_bundle(bundle)
+        load_trained(bundle)
         check_bundle(bundle)
-    assert sum("is of format 1, which is not sealed" in record.getMessage() for record in caplog.records) == 1
+    assert sum("is of format 1, which has no checksum" in record.getMessage() for record in caplog.records) == 1
 
 
 # -- numbers and texts of a manifest -----------------------------------------------------------------
@@ -145,7 +150,7 @@ def test_entries_of_another_type(place, value, bundle):
         pytest.skip("any mapping is sound")
     manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     manifest[place] = value
-    (bundle / MANIFEST).write_text(json.dumps(sealed(manifest)), "utf-8")
+    (bundle / MANIFEST).write_text(json.dumps(with_checksum(manifest)), "utf-8")
     refused(bundle)
 
 
@@ -176,7 +181,7 @@ def test_a_pattern_given_to_training_is_saved_as_names(make, shake, domain, answ
     directory = save_bundle(tmp_path / "bundle", trained, trained.tokenizer, domain)
     names = read_manifest(directory)["method_options"]["target_modules"]
     assert names == ["model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
-    assert torch.equal(answer(load_bundle(directory).classifier, prompt), answer(trained, prompt))
+    assert torch.equal(answer(load_trained(directory).classifier, prompt), answer(trained, prompt))
 
 
 def test_a_template_of_a_huge_width_is_refused(bundle):
@@ -204,11 +209,11 @@ def test_names_of_no_module_are_left_out(saved, bundle, caplog):
     names += [f"n{number:05d}_{'y' * 400}" for number in range(19_000)] + ["q_proj"] * 900
     forge(bundle, lambda m: m["method_options"].update(target_modules=names), config={"target_modules": sorted(names)})
     with caplog.at_level(logging.WARNING):
-        classifier = load_bundle(bundle).classifier
+        classifier = load_trained(bundle).classifier
     assert classifier.model.peft_config["default"].target_modules == set(names[:7])  # quadratic in these
     loaded = classifier.trainable_state_dict()
     assert "19000 of 19007 names in target_modules" in caplog.text
-    whole = load_bundle(saved / "lora").classifier.trainable_state_dict()
+    whole = load_trained(saved / "lora").classifier.trainable_state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in whole.items())
     forge(bundle, lambda m: m["method_options"].update(target_modules=["nothing"]),
           config={"target_modules": ["nothing"]})  # fmt: skip
@@ -241,7 +246,7 @@ def test_a_size_that_the_weights_do_not_have_is_not_built(method, saved, tmp_pat
     bundle = Path(shutil.copytree(saved / method, tmp_path / method))
     key, config = ("r", {"r": 4096}) if method == "lora" else ("size", {"size": 4096})
     forge(bundle, lambda m: m["method_options"].update({key: 4096}), config=config)
-    monkeypatch.setattr(classifier_module, "with_method", lambda *_: pytest.fail("adapters were built"))
+    monkeypatch.setattr(building_module, "with_method", lambda *_: pytest.fail("adapters were built"))
     refused(bundle, "of shape .* but the model has")
 
 

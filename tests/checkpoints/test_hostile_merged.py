@@ -1,4 +1,4 @@
-"""Merged models of strangers, sealed again by who edited them: one line names the part, and nothing is built."""
+"""Merged models of strangers, edited with new checksums: one line names the part, and nothing is built."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.merged import load_merged, read_merged, write_manifest
+from llmrec_peft.checkpoints.checksum import sha256
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest, write_manifest
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST, MERGED
 from llmrec_peft.checkpoints.merged_checks import check_tokenizer
 from llmrec_peft.checkpoints.model_card import merged_card
-from llmrec_peft.checkpoints.sealing import sha256
 from llmrec_peft.data.vocabulary import tokenise
 from llmrec_peft.errors import BundleError, StreamError, input_errors
 from llmrec_peft.merging.merge_bundle import merge_bundle
 from llmrec_peft.models.base import load_tokenizer
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
-from llmrec_peft.models.tensor_files import fingerprint, read_headers
+from llmrec_peft.models.fingerprints import fingerprint, tokenizer_fingerprint
+from llmrec_peft.models.safetensors_header import read_headers
 from tests.support.bundles import write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,13 +60,13 @@ def test_no_value_of_another_type_passes_unnamed(merged):
                 place = place[key]
             place[path[-1]] = value
             try:
-                write_manifest(merged, edited)
-                merged_card(read_merged(merged))
+                write_manifest(merged, edited, MERGED)
+                merged_card(read_manifest(merged))
             except BundleError as error:
                 refused += 1
                 assert "\n" not in str(error)
-    write_manifest(merged, manifest)
-    load_merged(merged)
+    write_manifest(merged, manifest, MERGED)
+    load_trained(merged)
     assert refused > 300
 
 
@@ -91,7 +92,7 @@ def test_the_part_is_named(part, value, merged, tmp_path):
     manifest = json.loads((merged / MANIFEST).read_text("utf-8")) | {part: value}
     (tmp_path / MANIFEST).write_text(json.dumps(manifest), "utf-8")
     with pytest.raises(BundleError, match=rf"no valid entry '{part}[.'\[]|inf, which is not finite"):
-        read_merged(tmp_path)
+        read_manifest(tmp_path)
 
 
 # -- weights, configuration and tokenizer ------------------------------------------------------------
@@ -110,7 +111,7 @@ def forge(merged, place, *, config=None, tensors=None, tokenizer=None):
     manifest["weights"] = {"fingerprint": fingerprint(read_headers([copied / "model.safetensors"]))}
     if tokenizer:
         manifest["tokenizer"]["fingerprint"] = tokenizer_fingerprint(load_tokenizer(str(copied)))
-    write_manifest(copied, manifest)
+    write_manifest(copied, manifest, MERGED)
     return copied
 
 
@@ -120,12 +121,12 @@ def edit_json(path, values):
 
 def refused(directory, match):
     with pytest.raises(BundleError, match=match) as caught:
-        load_merged(directory)
+        load_trained(directory)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
 def test_a_forgery_that_changes_nothing_loads(merged, tmp_path):
-    assert load_merged(forge(merged, tmp_path)).classifier.labels == load_merged(merged).classifier.labels
+    assert load_trained(forge(merged, tmp_path)).classifier.labels == load_trained(merged).classifier.labels
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64, torch.int64])
@@ -138,7 +139,7 @@ def test_weights_of_other_formats(dtype, merged, tmp_path):
 @pytest.mark.parametrize("name", ["extra.weight", "model.layers.9.self_attn.q_proj.weight", "lm_head2.weight"])
 def test_tensors_that_the_model_has_not(name, merged, tmp_path):
     directory = forge(merged, tmp_path, tensors=lambda v: v | {name: torch.ones(3)})
-    refused(directory, rf"holds the tensor '{name}', which its model has not \(1 in all\)")
+    refused(directory, rf"holds the tensor '{name}', which its model does not have \(1 in all\)")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_a_configuration_that_names_other_weights(config, merged, tmp_path):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, and 100,000 are the most"),
         ({"num_labels": 10**9}, "num_labels 1000000000, and 100,000 are the most"),
         ({"num_hidden_layers": 3}, "lacks the weight"),
-        ({"num_hidden_layers": 1}, "which its model has not"),
+        ({"num_hidden_layers": 1}, "which its model does not have"),
         ({"vocab_size": 401}, "weights of other shapes"),
     ],
 )
@@ -231,7 +232,7 @@ def test_a_pattern_that_takes_too_long_is_one_line(merged, tmp_path):
     slow = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     before = json.loads((merged / "tokenizer.json").read_text("utf-8"))["pre_tokenizer"]
     rules = {"type": "Sequence", "pretokenizers": [slow, before]}
-    loaded = load_merged(forge(merged, tmp_path, tokenizer={"pre_tokenizer": rules}))
+    loaded = load_trained(forge(merged, tmp_path, tokenizer={"pre_tokenizer": rules}))
     with pytest.raises(StreamError, match="use tokenizer files that you trust") as caught:
         tokenise(loaded.tokenizer, ["x" * 60])
     assert "\n" not in str(caught.value)

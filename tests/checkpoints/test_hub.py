@@ -12,10 +12,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants, snapshot_download
 
-from llmrec_peft.checkpoints.bundle import load_bundle
 from llmrec_peft.checkpoints.hub import push_to_hub
-from llmrec_peft.checkpoints.manifest import CONFIG, FILES, MANIFEST, WEIGHTS
-from llmrec_peft.checkpoints.merged import load_merged
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
+from llmrec_peft.checkpoints.manifest_schema import CONFIG, FILES, MANIFEST, WEIGHTS
 from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.errors import BundleError, ConfigError, LLMRecError
 from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
@@ -93,7 +92,7 @@ class TestRoundTrip:
         assert files[WEIGHTS] == (bundle / WEIGHTS).read_bytes()
         for name, content in files.items():
             assert str(tiny_base("llama")).encode() not in content, name
-        loaded = load_bundle(download(hub, tmp_path), base=str(tiny_base("llama")))
+        loaded = load_trained(download(hub, tmp_path), LoadOptions(base=str(tiny_base("llama"))))
         assert torch.equal(answers(loaded), expected)
         assert loaded.manifest["base"]["name"] == loaded.manifest["model_options"]["base"] == BASE
         assert json.loads(files[CONFIG])["base_model_name_or_path"] == BASE
@@ -111,17 +110,17 @@ class TestRoundTrip:
         assert len(shards) > 1 and files.keys() - shards == {*names, CARD, ".gitattributes"}
         for name, content in files.items():
             assert str(tiny_base("llama")).encode() not in content, name
-        loaded = load_merged(download(hub, tmp_path))
+        loaded = load_trained(download(hub, tmp_path))
         assert torch.equal(answers(loaded), answers(out)) and loaded.manifest["base"]["name"] == BASE
 
     def test_a_push_takes_the_place_of_the_one_before(self, push, hub, bundle, merged, sound, tiny_base, tmp_path):
         for out in (sound / "sharded", merged):
             push(out)
-            load_merged(download(hub, tmp_path))
+            load_trained(download(hub, tmp_path))
         push(bundle)
         assert hub.files(REPO).keys() >= {*FILES, CARD}
         assert not hub.files(REPO).keys() & {"config.json", "model.safetensors", "model.safetensors.index.json"}
-        load_bundle(download(hub, tmp_path), base=str(tiny_base("llama")))
+        load_trained(download(hub, tmp_path), LoadOptions(base=str(tiny_base("llama"))))
         push(merged)
         assert not hub.files(REPO).keys() & {CONFIG, WEIGHTS}
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.checkpoints.manifest import read_manifest
-from llmrec_peft.checkpoints.model_card import CARD, bundle_card, hub_id, merged_card
-from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.checkpoints.model_card import CARD, bundle_card, merged_card
+from llmrec_peft.models.base import hub_id
 
 METRICS = {
     "valid": {"auc": 0.8, "logloss": 0.5, "targets": 100},
@@ -80,7 +81,9 @@ def headings(text: str) -> list[str]:
 
 def test_saved_with_the_bundle_and_never_read(make, domain, tmp_path, tiny_base):
     classifier = make("llama", r=2)
-    directory = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, domain, metrics=METRICS)
+    directory = save_bundle(
+        tmp_path / "bundle", classifier, classifier.tokenizer, domain, TrainingRecord(metrics=METRICS)
+    )
     text = (directory / CARD).read_text("utf-8")
     assert text == bundle_card(read_manifest(directory))
     assert results(text)["test", "auc"] == METRICS["test"]["auc"]
@@ -137,7 +140,7 @@ def test_base_is_named_for_others(manifest, tmp_path, monkeypatch):
 def test_body_says_how_to_answer(manifest, domain):
     text = bundle_card(manifest(domain={**domain, "stream": {"context": 10, "targets": 30}}))
     assert "| 0 | `'dislike'` | `' no\\n'` |" in text and "| event | `'{title}'` |" in text
-    assert "at most 39 events before an answer" in text
+    assert "at most 39 events before a prediction" in text
     assert "(logits / 1.25 + torch.tensor([0.5, -0.5])).softmax(-1)  # ['dislike', 'like']" in text
     assert "| `train` | 5 | 12,345 |" in text and "Split by `time`" in text and "`torch 2.13.0`" in text
     assert "OWNER/NAME" in text and len(blocks(text)) == 2
@@ -196,7 +199,7 @@ def test_merged(merged):
         "| `'movies'` | `'lora'` | `'dddddddddddddddd'` | `1.0` |",
         "| largest difference of a logit | 1.5e-06 |",
         "| mean difference of a logit | 2e-07 |",
-        "| answers compared | 54 |",
+        "| predictions compared | 54 |",
         "| AUC, adapter | 0.7512 |",
         "| AUC, merged | 0.7513 |",
     ):

@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmrec_peft.checkpoints.bundle import CONFIG, WEIGHTS, load_bundle
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.sealing import sha256
-from llmrec_peft.models.tensor_files import order_metadata, read_header, save_tensors
+from llmrec_peft.checkpoints.checksum import sha256
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest_schema import CONFIG, MANIFEST, WEIGHTS
+from llmrec_peft.models.safetensors_header import order_metadata, read_header
+from llmrec_peft.models.tensor_files import save_tensors
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -50,7 +51,7 @@ def test_two_processes_write_the_same_bundle_and_merged_model(tiny_base, tmp_pat
         if name == f"merged/{MANIFEST}" or name == "merged/README.md":
             continue  # they say how far merging was off, which may differ in the last digit
         assert sha256(one / name) == sha256(two / name), name
-    load_bundle(one / "bundle")
+    load_trained(one / "bundle")
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 

@@ -17,11 +17,10 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from llmrec_peft.checkpoints import bundle as bundles
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.merged import load_answering, load_merged
+from llmrec_peft.checkpoints.checksum import with_checksum
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST, MERGED
 from llmrec_peft.checkpoints.model_card import CARD
-from llmrec_peft.checkpoints.sealing import sealed
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
@@ -179,7 +178,7 @@ def test_a_marker_that_ends_in_the_pad_token(marker, tmp_path):
     assert torch.allclose(stock_text_logits(tmp_path / "merged", texts), expected, atol=2e-5)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["pad_token_id"] != AutoTokenizer.from_pretrained(tmp_path / "base").sep_token_id
-    load_merged(tmp_path / "merged")
+    load_trained(tmp_path / "merged")
 
 
 def test_earlier_bundles_load_and_earlier_merged_models_are_refused(tmp_path):
@@ -190,17 +189,19 @@ def test_earlier_bundles_load_and_earlier_merged_models_are_refused(tmp_path):
     assert tokenizer_fingerprint(changed) != raw and fits(changed, raw) and not fits(make_tokenizer(), raw)
     bundle = write_bundle(tmp_path / "bundle", base, r=4)
     merge_bundle(bundle, tmp_path / "merged")
-    edit_manifest(bundle, lambda manifest: manifest.update(sealed({**manifest, "tokenizer": {"fingerprint": raw}})))
-    load_answering(bundle)
+    edit_manifest(
+        bundle, lambda manifest: manifest.update(with_checksum({**manifest, "tokenizer": {"fingerprint": raw}}, MERGED))
+    )
+    load_trained(bundle)
     merge_bundle(bundle, tmp_path / "again")
     merged = tmp_path / "merged"
     AutoTokenizer.from_pretrained(base).save_pretrained(merged)
     manifest = json.loads((merged / MANIFEST).read_text("utf-8"))
-    from llmrec_peft.checkpoints.merged import write_manifest
+    from llmrec_peft.checkpoints.manifest import write_manifest
 
-    write_manifest(merged, {**manifest, "tokenizer": {"fingerprint": raw}})
+    write_manifest(merged, {**manifest, "tokenizer": {"fingerprint": raw}}, MERGED)
     with pytest.raises(BundleError, match="puts an end token behind every text.*merge again"):
-        load_merged(merged)
+        load_trained(merged)
 
 
 def test_the_cards_run_with_transformers_alone(tmp_path):
@@ -234,7 +235,7 @@ def of_card(bundle: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and probabilities of the prompt of a card, with the templates' fields left as they are."""
     from llmrec_peft.data.vocabulary import Vocabulary
 
-    loaded = bundles.load_bundle(bundle)
+    loaded = load_trained(bundle)
     vocabulary = Vocabulary(MOVIES, loaded.tokenizer)
     assert not len(vocabulary.suffix)
     header, event = (vocabulary.tokens([text])[0] for text in (MOVIES.header, MOVIES.event))
@@ -280,7 +281,7 @@ def test_a_base_without_sdpa_merges_and_loads_again(kind, tmp_path):
     assert found["max_difference"] <= 2e-5 and found["stock_difference"] <= 2e-5 and found["spread"] > 0.1
     texts, expected = prompts_of(bundle, MOVIES, 3)
     assert torch.allclose(prompts_of(tmp_path / "merged", MOVIES, 3)[1], expected, atol=2e-5)
-    assert load_merged(tmp_path / "merged").classifier.config._attn_implementation == "eager"
+    assert load_trained(tmp_path / "merged").classifier.config._attn_implementation == "eager"
     assert torch.allclose(stock_text_logits(tmp_path / "merged", texts), expected, atol=2e-5)
 
 
@@ -301,4 +302,4 @@ def test_classes_that_make_their_own_post_processor(name, tmp_path):
     found = merge_bundle(bundle, tmp_path / "merged")
     assert found["stock_difference"] <= 2e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a").input_ids == ours("a").input_ids
-    load_merged(tmp_path / "merged")
+    load_trained(tmp_path / "merged")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmrec_peft import Domain, Scorer
-from llmrec_peft.checkpoints.merged import load_merged
+from llmrec_peft.checkpoints.loading import load_classifier, load_trained
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import export as export_module
@@ -21,7 +21,6 @@ from llmrec_peft.distillation.quantise import quantise
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
 from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.merging.merge_bundle import merge_bundle
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
 from llmrec_peft.serving import OnnxScorer
 from tests.support.domains import DOMAINS, items  # noqa: F401
@@ -114,7 +113,7 @@ def test_a_student_of_item_ids(tmp_path, items):  # noqa: F811
 def test_auc_is_stated_where_labels_are_real(exported, small_log, tmp_path):
     from sklearn.metrics import roc_auc_score
 
-    loaded = load_merged(exported[0])
+    loaded = load_trained(exported[0])
     streams = build_streams(small_log().split().test, Domain.from_dict(DOMAINS["movies"]), loaded.tokenizer)
     measured = export_onnx(exported[0], tmp_path / "out", streams=streams)
     collator = StreamCollator(loaded.tokenizer.pad_token_id, 500)
@@ -129,7 +128,7 @@ def test_auc_is_stated_where_labels_are_real(exported, small_log, tmp_path):
 
 
 def test_streams_of_another_domain_or_tokenizer_are_refused(exported, small_log, tmp_path):
-    tokenizer = load_merged(exported[0]).tokenizer
+    tokenizer = load_trained(exported[0]).tokenizer
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["brand new"])
     other = Domain.from_dict({**DOMAINS["movies"], "outcomes": {"skip": " no\n", "click": " yes\n"}})

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import prediction_shards
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def cached(bundle_of, domains, tmp_path, monkeypatch):
     """(teacher, streams, directory) of a log with cached predictions in several shards."""
     monkeypatch.setattr(module, "SHARD_TOKENS", 400)
-    teacher = load_answering(bundle_of())
+    teacher = load_trained(bundle_of())
     log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
     streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
     teacher_predictions(teacher, streams, tmp_path / "cache", batch_tokens=600)
@@ -88,7 +88,7 @@ def test_a_bad_shard_is_named(name, cached, monkeypatch):
 
 def test_hidden_states_that_are_not_finite_are_not_cached(bundle_of, domains, tmp_path):
     """float16 ends at 65,504. Others: a NaN that the head's norm hides, a shard of an earlier version."""
-    teacher = load_answering(bundle_of())
+    teacher = load_trained(bundle_of())
     log = BehaviorLog(*make_small_tables(users=3, events=9), name="small")
     streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)
     teacher_predictions(teacher, streams, tmp_path / "cache", layers=[0, -1], batch_tokens=600)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from llmrec_peft import Domain, distill
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.config.schema import DistillConfig, read_config
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
 from llmrec_peft.distillation.item_id_student import write_item_id_student
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models.classifier import load_classifier
 from tests.support.domains import DOMAINS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

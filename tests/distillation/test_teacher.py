@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
@@ -30,7 +30,7 @@ FIT = {"temperature": 1.7, "bias": [0.2, -0.1]}
 @pytest.fixture
 def taught(bundle_of, domains):
     """A bundle as a teacher, and the training streams of its domain."""
-    teacher = load_answering(bundle_of(calibration=FIT))
+    teacher = load_trained(bundle_of(calibration=FIT))
     log = BehaviorLog(*make_small_tables(users=6, events=12), name="small")
     return teacher, build_streams(log.split().train, domains["movies"], teacher.tokenizer)
 
@@ -103,7 +103,7 @@ def test_stale_predictions_are_refused(change, taught, tmp_path, bundle_of, doma
     teacher_predictions(teacher, streams.limited(5), tmp_path / "cache", batch_tokens=600)
     layers = ()
     if change == "teacher":
-        teacher = load_answering(bundle_of(seed=5))
+        teacher = load_trained(bundle_of(seed=5))
     elif change == "targets":
         log = BehaviorLog(*make_small_tables(users=7, events=12), name="small")
         streams = build_streams(log.split().train, domains["movies"], teacher.tokenizer)

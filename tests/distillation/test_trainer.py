@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation.distill_options import LossOptions
@@ -13,7 +14,6 @@ from llmrec_peft.distillation.distill_trainer import DistillTrainer
 from llmrec_peft.distillation.hidden_states import layer_pairs
 from llmrec_peft.distillation.teacher_outputs import TeacherPredictions
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.models.classifier import load_classifier
 from tests.invariants.setup_run import DOMAIN, arguments, splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

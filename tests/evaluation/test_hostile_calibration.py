@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llmrec_peft import DomainBank, Scorer
-from llmrec_peft.checkpoints.bundle import load_bundle
-from llmrec_peft.checkpoints.manifest import check_calibration
-from llmrec_peft.checkpoints.merged import load_merged, write_manifest
-from llmrec_peft.checkpoints.sealing import sealed
+from llmrec_peft.checkpoints.checksum import with_checksum
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest import check_calibration, write_manifest
+from llmrec_peft.checkpoints.manifest_schema import MERGED
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration, fit_calibration
 from llmrec_peft.probabilities import MOST_BIAS, MOST_TEMPERATURE, calibrated, checked
@@ -53,17 +53,17 @@ def test_every_directory_and_every_way_in(temperature, exported, tmp_path):
     edit_manifest(bundle, lambda manifest: manifest.update(calibration=calibration))
     other = shutil.copytree(merged, tmp_path / "merged")
     manifest = json.loads((other / "behavior.json").read_text("utf-8"))
-    write_manifest(other, {**manifest, "calibration": calibration})
+    write_manifest(other, {**manifest, "calibration": calibration}, MERGED)
     served = shutil.copytree(onnx, tmp_path / "onnx")
     content = json.loads((served / "serving.json").read_text("utf-8"))
     content = {key: value for key, value in content.items() if key != "seal"}
-    (served / "serving.json").write_text(json.dumps(sealed({**content, "calibration": calibration})), "utf-8")
-    base = str(load_bundle(merged.parent / "bundle").classifier.base)
+    (served / "serving.json").write_text(json.dumps(with_checksum({**content, "calibration": calibration})), "utf-8")
+    base = str(load_trained(merged.parent / "bundle").classifier.base)
     for load in (
-        lambda: load_bundle(bundle),
+        lambda: load_trained(bundle),
         lambda: Scorer.load(bundle),
         lambda: DomainBank.load(base, {"movies": bundle}),
-        lambda: load_merged(other),
+        lambda: load_trained(other),
         lambda: Scorer.load(other),
         lambda: OnnxScorer.load(served),
     ):

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from llmrec_peft import BehaviorLog, Domain, Scorer, build_streams
-from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.config.schema import CONFIGS, config_to_yaml, read_config
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.serving.onnx_scorer import OnnxScorer
@@ -189,7 +189,7 @@ class Copies:
         """What the directory of a kind predicts for one request."""
         if kind == "onnx":
             return OnnxScorer.load(root / kind, threads=1).score([(EVENT, "like")], [EVENT])
-        load_answering(root / kind)
+        load_trained(root / kind)
         return Scorer.load(root / kind).score([(EVENT, "like")], [EVENT])
 
     def check(self, name: str, content: bytes) -> None:

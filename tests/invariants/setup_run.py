@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamSubset, build_streams
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.training.distributed import device_arguments
 from llmrec_peft.training.losses import BehaviorLoss
 from llmrec_peft.training.trainer import BehaviorTrainer

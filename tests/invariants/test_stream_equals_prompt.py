@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.data.collator import StreamCollator, collate
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.models import attention
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
 from tests.reference import NaiveStreams, sampled_items
 

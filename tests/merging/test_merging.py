@@ -19,17 +19,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
-from llmrec_peft.checkpoints.manifest import MANIFEST, read_manifest
-from llmrec_peft.checkpoints.merged import load_answering, load_merged, read_answering, read_merged
+from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.loading import LoadOptions, load_classifier, load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import ADAPTER, MANIFEST
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.merging import merge_bundle as merge_module
 from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
 from llmrec_peft.merging.synthetic_inputs import CANDIDATES, EVENTS, WINDOWS, SyntheticStreams
-from llmrec_peft.models.base import base_fingerprint
-from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.models.base_weights import base_fingerprint
 from llmrec_peft.models.stock_parts import head_of
 from tests.conftest import ROOT
 from tests.support.bundles import DOMAIN, answers, edit, edit_manifest, stock_answers, write_bundle
@@ -48,7 +48,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 def check_merged(bundle: Path, merged: Path, base: Path, atol: float = 2e-5) -> None:
     """Adapted, merged and stock answers agree, and are not those of the base with the same head."""
-    adapted = load_bundle(bundle)
+    adapted = load_trained(bundle)
     expected = answers(adapted)
     assert torch.allclose(answers(merged), expected, atol=atol)
     assert torch.allclose(stock_answers(merged), expected, atol=atol)
@@ -57,7 +57,7 @@ def check_merged(bundle: Path, merged: Path, base: Path, atol: float = 2e-5) -> 
     trained = {name: value for name, value in trained.items() if "original_module" not in name}
     trained = {name.removeprefix("modules_to_save.default."): value for name, value in trained.items()}
     head_of(head).load_state_dict(trained)
-    plain = load_merged(merged)
+    plain = load_trained(merged)
     plain.classifier.model = head
     assert not torch.allclose(answers(plain), expected, atol=0.05)
 
@@ -139,12 +139,12 @@ def test_bfloat16(method, tiny_base, tmp_path):
     head = tensors.pop("score.weight")
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16} and head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16().float())
-    loaded = load_merged(tmp_path / "merged").classifier
+    loaded = load_trained(tmp_path / "merged").classifier
     assert loaded.stock.dtype == torch.bfloat16 and torch.equal(loaded.head.weight, head)
     assert 1e-5 < found["max_difference"] <= found["tolerance"]
     assert found["bytes"] == sum(v.nbytes for v in tensors.values()) + head.nbytes
     # In float32 the rounded weights answer with less noise than bfloat16 arithmetic adds.
-    whole = load_merged(tmp_path / "merged", dtype="float32")
+    whole = load_trained(tmp_path / "merged", LoadOptions(dtype="float32"))
     assert torch.allclose(answers(whole), answers(bundle), atol=found["tolerance"])
     assert torch.equal(whole.classifier.head.weight, head)
     assert torch.allclose(stock_answers(tmp_path / "merged", dtype=torch.float32), answers(whole), atol=1e-5)
@@ -189,13 +189,13 @@ def test_shards(tiny_base, tmp_path):
     merge_bundle(bundle, tmp_path / "many", MergeOptions(max_shard_size="20KB"))
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 2 and (tmp_path / "many" / "model.safetensors.index.json").is_file()
-    fingerprints = [read_merged(tmp_path / name)["weights"] for name in ("one", "many")]
+    fingerprints = [read_manifest(tmp_path / name)["weights"] for name in ("one", "many")]
     assert fingerprints[0] == fingerprints[1]
     assert torch.equal(answers(tmp_path / "many"), answers(tmp_path / "one"))
     assert torch.equal(stock_answers(tmp_path / "many"), stock_answers(tmp_path / "one"))
     shards[0].unlink()
     with pytest.raises(BundleError, match=f"has no {shards[0].name}"):
-        load_merged(tmp_path / "many")
+        load_trained(tmp_path / "many")
 
 
 def test_a_second_run_is_equal_to_the_bit(tiny_base, tmp_path):
@@ -213,7 +213,7 @@ def test_manifest_and_config_say_what_the_contract_says(tiny_base, tmp_path):
     calibration = {"temperature": 1.5, "bias": [0.0, 0.1]}
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"), calibration=calibration)
     found = merge_bundle(bundle, tmp_path / "merged")
-    source, manifest = read_manifest(bundle), read_merged(tmp_path / "merged")
+    source, manifest = read_manifest(bundle), read_manifest(tmp_path / "merged")
     assert manifest["format_version"] == 1 and manifest["kind"] == "merged" and manifest["combination"] is None
     weights = source["files"]["adapter_model.safetensors"]
     assert manifest["merged_from"] == [{"name": "movies", "method": "lora", "weights_sha256": weights, "weight": 1.0}]
@@ -241,16 +241,16 @@ def test_manifest_and_config_say_what_the_contract_says(tiny_base, tmp_path):
 def test_loaded_merged_model(tiny_base, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"))
     merge_bundle(bundle, tmp_path / "merged")
-    loaded = load_answering(tmp_path / "merged")
+    loaded = load_trained(tmp_path / "merged")
     classifier = loaded.classifier
     assert classifier.method == "merged" and classifier.labels == ["dislike", "like"] and not classifier.training
     assert not any(value.requires_grad for value in classifier.parameters())
-    assert loaded.domain == DOMAIN and loaded.manifest == read_answering(tmp_path / "merged")
-    assert load_answering(bundle).classifier.method == "lora" and read_answering(bundle) == read_manifest(bundle)
+    assert loaded.domain == DOMAIN and loaded.manifest == read_manifest(tmp_path / "merged")
+    assert load_trained(bundle).classifier.method == "lora" and read_manifest(bundle) == read_manifest(bundle)
     with pytest.raises(BundleError, match="does not know its options"):
         save_bundle(tmp_path / "again", classifier, loaded.tokenizer, DOMAIN)
     with pytest.raises(BundleError, match="holds its base's weights already"):
-        load_answering(tmp_path / "merged", base="other")
+        load_trained(tmp_path / "merged", LoadOptions(base="other"))
 
 
 def test_a_tokenizer_without_a_pad_token_gets_one_that_is_saved(tiny_base, tmp_path):
@@ -295,7 +295,7 @@ def test_streams_of_a_log_give_auc_of_both(kind, small_log, tiny_base, tiny_toke
     found = merge_bundle(bundle, tmp_path / "merged", MergeOptions(streams=streams))
     assert found["answers"] == streams.num_targets and found["streams"] == "test of small"
     assert 0 < found["auc_adapted"] < 1 and found["auc_merged"] == pytest.approx(found["auc_adapted"], abs=1e-6)
-    assert read_merged(tmp_path / "merged")["measured"]["auc_merged"] == found["auc_merged"]
+    assert read_manifest(tmp_path / "merged")["measured"]["auc_merged"] == found["auc_merged"]
 
 
 def test_auc_is_of_each_models_own_predictions(small_log, tiny_base, tiny_tokenizer, tmp_path, monkeypatch):
@@ -368,8 +368,8 @@ def test_differences_are_looked_for_in_what_was_written(bundle, tmp_path, monkey
 def test_a_second_merge_is_refused(merged, tmp_path):
     for refused in (
         lambda: merge_bundle(merged, tmp_path / "twice"),
-        lambda: load_bundle(merged),
-        lambda: read_manifest(merged),
+        lambda: load_trained(merged),
+        lambda: read_manifest(merged, ADAPTER),
     ):
         with pytest.raises(BundleError, match=r"merged is a merged model and no bundle: .* in its weights already"):
             refused()
@@ -425,14 +425,14 @@ def test_an_output_that_is_something_else_is_not_replaced(bundle, merged, tiny_b
 
 
 def test_a_merged_model_is_replaced_and_an_empty_directory_used(bundle, merged, tiny_base, tmp_path):
-    before = read_merged(merged)["weights"]
+    before = read_manifest(merged)["weights"]
     other = write_bundle(tmp_path / "other", tiny_base("llama"), seed=6, r=4)
     merge_bundle(other, merged)
-    assert read_merged(merged)["weights"] != before
+    assert read_manifest(merged)["weights"] != before
     assert torch.allclose(answers(merged), answers(other), atol=2e-5)
     (tmp_path / "empty").mkdir()
     merge_bundle(bundle, tmp_path / "empty")
-    assert read_merged(tmp_path / "empty")["weights"] == before
+    assert read_manifest(tmp_path / "empty")["weights"] == before
     assert names_in(tmp_path) == ["bundle", "empty", "merged", "other"]
 
 
@@ -465,12 +465,12 @@ class TestTampering:
     def test_edited_manifest(self, change, message, merged):
         edit_manifest(merged, change)
         with pytest.raises(BundleError, match=message):
-            load_merged(merged)
+            load_trained(merged)
 
     def test_edited_config(self, merged):
         edit(merged / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
         with pytest.raises(BundleError, match="config.json has the SHA-256 .*, but behavior.json says"):
-            load_merged(merged)
+            load_trained(merged)
 
     @pytest.mark.parametrize("where", [-1, -40_000])
     def test_one_changed_weight(self, merged, where):
@@ -479,62 +479,62 @@ class TestTampering:
         content[where] ^= 1
         path.write_bytes(content)
         with pytest.raises(BundleError, match="have the fingerprint .*, but behavior.json says"):
-            load_merged(merged)
+            load_trained(merged)
 
     @pytest.mark.parametrize("keep", [0, 5, -1])
     def test_truncated_weights(self, merged, keep):
         path = merged / "model.safetensors"
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(BundleError, match="cut short|its header says"):
-            load_merged(merged)
+            load_trained(merged)
 
     def test_pickle_under_the_weights_name(self, merged):
         torch.save({"score.weight": torch.zeros(2, 32)}, merged / "model.safetensors")
         with pytest.raises(BundleError, match="not a safetensors file"):
-            load_merged(merged)
+            load_trained(merged)
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "a.PKL"])
     def test_extra_weights(self, merged, name):
         (merged / name).write_bytes(pickle.dumps({}))
         with pytest.raises(BundleError, match=f"holds '{name}' beside"):
-            load_merged(merged)
+            load_trained(merged)
 
     def test_link_out(self, merged, tmp_path):
         outside = tmp_path / "outside"
         (merged / "model.safetensors").rename(outside)
         (merged / "model.safetensors").symlink_to(outside)
         with pytest.raises(BundleError, match="model.safetensors is a link out of the merged model"):
-            load_merged(merged)
+            load_trained(merged)
 
     def test_index_that_leaves_the_directory(self, merged):
         (merged / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": "../outside.safetensors"}})
         )
         with pytest.raises(BundleError, match="no map from tensors to files beside it"):
-            load_merged(merged)
+            load_trained(merged)
 
     def test_another_tokenizer(self, merged):
         edit(merged / "tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}))
         with pytest.raises(BundleError, match="tokenizer of fingerprint"):
-            load_merged(merged)
+            load_trained(merged)
 
     @pytest.mark.parametrize("name", ["behavior.json", "config.json", "model.safetensors"])
     def test_missing_file(self, merged, name):
         (merged / name).unlink()
         with pytest.raises(BundleError, match=name):
-            load_merged(merged)
+            load_trained(merged)
 
     def test_missing_tokenizer(self, merged):
         (merged / "tokenizer.json").unlink()
         (merged / "tokenizer_config.json").unlink()
         with pytest.raises(BundleError, match="tokenizer"):
-            load_merged(merged)
+            load_trained(merged)
 
     @pytest.mark.parametrize("content", [b"{", b"[]"])
     def test_manifest_that_is_no_mapping(self, merged, content):
         (merged / MANIFEST).write_bytes(content)
         with pytest.raises(BundleError, match="not readable JSON|where a mapping belongs"):
-            load_merged(merged)
+            load_trained(merged)
 
 
 # -- a merged model as a base ------------------------------------------------------------------
@@ -543,7 +543,7 @@ class TestTampering:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_goes_on_from_a_merged_model_with_its_head(dtype, bundle, tmp_path):
     merge_bundle(bundle, tmp_path / "merged", MergeOptions(dtype=dtype))
-    merged = load_merged(tmp_path / "merged").classifier
+    merged = load_trained(tmp_path / "merged").classifier
     further = load_classifier(str(tmp_path / "merged"), DOMAIN, "lora", r=2, dtype=dtype)
     assert further.method == "lora" and any(value.requires_grad for value in further.parameters())
     trained = head_of(further.stock).modules_to_save["default"].weight

@@ -11,8 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from llmrec_peft.checkpoints.manifest import WEIGHTS, read_manifest
-from llmrec_peft.checkpoints.merged import load_merged, read_merged
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import WEIGHTS
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
 from llmrec_peft.merging.weighted_merge import COMBINATIONS, WITH_DENSITY, combine_bundles
@@ -155,13 +156,13 @@ def test_other_bases(kind, tiny_base, tmp_path):
 
 def test_manifest_of_a_combination(pair, tmp_path):
     combine_bundles(pair, [3, 1], tmp_path / "out", combination="ties", density=0.4)
-    manifest, sources = read_merged(tmp_path / "out"), [read_manifest(bundle) for bundle in pair]
+    manifest, sources = read_manifest(tmp_path / "out"), [read_manifest(bundle) for bundle in pair]
     assert manifest["combination"] == {"type": "ties", "density": 0.4, "head_weights": [0.75, 0.25]}
     assert [(part["name"], part["weight"]) for part in manifest["merged_from"]] == [("movies", 3.0), ("news", 1.0)]
     assert [part["weights_sha256"] for part in manifest["merged_from"]] == [m["files"][WEIGHTS] for m in sources]
     assert manifest["domain"] == sources[0]["domain"] and manifest["counts"] == sources[0]["counts"]
     assert sources[0]["calibration"] is not None and manifest["calibration"] is None and manifest["metrics"] == {}
-    assert load_merged(tmp_path / "out").calibration is None
+    assert load_trained(tmp_path / "out").calibration is None
 
 
 def test_saved_in_bfloat16(pair, tmp_path):

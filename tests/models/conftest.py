@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
+from llmrec_peft.checkpoints.loading import load_classifier
+from llmrec_peft.models.classifier import BehaviorClassifier
 
 DOMAIN: dict[str, Any] = {
     "name": "movies",

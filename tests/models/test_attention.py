@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from llmrec_peft.models import attention
 from llmrec_peft.models.attention import Layout, block_attention
+from llmrec_peft.models.segment_mask import segment_mask
 from tests.models.test_classifier import stream_with_candidates
 
 SIZES = [
@@ -159,7 +160,7 @@ def test_where_blocks_do_not_serve_it_is_sdpa(setting, make, shake, blocks_taken
         if setting in ("dropout", "softcap"):
             asked = {"dropout": 0.5} if setting == "dropout" else {"softcap": 2.0}
             query = torch.randn(1, 2, 20, 8)
-            mask = classifier._segment_mask(batch["segment"][:1], None)
+            mask = segment_mask(classifier.stock, batch["segment"][:1], None)
             attention.lay_out(mask, batch["segment"][:1], None, None)
             assert attention._layouts(query, query, query, mask, {}) is mask.layouts
             assert attention._layouts(query, query, query, mask, asked) is None

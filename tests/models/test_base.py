@@ -25,23 +25,15 @@ from transformers import (
 )
 
 from llmrec_peft.errors import ModelError
-from llmrec_peft.models import base as base_module
 from llmrec_peft.models import fingerprints as fingerprints_module
-from llmrec_peft.models import tensor_files as tensors_module
-from llmrec_peft.models.base import (
-    BASES,
-    base_fingerprint,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_base,
-    word_rows,
-)
-from llmrec_peft.models.fingerprints import tokenizer_fingerprint
-from llmrec_peft.models.model_files import cache_dir
+from llmrec_peft.models import gguf as gguf_module
+from llmrec_peft.models.base import BASES, load_config, load_tokenizer, resolve_base
+from llmrec_peft.models.base_model import load_model
+from llmrec_peft.models.base_weights import base_fingerprint, word_rows
+from llmrec_peft.models.cache_directory import cache_dir
+from llmrec_peft.models.fingerprints import fingerprint, tokenizer_fingerprint
 from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.models.stock_parts import head_of, is_encoder
-from llmrec_peft.models.tensor_files import fingerprint
 
 NAMES = {0: "dislike", 1: "like", 2: "love"}
 
@@ -141,13 +133,14 @@ def write_gguf(path: Path, directory: Path) -> None:
 
 
 class TestGguf:
-    def test_converted_once_with_the_same_answers(self, tiny_base, tmp_path, own_cache, capsys):
+    def test_converted_once_with_the_same_answers(self, tiny_base, tmp_path, own_cache, caplog):
         directory = tiny_base("llama")
         write_gguf(tmp_path / "tiny.gguf", directory)
         first = resolve_base(tmp_path / "tiny.gguf")
-        assert "Converting tiny.gguf" in capsys.readouterr().err
+        assert "converting tiny.gguf" in caplog.text
+        caplog.clear()
         assert resolve_base(tmp_path, "tiny.gguf") == first
-        assert "Converting" not in capsys.readouterr().err
+        assert "converting" not in caplog.text
         assert [path.name for path in (own_cache / "bases").iterdir()] == [Path(first).name]
         assert "quantization_config" not in json.loads((Path(first) / "config.json").read_text())
         ids = torch.tensor([[7, 8, 9, 200, 201]])
@@ -261,7 +254,7 @@ def test_positions_are_checked(tiny_base):
 
 
 def test_positions_that_roberta_keeps_for_pads(tiny_roberta, domain, answer):
-    from llmrec_peft.models.classifier import load_classifier
+    from llmrec_peft.checkpoints.loading import load_classifier
 
     classifier = load_classifier(str(tiny_roberta), domain, "head")
     check_positions(classifier.config, 64)
@@ -358,9 +351,9 @@ class TestFingerprint:
     def test_huge_checkpoints_are_sampled_and_say_so(self, copy_of, monkeypatch):
         path = copy_of() / "model.safetensors"
         whole = base_fingerprint(path.parent)
-        monkeypatch.setattr(tensors_module, "SAMPLED_ABOVE", 1000)
-        monkeypatch.setattr(tensors_module, "_TENSOR_PIECES", 4)
-        monkeypatch.setattr(tensors_module, "_TENSOR_PIECE", 64)
+        monkeypatch.setattr(fingerprints_module, "SAMPLED_ABOVE", 1000)
+        monkeypatch.setattr(fingerprints_module, "_TENSOR_PIECES", 4)
+        monkeypatch.setattr(fingerprints_module, "_TENSOR_PIECE", 64)
         sampled = base_fingerprint(path.parent)
         assert len(whole) == 64 and sampled.startswith("sampled-") and len(sampled) == 72
         assert base_fingerprint(path.parent) == sampled
@@ -442,13 +435,13 @@ class TestFingerprint:
 
 def test_conversion_keeps_a_copy_made_meanwhile(tiny_base, tmp_path, own_cache, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf", tiny_base("llama"))
-    real = base_module.os.replace
+    real = gguf_module.os.replace
 
     def other_process_first(source, target):
         shutil.copytree(source, target)
         real(source, target)
 
-    monkeypatch.setattr(base_module.os, "replace", other_process_first)
+    monkeypatch.setattr(gguf_module.os, "replace", other_process_first)
     made = Path(resolve_base(tmp_path / "tiny.gguf"))
     assert (made / "model.safetensors").is_file()
     assert [path.name for path in made.parent.iterdir()] == [made.name]

@@ -113,8 +113,9 @@ def test_low_precision_base_keeps_float32_adapters(make, prompt):
 def test_on_a_four_bit_base(tiny_base, shake, prompt):
     import bitsandbytes
 
-    from llmrec_peft.models.base import Quantization, load_model
+    from llmrec_peft.models.base_model import load_model
     from llmrec_peft.models.classifier import BehaviorClassifier
+    from llmrec_peft.models.quantization import Quantization
 
     names = {0: "dislike", 1: "like"}
     model = load_model(str(tiny_base("llama")), 2, id2label=names, quantization=Quantization())
@@ -155,7 +156,7 @@ def test_norms_after_the_sublayers(placement, tmp_path, tiny_tokenizer, domain, 
     """Gemma 2 normalises what a sublayer returns: a block in front of that norm would be no addition to the stream."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    from llmrec_peft.models.classifier import load_classifier
+    from llmrec_peft.checkpoints.loading import load_classifier
 
     config = Gemma2Config(
         vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,

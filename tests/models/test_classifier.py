@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.tuning_options import LoraOptions, ModelOptions
 
 DECODERS = ("llama", "qwen2", "mistral", "gpt2")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.head import first_tokens
 from llmrec_peft.models.tuning_options import METHODS, ModelOptions, QloraOptions, method_options
 
@@ -141,3 +141,8 @@ class TestTrainedHead:
 def test_zero_of_a_head_with_several_layers(tiny_roberta, domain):
     head = load_classifier(str(tiny_roberta), domain, "head", head_init="zero").head
     assert not head.out_proj.weight.any() and not head.out_proj.bias.any() and head.dense.weight.any()
+
+
+def test_the_former_name_of_the_label_words_is_read():
+    """Configurations and manifests of version 0.1 say `words`."""
+    assert ModelOptions(head_init="words") == ModelOptions(head_init="label_words") == ModelOptions()

@@ -14,7 +14,7 @@ KINDS = ("llama", "qwen2", "mistral", "gpt2")
 @pytest.mark.parametrize("kind", [*KINDS, "bert"])
 def test_untrained_adapter_answers_as_the_base(kind, make, answer, prompt):
     batch = {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
-    start = {"head_init": "words"} if kind != "bert" else {}
+    start = {"head_init": "label_words"} if kind != "bert" else {}
     adapted, base = make(kind, "lora", **start), make(kind, "head", **start)
     if kind == "bert":  # its pooler and head start at random; give both the same
         for name in ("classifier", "bert.pooler"):
@@ -184,7 +184,7 @@ def test_starts_that_change_the_base_need_float32(init, make):
 def test_experts_that_stay_as_they_are_are_named(tmp_path, tiny_tokenizer, domain, caplog):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from llmrec_peft.models.classifier import load_classifier
+    from llmrec_peft.checkpoints.loading import load_classifier
 
     config = MixtralConfig(
         vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=1,

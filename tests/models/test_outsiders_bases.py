@@ -23,11 +23,10 @@ from llmrec_peft import (
     load_classifier,
     merge_bundle,
 )
-from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
-from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
 from llmrec_peft.data.collator import StreamCollator, collate
 from llmrec_peft.data.streams import IndependentPrompts
-from llmrec_peft.merging.merge_bundle import MergeOptions
 from llmrec_peft.models import selftest
 from llmrec_peft.models.lora import linear_names, rewritten
 from llmrec_peft.models.predict import predict
@@ -129,7 +128,7 @@ def test_family(family, base_of, streams_for_split, tmp_path):
     assert expected.std(0).min() > 0.01
     assert np.abs(found - expected).max() < TOLERANCE
     with torch.no_grad():
-        again = load_bundle(bundles[0]).classifier
+        again = load_trained(bundles[0]).classifier
     assert np.abs(answers(again, streams) - found).max() < TOLERANCE
 
     bank = DomainBank.load(base, {"movies": bundles[0]}, attn=family.attn)
@@ -146,8 +145,8 @@ def test_merged(family, base_of, streams_for_split, tmp_path):
     classifier = load_classifier(str(base_of(family)), CANDIDATES, "lora", attn=family.attn, head_scale=3.0)
     train(classifier, streams_for_split(CANDIDATES))
     bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, CANDIDATES.to_dict())
-    merge_bundle(bundle, tmp_path / "merged", MergeOptions(dtype="float32"))
-    merged = load_answering(tmp_path / "merged", attn=family.attn).classifier
+    merge_bundle(bundle, tmp_path / "merged", dtype="float32")
+    merged = load_trained(tmp_path / "merged", LoadOptions(attn=family.attn)).classifier
     for event in EVENTS:
         assert np.abs(alone(merged, event) - alone(classifier, event)).max() < TOLERANCE
 
@@ -162,7 +161,7 @@ def test_another_method(family, base_of, streams_for_split, tmp_path):
     found = answers(classifier, streams)
     assert np.abs(found - answers(classifier, IndependentPrompts(streams))).max() < TOLERANCE
     bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, CANDIDATES.to_dict())
-    assert np.abs(answers(load_bundle(bundle).classifier, streams) - found).max() < TOLERANCE
+    assert np.abs(answers(load_trained(bundle).classifier, streams) - found).max() < TOLERANCE
     scorer = Scorer.load(bundle, attn=family.attn)
     wanted = np.stack([alone(classifier, event) for event in EVENTS])
     assert np.abs(scorer.score(HISTORY, EVENTS) - wanted).max() < TOLERANCE
@@ -186,7 +185,7 @@ def test_refused(family, base_of, streams_for_split, tmp_path):
     with pytest.raises(ModelError, match=family.says):
         answers(classifier, streams_for_split(CANDIDATES))
     bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, PREFIXES.to_dict())
-    assert np.abs(answers(load_bundle(bundle).classifier, streams) - found).max() < TOLERANCE
+    assert np.abs(answers(load_trained(bundle).classifier, streams) - found).max() < TOLERANCE
     asking = save_bundle(tmp_path / "asking", classifier, classifier.tokenizer, CANDIDATES.to_dict())
     with pytest.raises(ModelError, match=family.says):
         load_classifier(str(asking))

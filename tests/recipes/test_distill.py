@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft import BehaviorLog, Scorer, distill
-from llmrec_peft.checkpoints.merged import load_merged, read_merged
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
 from llmrec_peft.data.simulate import write_simulated_shop
 from llmrec_peft.errors import BundleError, ConfigError, DataError, ModelError
 
@@ -80,7 +81,7 @@ def test_a_run_leaves_a_student_that_evaluates_as_it_was_measured(kind, students
     for name in ("student", "report.md", "config.yaml", "predictions.parquet", "logs"):
         assert (out / name).exists()
     assert {"before", "valid", "test"} <= metrics.keys()
-    manifest = read_merged(out / "student")
+    manifest = read_manifest(out / "student")
     assert manifest["student"]["options"]["kind"] == ("small" if kind == "encoder" else kind)
     assert manifest["student"]["teacher"]["targets"] >= 60
     again = tmp_path / "again"
@@ -97,7 +98,7 @@ def test_a_run_leaves_a_student_that_evaluates_as_it_was_measured(kind, students
 def test_the_configuration_that_is_left_gives_the_same_student(students, recipe, tmp_path):
     out = students("ids")
     recipe("distill")(["--config", str(out / "config.yaml"), "--output_dir", str(tmp_path / "again")])
-    first, again = (read_merged(path / "student") for path in (out, tmp_path / "again"))
+    first, again = (read_manifest(path / "student") for path in (out, tmp_path / "again"))
     assert first["weights"] == again["weights"]
 
 
@@ -117,9 +118,9 @@ def test_a_run_without_a_teacher_caches_nothing(recipe, flags, tmp_path):
     changes = {"loss.soft": 0, "loss.pairs": 0, "student.content": "false"}
     recipe("distill")(flags(out, **changes))
     assert not (out / "teacher").exists()
-    manifest = read_merged(out / "student")
+    manifest = read_manifest(out / "student")
     assert manifest["student"]["teacher"] is None
-    assert "No teacher was asked" in (out / "student" / "README.md").read_text()
+    assert "Trained without a teacher" in (out / "student" / "README.md").read_text()
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_rows_without_a_label_are_learnt_from_the_teacher(recipe, flags, gaps, t
     for hard in (0.5, 0.0):
         out = tmp_path / f"hard{hard}"
         recipe("distill")(flags(out, **changes, **{"loss.hard": hard}))
-        manifest = read_merged(out / "student")
+        manifest = read_manifest(out / "student")
         counts = manifest["counts"]["train"]
         assert counts["targets without a label"] > 20
         assert manifest["student"]["teacher"]["targets"] == counts["targets"]
@@ -187,7 +188,7 @@ def test_a_student_resumes_where_it_was_killed(recipe, flags, tmp_path):
         for path in (tmp_path / "cut" / "checkpoints" / f"checkpoint-{step}").glob("complete"):
             path.unlink()
     recipe("distill")(flags(tmp_path / "cut", **changes, **{"train.resume": "true"}))
-    whole, cut = (read_merged(tmp_path / name / "student")["weights"] for name in ("whole", "cut"))
+    whole, cut = (read_manifest(tmp_path / name / "student")["weights"] for name in ("whole", "cut"))
     assert whole == cut
 
 
@@ -202,7 +203,7 @@ def test_the_library_call_is_the_recipe(trained, data, tmp_path):
         output_dir=str(tmp_path / "out"),
     )
     assert 0 < found["test"]["auc"] < 1
-    assert load_merged(tmp_path / "out" / "student").classifier.config.hidden_size == 16
+    assert load_trained(tmp_path / "out" / "student").classifier.config.hidden_size == 16
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec_peft import BehaviorLog, files
-from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
+from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.files import move_into_place, replacing, scratch_directory, sweep, write_text
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
@@ -368,7 +369,7 @@ def _writer(what: str, trained, data):
     if what == "index":
         found = RetrievalIndex.fit(log, np.arange(len(log)), np.ones(len(log), np.int64))
         return found.save
-    bundle = load_bundle(trained("head") / "bundle")
+    bundle = load_trained(trained("head") / "bundle")
     return lambda place: save_bundle(place, bundle.classifier, bundle.tokenizer, bundle.domain)
 
 
@@ -385,24 +386,26 @@ def test_what_lives_or_is_foreign_is_not_swept(tmp_path):
 
 
 def test_a_killed_conversion_is_swept_by_the_next(tmp_path, monkeypatch):
-    from llmrec_peft.models import base
+    from llmrec_peft.models import gguf as converter
 
     monkeypatch.setenv("LLMREC_PEFT_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "tiny.gguf"
     gguf.write_bytes(b"GGUF")
-    monkeypatch.setattr(base, "_convert", lambda source, name, scratch: write_text("whole", scratch / "config.json"))
+    monkeypatch.setattr(
+        converter, "_convert", lambda source, name, scratch: write_text("whole", scratch / "config.json")
+    )
     bases = tmp_path / "cache" / "bases"
-    target = base._converted(gguf, "tiny")
+    target = converter.convert_once(gguf, "tiny")
     left = bases / f".{target.name}.0123abcd.partial"
     left.mkdir()
-    assert base._converted(gguf, "tiny") == target and list(bases.iterdir()) == [target]
+    assert converter.convert_once(gguf, "tiny") == target and list(bases.iterdir()) == [target]
     files.shutil.rmtree(target)
     left.mkdir()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(base, "_convert", full)
+    monkeypatch.setattr(converter, "_convert", full)
     with pytest.raises(ValueError, match="converted base .*No space left.*; make room"):
-        base._converted(gguf, "tiny")
+        converter.convert_once(gguf, "tiny")
     assert list(bases.iterdir()) == []

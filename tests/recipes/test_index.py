@@ -17,11 +17,11 @@ from huggingface_hub import constants
 from sklearn.metrics import roc_auc_score
 
 from llmrec_peft import Domain, Scorer
-from llmrec_peft.checkpoints.bundle import load_bundle
+from llmrec_peft.checkpoints.checksum import with_checksum
 from llmrec_peft.checkpoints.hub import push_to_hub
-from llmrec_peft.checkpoints.manifest import FILES, MANIFEST, WEIGHTS
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest_schema import FILES, MANIFEST, WEIGHTS
 from llmrec_peft.checkpoints.model_card import CARD
-from llmrec_peft.checkpoints.sealing import sealed
 from llmrec_peft.config.schema import CONFIGS, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import BundleError, ConfigError
@@ -202,7 +202,7 @@ def test_a_bundle_with_it_inside_is_still_one(fuse, bundle, log, recipe, tiny_ba
     evaluate = ["--bundle", str(bundle), "--data.path", str(log), "--limit", "30", "--output_dir"]
     recipe("evaluate")([*evaluate, str(tmp_path / "before")])
     fuse(bundle, *FEW)
-    load_bundle(bundle)
+    load_trained(bundle)
     recipe("evaluate")([*evaluate, str(tmp_path / "after")])
     assert predictions(tmp_path / "before").equals(predictions(tmp_path / "after"))
     # Again: what was there is replaced.
@@ -248,7 +248,7 @@ def test_what_is_refused_before_anything_is_scored(recipe, bundle, log, trained,
     edge = BehaviorLog.read(log).split(by="time", valid=0.15, test=0.2).boundaries
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["counts"]["split"]["boundaries"] = list(edge)
-    (bundle / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    (bundle / MANIFEST).write_text(json.dumps(with_checksum(manifest)))
     interactions, items = tables(40, 40)
     interactions = interactions.filter(pc.less(interactions.column("timestamp"), edge[1]))
     short = write_log(tmp_path / "short", interactions, items)

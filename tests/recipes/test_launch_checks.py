@@ -14,7 +14,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from llmrec_peft.config.schema import LoraConfig, QloraConfig, read_config
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.models.base import check_quantization
+from llmrec_peft.models.quantization import check_quantization
 from llmrec_peft.runs.launch_checks import check_launch
 from llmrec_peft.runs.settings import shared_settings
 from tests.conftest import ROOT

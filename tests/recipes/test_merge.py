@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llmrec_peft.checkpoints.merged import load_merged, read_merged
+from llmrec_peft.checkpoints.loading import load_trained
+from llmrec_peft.checkpoints.manifest import read_manifest
 from llmrec_peft.config.schema import CONFIGS, MergeConfig, read_config
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
@@ -69,7 +70,7 @@ def test_evaluate_scores_a_merged_model_as_its_bundle(method, merge, recipe, tra
 def test_transformers_alone_scores_prompts_of_the_log(merge, trained, data):
     """Each target's history as one row, padded on the right, against the run's own calibrated answers."""
     merged = merge("lora")
-    loaded = load_merged(merged)
+    loaded = load_trained(merged)
     domain = Domain.from_dict(loaded.domain)
     streams = streams_for_split(split_by_domain(BehaviorLog.read(data), domain), "test", domain, loaded.tokenizer)
     prompts = IndependentPrompts(streams)
@@ -89,21 +90,21 @@ def test_transformers_alone_scores_prompts_of_the_log(merge, trained, data):
 
 def test_a_log_gives_auc_of_both(merge, data, trained, capfd):
     merged = merge("lora", "--data.path", str(data), "--limit", "20", "--batch_tokens", "700")
-    measured = read_merged(merged)["measured"]
+    measured = read_manifest(merged)["measured"]
     assert measured["streams"].startswith("test of ") and 20 <= measured["answers"] < 20 + 6
     assert measured["auc_adapted"] == pytest.approx(measured["auc_merged"], abs=1e-3)
     printed = capfd.readouterr().out
     assert f"AUC {measured['auc_adapted']:.6f} adapted" in printed and "written to" in printed
     whole = merge("head", "--data.path", str(data), "--limit", "null")
     auc = json.loads((trained("head") / "metrics.json").read_text())["test_uncalibrated"]["auc"]
-    assert read_merged(whole)["measured"]["auc_merged"] == pytest.approx(auc, abs=1e-6)
+    assert read_manifest(whole)["measured"]["auc_merged"] == pytest.approx(auc, abs=1e-6)
     valid = merge("full", "--data.path", str(data), "--split", "valid")
-    assert read_merged(valid)["measured"]["streams"].startswith("valid of ")
+    assert read_manifest(valid)["measured"]["streams"].startswith("valid of ")
 
 
 def test_bfloat16_and_shards(merge, data):
     merged = merge("qlora", "--dtype", "bfloat16", "--max_shard_size", "20KB")
-    manifest = read_merged(merged)
+    manifest = read_manifest(merged)
     assert manifest["dtype"] == "bfloat16" and manifest["measured"]["max_difference"] > 1e-5
     assert len(list(merged.glob("model-*.safetensors"))) > 1
 
@@ -113,13 +114,13 @@ def test_a_weighted_merge(recipe, trained, data, tmp_path, capfd):
     out = tmp_path / "both"
     flags = ["--bundle", f"[{bundle}, {bundle}]", "--weights", "[0.75, 0.25]", "--combination", "cat"]
     recipe("merge")([*flags, "--output_dir", str(out), "--data.path", str(data)])
-    manifest = read_merged(out)
+    manifest = read_manifest(out)
     assert [part["weight"] for part in manifest["merged_from"]] == [0.75, 0.25]
     assert manifest["calibration"] is None
     # Twice the same update, 1 in all, is that update.
     alone = tmp_path / "alone"
     recipe("merge")(["--bundle", str(bundle), "--output_dir", str(alone), "--data.path", str(data)])
-    aucs = [read_merged(place)["measured"]["auc_merged"] for place in (out, alone)]
+    aucs = [read_manifest(place)["measured"]["auc_merged"] for place in (out, alone)]
     assert aucs[0] == pytest.approx(aucs[1], abs=1e-3)
     plus = [f"--bundle+={bundle}", f"--bundle+={bundle}", "--weights+=0.75", "--weights+=0.25"]
     other = read_config(MergeConfig, [*plus, "--output_dir", "x"])

@@ -166,7 +166,7 @@ def test_a_killed_process_is_resumed(unbroken, arguments, tmp_path):
         (["--train.max_steps=8"], "train.max_steps 6, and now it is 8"),
         (["--evaluation.valid_targets=5"], "evaluation.valid_targets None, and now it is 5"),
         (["--train.select_metric=auc"], "train.select_metric 'logloss', and now it is 'auc'"),
-        (["--model.head_init=zero"], "model.head_init 'words', and now it is 'zero'"),
+        (["--model.head_init=zero"], "model.head_init 'label_words', and now it is 'zero'"),
     ],
 )
 def test_other_settings_are_refused(unbroken, flags, named, recipe, arguments, tmp_path, capfd):

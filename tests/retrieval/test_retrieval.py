@@ -324,8 +324,7 @@ def rewrite(place, change):
     """New arrays with digests that are right, as one who knows the format could forge them."""
     from safetensors.numpy import load_file, save_file
 
-    from llmrec_peft.checkpoints.manifest import digest
-    from llmrec_peft.checkpoints.sealing import sha256
+    from llmrec_peft.checkpoints.checksum import digest, sha256
 
     tensors = load_file(place / ARRAYS)
     manifest = json.loads((place / MANIFEST).read_text())

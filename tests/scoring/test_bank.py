@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from llmrec_peft.checkpoints.sealing import sealed
+from llmrec_peft.checkpoints.checksum import with_checksum
 from llmrec_peft.errors import BundleError, DataError, LLMRecError, ModelError, StreamError
 from llmrec_peft.requests.item_table import ItemTable
 from llmrec_peft.scoring.bank import DomainBank
@@ -294,7 +294,7 @@ def _edit(directory, **changes):
     manifest = json.loads(path.read_text())
     for key, value in changes.items():
         manifest[key] = value(manifest[key])
-    path.write_text(json.dumps(sealed(manifest)))
+    path.write_text(json.dumps(with_checksum(manifest)))
 
 
 def damage(kind, directory):

@@ -247,13 +247,13 @@ def test_any_script_is_answered(script, bundle_of, items):
 
 def test_streams_of_training_are_answered_the_same(bundle_of, small_log):
     """What the evaluation of a log says of a target is what the scorer says of it."""
-    from llmrec_peft.checkpoints.bundle import load_bundle
+    from llmrec_peft.checkpoints.loading import load_trained
     from llmrec_peft.data.collator import StreamCollator
     from llmrec_peft.data.streams import build_streams
     from llmrec_peft.models.predict import predict
 
     log, directory = small_log(), bundle_of()
-    bundle = load_bundle(directory)
+    bundle = load_trained(directory)
     domain = Domain.from_dict(bundle.domain | {"label": {"column": "rating", "above": 3}})
     streams = build_streams(log.split(by="time").test, domain, bundle.tokenizer)
     collator = StreamCollator(bundle.tokenizer.pad_token_id, 1000)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmrec_peft.checkpoints.sealing import sealed, sha256
+from llmrec_peft.checkpoints.checksum import sha256, with_checksum
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.serving import OnnxScorer
 from llmrec_peft.serving.exported_vocabulary import read_encoder
@@ -61,7 +61,7 @@ PLACES = [
 
 @pytest.mark.parametrize("place", [tuple(name.split(".")) for name in PLACES])
 def test_forged_numbers_are_refused_in_one_line(place, exported, tmp_path):
-    """The seal is made to fit."""
+    """The checksum is computed again."""
     directory = Path(shutil.copytree(exported[1], tmp_path / "copy"))
     manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
     for value in (True, -1, 1.5, 10**12, "x", [[[]]], {"temperature": True}, {"temperature": 1.0, "bias": [True, 1]}):
@@ -69,7 +69,7 @@ def test_forged_numbers_are_refused_in_one_line(place, exported, tmp_path):
         for key in place[:-1]:
             node = node[key]
         node[place[-1]] = value
-        (directory / MANIFEST).write_text(json.dumps(sealed(changed)), "utf-8")
+        (directory / MANIFEST).write_text(json.dumps(with_checksum(changed)), "utf-8")
         try:
             OnnxScorer.load(directory)
         except LLMRecError as error:

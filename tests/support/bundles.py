@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llmrec_peft.checkpoints.bundle import Bundle, save_bundle
-from llmrec_peft.checkpoints.manifest import MANIFEST
-from llmrec_peft.checkpoints.merged import load_answering
-from llmrec_peft.models.classifier import load_classifier
+from llmrec_peft.checkpoints.bundle import Bundle, TrainingRecord, save_bundle
+from llmrec_peft.checkpoints.loading import load_classifier, load_trained
+from llmrec_peft.checkpoints.manifest_schema import MANIFEST
 
 DOMAIN: dict[str, Any] = {
     "name": "movies",
@@ -45,14 +44,14 @@ def write_bundle(
             if value.requires_grad:
                 value.add_(scale * torch.randn(value.shape, generator=generator))
     return save_bundle(
-        directory, classifier, classifier.tokenizer, domain, calibration=calibration,
-        counts={"split": {"by": "time", "boundaries": None}}, metrics={"test": {"auc": 0.7}},
+        directory, classifier, classifier.tokenizer, domain,
+        TrainingRecord(calibration, {"split": {"by": "time", "boundaries": None}}, {"test": {"auc": 0.7}}),
     )  # fmt: skip
 
 
 def answers(loaded: Bundle | Path) -> torch.Tensor:
     """Logits of `PROMPTS`, one row each, by the package."""
-    loaded = loaded if isinstance(loaded, Bundle) else load_answering(loaded)
+    loaded = loaded if isinstance(loaded, Bundle) else load_trained(loaded)
     classifier, tokenizer = loaded.classifier, loaded.tokenizer
     rows = []
     for prompt in PROMPTS:

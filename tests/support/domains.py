@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmrec_peft import Domain, load_classifier
-from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.checkpoints.bundle import TrainingRecord, save_bundle
 
 DOMAINS: dict[str, dict[str, Any]] = {
     "movies": {
@@ -66,7 +66,7 @@ def bundle_of(tiny_base, domains, tmp_path) -> Callable[..., Path]:
                 if value.requires_grad:
                     value.add_(0.2 * torch.randn(value.shape))
         directory = tmp_path / f"bundle-{len(made)}"
-        save_bundle(directory, classifier, classifier.tokenizer, domains[domain].to_dict(), calibration=calibration)
+        save_bundle(directory, classifier, classifier.tokenizer, domains[domain].to_dict(), TrainingRecord(calibration))
         made.append(directory)
         return directory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.evaluation.calibration import Calibration
@@ -24,7 +24,7 @@ USER = {"age": 33}
 
 def alone(directory, history, candidates, items=None, user=None, **options):
     """Probabilities of each candidate as a prompt of its own: the loaded bundle, plain attention, no bank."""
-    bundle = load_answering(directory, **options)
+    bundle = load_trained(directory, LoadOptions(**options))
     domain = Domain.from_dict(bundle.domain)
     vocabulary = Vocabulary(domain, bundle.tokenizer)
     encoder = RequestEncoder(RequestDomain.of(domain), vocabulary, ItemTable.read(items))

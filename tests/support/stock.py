@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llmrec_peft.checkpoints.merged import load_answering
+from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.merging.synthetic_inputs import SyntheticStreams
 from tests.conftest import SENTENCES, make_tiny_config, make_tokenizer
 
@@ -74,7 +74,7 @@ def write_base(directory: Path, tokenizer: Any, kind: str = "llama", config: Any
 
 def prompts_of(bundle: Path, domain: Any, count: int = 6) -> tuple[list[str], torch.Tensor]:
     """Whole prompts as texts, and the bundle's logits at their markers, by this package."""
-    loaded = load_answering(bundle)
+    loaded = load_trained(bundle)
     samples = SyntheticStreams(domain, loaded.tokenizer, independent=True)
     rows = []
     for number in range(count):

@@ -1,32 +1,35 @@
-"""Tokens that a tokenizer puts around one text. For decoders nothing may follow the marker.
+"""The end token that some tokenizers add behind a text. For decoders nothing may follow the marker.
 
-A stock classifier pools the last token that is not the pad token. Tokenizers such as Qwen3-Embedding's put an end token
-there, so a text would be read at that token and not at its marker. Such a tokenizer is told to leave it out, and so is
-every copy of it that is saved. Encoders keep theirs: their stock forward reads [CLS], and was trained with [SEP].
+A stock classifier pools the last token that is not the pad token. Tokenizers such as Qwen3-Embedding's add an end
+token, so the head would read that token and not the marker. `leave_end_token_out` changes such a tokenizer, and every
+saved copy of it is changed too. Encoders keep their tokens: they pool [CLS], and were trained with [SEP].
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec_peft.data.vocabulary import special_tokens_around
 from llmrec_peft.errors import BundleError, StreamError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def has_end_token(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts tokens behind a text."""
+
+def has_end_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer adds tokens behind a text."""
     try:
         return len(special_tokens_around(tokenizer)[1]) > 0
     except StreamError:  # said where a domain meets the tokenizer
         return False
 
 
-def leave_end_token_out(tokenizer: Any) -> None:
-    """Make a tokenizer put nothing behind a text, where its kind can be told so; `has_end_token` says if it was.
+def leave_end_token_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Change a tokenizer so that it adds nothing behind a text, if its kind allows it; `has_end_token` tells.
 
-    `tokenizer.replaced_post_processor` is then the part of its file that did, for `fingerprints.fits`, or None.
+    `tokenizer.replaced_post_processor` is then the former part of its file, for `fingerprints.fits`, or None.
     """
     tokenizer.replaced_post_processor = None
     if getattr(tokenizer, "_add_eos_token", False):
@@ -35,7 +38,7 @@ def leave_end_token_out(tokenizer: Any) -> None:
         tokenizer.add_eos_token = False
     backend = getattr(tokenizer, "backend_tokenizer", None)
     processor = getattr(backend, "post_processor", None)
-    if processor is None:
+    if backend is None or processor is None:
         return
     found = json.loads(processor.__getstate__())
     changed = _without_end(found)
@@ -48,10 +51,10 @@ def leave_end_token_out(tokenizer: Any) -> None:
         tokenizer.replaced_post_processor = found
 
 
-def save_tokenizer(tokenizer: Any, directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Write a tokenizer such that it comes back as it is, without the end token that was taken from it.
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Write a tokenizer so that it loads as it is now, without the end token that `leave_end_token_out` removed.
 
-    Raises BundleError where it comes back with one.
+    Raises BundleError if the saved tokenizer adds an end token again.
     """
     from transformers import AutoTokenizer
 
@@ -75,7 +78,7 @@ def save_tokenizer(tokenizer: Any, directory: Path, *, trust_remote_code: bool =
 
 
 def _without_end(processor: dict[str, Any]) -> dict[str, Any]:
-    """A post-processor as its file spells it, without what it puts behind the last text."""
+    """A post-processor in the JSON of its file, without the tokens behind the last text."""
     kind = processor["type"]
     if kind == "Sequence":
         return {**processor, "processors": [_without_end(part) for part in processor["processors"]]}
@@ -99,7 +102,7 @@ def _up_to_text(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return pieces[: last + 1]
 
 
-def tokens_around(tokenizer: Any, *, encoder: bool) -> dict[str, list[int]]:
-    """Token ids before a prompt and behind it, as model cards say them: `prefix`, `suffix` (none for decoders)."""
+def tokens_around(tokenizer: PreTrainedTokenizerBase, *, encoder: bool) -> dict[str, list[int]]:
+    """Token ids before and behind a prompt, as manifests store them: `prefix`, and `suffix` (none for decoders)."""
     prefix, suffix = special_tokens_around(tokenizer)
     return {"prefix": prefix.tolist(), "suffix": suffix.tolist() if encoder else []}

@@ -1,4 +1,4 @@
-"""The cache directory, and the digests and checks that bundles are written and read with."""
+"""Checks of the files in a trained directory: links, stray weights, JSON. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ from typing import Any
 from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import BundleError
 
-# What holds weights, or runs code when it is read: only a directory's own safetensors may.
+# Files that hold weights, or that run code when they are read. Only the directory's own safetensors are allowed.
 _WEIGHT_LIKE = (
     ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".gguf", ".onnx",
     ".safetensors",
 )  # fmt: skip
 
 
-def cache_dir() -> Path:
-    """Where converted bases and fingerprints are kept: $LLMREC_PEFT_CACHE, or ~/.cache/llmrec_peft."""
-    return Path(os.environ.get("LLMREC_PEFT_CACHE") or Path.home() / ".cache" / "llmrec_peft").expanduser()
-
-
 def check_links(directory: Path, what: str) -> None:
-    """Raise BundleError for a link out of a directory; `what` names its kind.
+    """Raise BundleError if a file is a link out of its directory; `what` names the kind of directory.
 
-    A Hub cache keeps a snapshot's files as links into the blobs of the same repository; those links are its layout.
+    A Hub cache stores a snapshot's files as links into the blobs of the same repository; such links are allowed.
     """
     root = Path(os.path.realpath(directory))
     homes = [root] if root.parent.name != "snapshots" else [root, root.parent.parent / "blobs"]

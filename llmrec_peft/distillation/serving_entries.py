@@ -70,7 +70,7 @@ def check_tokens(vocabulary: Vocabulary, entries: Mapping[str, Any], directory: 
         entries: of serving.json.
         directory: of the export, with its tokenizer.
     """
-    from llmrec_peft.serving.export_manifest import TOKENIZER
+    from llmrec_peft.checkpoints.manifest_schema import TOKENIZER
     from llmrec_peft.serving.exported_vocabulary import ExportedVocabulary
 
     if vocabulary.reads_ids:
@@ -79,11 +79,16 @@ def check_tokens(vocabulary: Vocabulary, entries: Mapping[str, Any], directory: 
     else:
         templates = [*vocabulary.domain.outcomes.values(), vocabulary.domain.header, vocabulary.domain.event]
         texts = [*_TEXTS, *templates]
-    flat, offsets = vocabulary.tokens(texts)
-    for number, found in enumerate(ExportedVocabulary(entries, directory / TOKENIZER).tokens(texts)):
-        expected = flat[offsets[number] : offsets[number + 1]]
+    ours = _rows(*vocabulary.tokens(texts))
+    exported = _rows(*ExportedVocabulary(entries, directory / TOKENIZER).tokens(texts))
+    for text, expected, found in zip(texts, ours, exported, strict=True):
         if not np.array_equal(found, expected):
             raise ModelError(
-                f"the student's tokenizer gives {expected.tolist()[:8]} for {texts[number]!r}, and its exported file "
+                f"the student's tokenizer gives {expected.tolist()[:8]} for {text!r}, and its exported file "
                 f"{found.tolist()[:8]}; use a fast tokenizer of the tokenizers library"
             )
+
+
+def _rows(flat: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+    """Tokens of each text, from all in one array and their offsets."""
+    return np.split(flat, offsets[1:-1])
