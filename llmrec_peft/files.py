@@ -20,10 +20,10 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _PARTIAL = re.compile(r"\.(.+)\.(?:[0-9]+|[0-9a-f]{8})\.partial", re.DOTALL)
 _OLD = re.compile(r"\.(.+)-old-[0-9a-z_]{8}", re.DOTALL)
@@ -152,6 +152,8 @@ def _named(path: Path) -> Path:
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a table as parquet."""
+    import pyarrow.parquet as pq  # commands that only download or print import this module too
+
     with replacing(path) as partial:
         pq.write_table(table, partial)
 

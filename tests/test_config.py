@@ -140,10 +140,10 @@ FLAGS = {
         "--ranking.candidates",
         "all",
     ],
-    "fuse": ["--data.path", "x", "--bundle", "out/bundle", "--valid_targets", "null", "--retrieval", "r"],
+    "index": ["--data.path", "x", "--bundle", "out/bundle", "--valid_targets", "null", "--retrieval", "r"],
     "merge": ["--bundle", "[a, b]", "--weights", "[0.5, 2]", "--output_dir", "out/merged", "--dtype", "bfloat16"],
     "recommend": ["--bundle", "b", "--data.path", "x", "--output_dir", "o", "--context", "{hour: 9, day: Mon}"],
-    "swap": ["--bundles", "{a: out/a, b: out/b}", "--requests", "r.jsonl", "--items", "{a: x}", "--fallback", "b"],
+    "score": ["--bundles", "{a: out/a, b: out/b}", "--requests", "r.jsonl", "--items", "{a: x}", "--fallback", "b"],
 }
 """What recipes that do not train are given."""
 

@@ -38,10 +38,10 @@ DOMAIN = {"name": "d", "event": "{title}", "outcomes": {"no": " no\n", "yes": " 
 FLAGS = {
     "distill": {"teacher": "t", "data": {"path": "x"}},
     "evaluate": {"bundle": "b", "data": {"path": "x"}},
-    "fuse": {"bundle": "b", "data": {"path": "x"}},
+    "index": {"bundle": "b", "data": {"path": "x"}},
     "merge": {"bundle": "b", "output_dir": "o"},
     "recommend": {"bundle": "b", "data": {"path": "x"}, "output_dir": "o"},
-    "swap": {"bundles": {"a": "b"}, "requests": "r"},
+    "score": {"bundles": {"a": "b"}, "requests": "r"},
 }
 HOSTILE = [
     None, True, 0, -1, 10**39, -(10**39), 1e308, 1e-320, float("nan"), float("inf"), -float("inf"), "", " ", "\0",
@@ -271,18 +271,18 @@ def test_a_pattern_is_kept_as_the_names_that_it_matched(tiny_base):
 
 
 OWN_TEXTS = {
-    "models/bundle.py", "models/checks.py",  # what PEFT makes, as JSON has it
-    "models/prompt_tokens.py",  # a post-processor's own state, and a file that was just written
-    "models/tensors.py",  # a header that was just written
-    "data/sources/records.py",  # entries of an array, by JSONDecoder, one at a time
+    "bundle.py", "bundle_checks.py",  # what PEFT makes, as JSON has it
+    "prompt_tokens.py",  # a post-processor's own state, and a file that was just written
+    "tensor_files.py",  # a header that was just written
+    "json_records.py",  # entries of an array, by JSONDecoder, one at a time
 }  # fmt: skip
-"""Files that parse JSON which this package itself made, or within limits of their own."""
+"""Files that parse JSON which this package itself made, or within limits of their own; no two files have one name."""
 
 
 def test_one_module_parses_json_and_yaml():
     parses = re.compile(r"\bjson\.(loads?|JSONDecoder)\b|map\(json\.loads|yaml\.\w*load|yaml\.\w*Loader\b")
     package = ROOT / "llmrec_peft"
-    found = {str(p.relative_to(package)) for p in package.rglob("*.py") if parses.search(p.read_text("utf-8"))}
+    found = {path.name for path in package.rglob("*.py") if parses.search(path.read_text("utf-8"))}
     assert found == {"documents.py", *OWN_TEXTS}
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llmrec_peft.errors import ConfigError, ModelError
-from llmrec_peft.memory import MemoryConfig, estimate_memory
 from llmrec_peft.memory.__main__ import main
-from llmrec_peft.memory.estimate import tensors_in
+from llmrec_peft.memory.estimate import estimate_memory, tensors_in
+from llmrec_peft.memory.memory_options import MemoryConfig
 from llmrec_peft.memory.meta_model import bytes_of, empty_classifier, weights
 from llmrec_peft.memory.trace import StorageMeter, segment_of, trace_optimizer, trace_passes
 from llmrec_peft.memory.zero_partitioning import Tensors, part_of, share_out

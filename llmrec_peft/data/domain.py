@@ -1,18 +1,22 @@
-"""A domain: how one kind of behaviour log is put into words, labelled, split and cut into windows."""
+"""A domain: how one kind of behaviour log is put into words, labelled, split and cut into windows.
+
+Arrow is imported where rows are read: a configuration describes domains and has no rows.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from llmrec_peft.data.duplicates import RULES
 from llmrec_peft.data.item_text import (
     MAX_TEMPLATE,
+    OUTCOME_COLUMNS,
     broken_up,
     check_template,
     part_text,
@@ -21,13 +25,15 @@ from llmrec_peft.data.item_text import (
     value_text,
 )
 from llmrec_peft.data.splits import context_only
-from llmrec_peft.data.tables import ID_TYPE, OUTCOME_COLUMNS
 from llmrec_peft.data.values import plain, shorten
 from llmrec_peft.documents import has_surrogates, read_yaml, shortened
 from llmrec_peft.errors import DataError, DomainError, input_errors
 from llmrec_peft.fields import MAX_COUNT, annotations_of, broken_fields
 from llmrec_peft.fields import number as of_number
 from llmrec_peft.fields import text as of_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Rule = TypeVar("Rule")
 
@@ -140,7 +146,7 @@ class Domain:
     # -- reading and writing -------------------------------------------------------------------
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "Domain":
+    def from_yaml(cls, path: str | Path) -> Domain:
         """Read a domain file.
 
         Raises:
@@ -151,12 +157,12 @@ class Domain:
         return cls.from_dict(content, source=where)
 
     @classmethod
-    def from_dict(cls, content: Any, *, source: str = "domain") -> "Domain":
+    def from_dict(cls, content: Any, *, source: str = "domain") -> Domain:
         """Build a domain from plain mappings; the reverse of :meth:`to_dict`."""
         return _from_mapping(cls, content, source)
 
     @classmethod
-    def of_manifest(cls, content: dict[str, Any], *, source: str = "domain") -> "Domain":
+    def of_manifest(cls, content: dict[str, Any], *, source: str = "domain") -> Domain:
         """Build the domain of a bundle, a merged model or a student from its manifest.
 
         Manifests from before the key `duplicates` are of models that were trained and measured with every row kept.
@@ -192,6 +198,9 @@ class Domain:
 
     def row_labels(self, log) -> np.ndarray:
         """Class number of each interaction by the label rule alone, duplicates included; otherwise as `classes`."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         column = log.column(self.label.column)
         if self.label.above is not None:
             try:
@@ -258,7 +267,7 @@ class Domain:
         """Whether an event is the item's id alone, one token by a tokenizer for it; then the marker may be empty."""
         return self.event == ITEM_EVENT
 
-    def of_ids(self, context: int, targets: int) -> "Domain":
+    def of_ids(self, context: int, targets: int) -> Domain:
         """This domain for a model that reads item ids: the same labels, rules and splits; an event is its item's token.
 
         context, targets: its windows. There is no header, and no column beside the item.
@@ -312,6 +321,9 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
     Raises:
         DomainError: no field, or a format that does not fit its column's values.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     parts: list[Any] = []
     literals = template_literals(template)
     for literal, name, spec, _ in string.Formatter().parse(template):
@@ -334,6 +346,9 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
 
 def _as_text(name: str, values: pa.Array, spec: str, forbidden: list[str]) -> pa.Array:
     """Format and neutralise distinct values once, then spread them over the rows."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
         values = _joined(name, values)
     encoded = _encoded(name, values)
@@ -348,6 +363,8 @@ def python_values(values: pa.Array, name: str) -> list[Any]:
     Raises:
         DataError: values that Python cannot hold, such as the year 50,000, or texts that are not UTF-8.
     """
+    import pyarrow as pa
+
     kind = values.type
     if pa.types.is_floating(kind):  # null is NaN
         return list(values.to_numpy(zero_copy_only=False))
@@ -361,6 +378,9 @@ def python_values(values: pa.Array, name: str) -> list[Any]:
 
 def _encoded(name: str, values: pa.Array) -> pa.DictionaryArray:
     """Values as a dictionary of those that differ. Raises DomainError for a type that is no text, number or date."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or isinstance(kind, pa.BaseExtensionType)):
         try:
@@ -374,6 +394,11 @@ def _encoded(name: str, values: pa.Array) -> pa.DictionaryArray:
 
 def _joined(name: str, values: pa.Array) -> pa.Array:
     """Lists as text, their parts separated by commas; null where a list or one of its parts is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from llmrec_peft.data.tables import ID_TYPE
+
     values = values.cast(pa.large_list(values.type.value_type))
     parts = _encoded(name, values.flatten())
     texts = pa.array([part_text(plain(name, value)) for value in python_values(parts.dictionary, name)], ID_TYPE)

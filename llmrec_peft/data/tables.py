@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmrec_peft.data.item_text import SEEN, listed, shorten
+from llmrec_peft.data.item_text import OUTCOME_COLUMNS, SEEN, listed, shorten
 from llmrec_peft.data.times import to_seconds
 from llmrec_peft.errors import DataError, one_line
 
 ID_TYPE = pa.large_string()
-OUTCOME_COLUMNS = ("label", "rating", "behaviour")
 SHOWN = 5
 """How many offenders a message names."""
 

@@ -104,7 +104,7 @@ def _check(directory: Path, wanted: dict[str, Any]) -> bool:
         if key in wanted and found.get(key) != wanted[key]:
             raise DataError(
                 f"{directory} holds stale answers: {reason} ({key} {str(found.get(key))[:16]}, now "
-                f"{str(wanted[key])[:16]}); remove the directory, or name another with answers.path"
+                f"{str(wanted[key])[:16]}); remove the directory, or name another with teacher_outputs.path"
             )
     return True
 

@@ -11,7 +11,6 @@ All functions take the rows of a `RankedRows` and return one value a list; a lis
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import gammaln
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,8 @@ def _first_relevant_tie(rows: RankedRows) -> np.ndarray:
 
 def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
     """log of the binomial coefficient, -inf where k > n."""
+    from scipy.special import gammaln  # takes half a second, and configurations import this module
+
     possible = k <= n
     n, k = np.where(possible, n, 0), np.where(possible, k, 0)
     return np.where(possible, gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0), -np.inf)

@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,18 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
     timings, student = Timings(), config.student
     with raise_on_all_ranks():
         manifest = read_answering(config.teacher)
-        domain = config.domain
+        teacher_domain = _teacher_domain(config, manifest)
+        domain = teacher_domain.of_ids(student.context, student.targets) if student.kind == "ids" else teacher_domain
         run = prepare_run(config)
         arguments = training_arguments(run)
         check_launch(config, arguments)
         _check_launch(arguments)
         asks = config.loss.needs_teacher
-        _check_student(config, manifest)
+        _check_student(config, manifest, teacher_domain)
         chosen = _kept_layers(config, manifest)
         layers = _compared_layers(config, manifest, chosen)
-        kept = Path(config.answers.path or run.path("teacher"))
-        check_output(kept, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
+        kept = Path(config.teacher_outputs.path or run.path("teacher"))
+        check_output(kept, {"data.path": config.data.path, "teacher": config.teacher}, what="teacher_outputs.path")
         if asks:
             check_kept(kept, manifest, [other for _, other in layers])
     check_ranks_equal(common_facts(config), "start every process with the same settings and versions")
@@ -117,13 +118,13 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         for name in ("valid", "test"):
             check_split(splits, name, manifest["counts"].get("split"))
         if student.kind == "ids" and student.content:
-            _check_content(config.teacher_domain, log)
+            _check_content(teacher_domain, log)
     with scratch_directory(Path(tempfile.gettempdir(), "llmrec-student")) as start:
         # All that the log can be refused for comes before the teacher's answers, which take the longest.
         with raise_on_all_ranks(), writing(start, "the student's start"):
             base = _source(config, manifest, log, domain, start)
             tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-            streams = build_splits(log, domain, tokenizer, unlabelled=config.answers.unlabelled)
+            streams = build_splits(log, domain, tokenizer, unlabelled=config.teacher_outputs.unlabelled)
             if config.loss.hard:
                 check_classes(streams.train)
             loss = build_loss(config.train, streams, len(domain.labels))
@@ -134,12 +135,12 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             show(f"loading the teacher {config.teacher}", flush=True)
             with raise_on_all_ranks():
                 teacher = _teacher(config, state)
-            with timings.timed("asking the teacher"), writing(kept, "answers.path"):
-                given = _ask(config, teacher, log, splits, [other for _, other in layers], kept, state)
+            with timings.timed("asking the teacher"), writing(kept, "teacher_outputs.path"):
+                given = _ask(config, teacher, teacher_domain, log, splits, [other for _, other in layers], kept, state)
         with raise_on_all_ranks():
             if student.kind == "shallow":
                 with writing(start, "the student's start"):
-                    start_shallow(teacher.classifier, chosen, start, student.mlp, student.heads_kept)
+                    start_shallow(teacher.classifier, chosen, start, student.mlp, student.attention)
                 base = str(start)
             del teacher
             _check_targets(streams, given)
@@ -173,6 +174,14 @@ def _attention(manifest: Mapping[str, Any]) -> str:
     return "eager" if said == "eager" else "sdpa"
 
 
+def _teacher_domain(config: DistillConfig, manifest: Mapping[str, Any]) -> Domain:
+    """The teacher's domain; with `unlabelled`, rows without a label are left to the teacher."""
+    domain = Domain.of_manifest(manifest["domain"], source=f"teacher {config.teacher}")
+    if not config.teacher_outputs.unlabelled:
+        return domain
+    return replace(domain, label=replace(domain.label, missing="leave_out"))
+
+
 def _teacher(config: DistillConfig, state: PartialState) -> Bundle:
     teacher = load_answering(config.teacher, base=config.base, trust_remote_code=config.trust_remote_code)
     teacher.classifier.to(state.device)
@@ -180,18 +189,25 @@ def _teacher(config: DistillConfig, state: PartialState) -> Bundle:
 
 
 def _ask(
-    config: DistillConfig, teacher: Bundle, log: BehaviorLog, splits, layers: list[int], kept: Path, state: PartialState
+    config: DistillConfig,
+    teacher: Bundle,
+    domain: Domain,
+    log: BehaviorLog,
+    splits,
+    layers: list[int],
+    kept: Path,
+    state: PartialState,
 ) -> TeacherOutputs:
     """The teacher's answers to training targets, and its representations of the items, as far as they are wanted."""
-    domain, answers, content = config.teacher_domain, None, None
+    answers, content = None, None
     if config.loss.needs_teacher:
-        streams = streams_of(splits, "train", domain, teacher.tokenizer, unlabelled=config.answers.unlabelled)
-        streams = streams.limited(config.answers.targets)
+        streams = streams_of(splits, "train", domain, teacher.tokenizer, unlabelled=config.teacher_outputs.unlabelled)
+        streams = streams.limited(config.teacher_outputs.targets)
         answers = teacher_answers(
-            teacher, streams, kept, layers=layers, batch_tokens=config.answers.batch_tokens, processes=state
+            teacher, streams, kept, layers=layers, batch_tokens=config.teacher_outputs.batch_tokens, processes=state
         )
     if config.student.kind == "ids" and config.student.content:
-        content = _content(teacher, domain, log, kept, config.answers.batch_tokens)
+        content = _content(teacher, domain, log, kept, config.teacher_outputs.batch_tokens)
     return TeacherOutputs(answers, content)
 
 
@@ -252,13 +268,13 @@ def _check_launch(arguments: TrainingArguments) -> None:
         )
 
 
-def _check_student(config: DistillConfig, manifest: dict[str, Any]) -> None:
+def _check_student(config: DistillConfig, manifest: dict[str, Any], domain: Domain) -> None:
     """Refuse a student that the teacher, its windows or the loss rule out, by what their configurations say."""
-    student, domain, trust = config.student, config.teacher_domain, config.trust_remote_code
+    student, trust = config.student, config.trust_remote_code
     if student.kind == "shallow":
         if manifest.get("method") == "adapter":
             raise ModelError(NO_SHALLOW)
-        if student.mlp < 1 or student.heads_kept < 1:
+        if student.mlp < 1 or student.attention < 1:
             check_prunable(load_config(_teacher_base(config, manifest), trust_remote_code=trust), trust)
     if student.kind != "small":
         return
@@ -288,7 +304,7 @@ def _kept_layers(config: DistillConfig, manifest: dict[str, Any]) -> list[int] |
         return None
     depth = _depth(config, manifest)
     student = config.student
-    pruned = student.mlp < 1 or student.heads_kept < 1
+    pruned = student.mlp < 1 or student.attention < 1
     return chosen_layers(depth, student.layers or max(1, depth // 3), student.pick, pruned)
 
 
@@ -339,7 +355,7 @@ def _check_targets(streams: SplitStreams, given: TeacherOutputs) -> None:
 
 def _windows(train: StreamDataset, given: TeacherOutputs, config: DistillConfig) -> StreamDataset | StreamSubset:
     """The windows that are trained on."""
-    if given.answers is None or not config.answers.only:
+    if given.answers is None or not config.teacher_outputs.only:
         return train
     windows = np.searchsorted(train.target_offsets, given.answers.asked, "right") - 1
     return StreamSubset(train, np.unique(windows))
@@ -355,5 +371,5 @@ def _read_content(
     seen[train.target_items] = True
     give_content(
         classifier, torch.from_numpy(reduced(content, config.student.content_width)), torch.from_numpy(seen),
-        first_item(config.domain), config.student.content_dropout,
+        first_item(streams.train.domain), config.student.content_dropout,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from llmrec_peft.checkpoints.manifest import installed
-from llmrec_peft.config.schema import TrainRecipeConfig, config_to_yaml
+from llmrec_peft.config.schema import RunConfig, TrainRecipeConfig, config_to_yaml
 from llmrec_peft.documents import parse_yaml
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.models.base import check_quantization
@@ -20,12 +20,13 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def check_launch(config: TrainRecipeConfig, arguments: TrainingArguments) -> None:
+def check_launch(config: RunConfig, arguments: TrainingArguments) -> None:
     """Raise ConfigError or ModelError for a launch that this run cannot have.
 
     Some of these would end in an error deep inside a library, others in answers that are silently worse.
     """
-    four_bit, plugin = isinstance(config.method, QloraOptions), arguments.deepspeed_plugin
+    plugin = arguments.deepspeed_plugin
+    four_bit = isinstance(config, TrainRecipeConfig) and isinstance(config.method, QloraOptions)
     if plugin is not None:
         for name in ("bf16", "fp16"):
             if plugin.hf_ds_config.get_value(f"{name}.enabled") is True:
@@ -63,7 +64,7 @@ def launch_of(arguments: TrainingArguments) -> str:
     return f"{number} processes with {kind}" if number > 1 or kind != "DDP" else "1 process"
 
 
-def common_facts(config: TrainRecipeConfig) -> dict[str, str]:
+def common_facts(config: RunConfig) -> dict[str, str]:
     """Settings and versions that all processes must share, by name; where the log lies may differ."""
     flat = flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
     facts = {key: repr(value) for key, value in flat.items() if key != "data.path"}

@@ -98,7 +98,7 @@ def save_run(
         "counts": {**streams.counts(), "split": streams.split_note()},
         "metrics": {name: metrics[name] for name in ("valid", "test")},
     }
-    domain = run.config.domain.to_dict()
+    domain = streams.train.domain.to_dict()
     if save is None:
         save_bundle(run.path("bundle"), model, model.tokenizer, domain, state=state, **facts)
     else:
@@ -181,7 +181,7 @@ def _report_content(
     trainable, total = trainer.model.trainable_parameters()
     targets = after.test.targets
     return ReportContent(
-        title=f"{config.domain.name}: {config.method_name} on {config.model.base}",
+        title=f"{test.domain.name}: {config.method_name} on {config.start}",
         class_names=test.domain.labels,
         labels=after.test.labels,
         users=users_of(after.test, test),
@@ -189,7 +189,7 @@ def _report_content(
         before=None if before is None else Calibration().apply(before.test.logits),
         uncalibrated=Calibration().apply(after.test.logits) if config.evaluation.calibrate else None,
         baselines=_baselines(streams, targets),
-        split_by=config.domain.split.by,
+        split_by=test.domain.split.by,
         lists=test.target_lists[targets],
         slices=_slices(streams, targets),
         log_history=trainer.state.log_history,

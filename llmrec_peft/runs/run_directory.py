@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.integrations import get_reporting_integration_callbacks
 
-from llmrec_peft.config.schema import DistillConfig, TrainRecipeConfig, config_to_yaml
+from llmrec_peft.config.renamed_keys import with_new_names
+from llmrec_peft.config.schema import RunConfig, TrainRecipeConfig, config_to_yaml
 from llmrec_peft.documents import parse_yaml, read_mapping, read_yaml
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.files import sweep, write_json, write_text
@@ -25,7 +26,7 @@ SETTINGS = "config.yaml"
 # Settings that decide the trained weights, by their first words; a run is resumed with these as they were.
 WEIGHTS = (
     "domain.", "method.", "train.", "model.dtype", "model.attn", "model.head_init", "model.head_scale", "student.",
-    "loss.", "answers.targets", "answers.only",
+    "loss.", "teacher_outputs.targets", "teacher_outputs.only",
 )  # fmt: skip
 ELSEWHERE = ("train.report_to", "train.logging_steps", "train.resume")
 # These choose the best checkpoint, where one is chosen.
@@ -37,7 +38,7 @@ NO_SELECTION = ("train.select_metric", "train.save_steps")
 class Run:
     """A run; `checkpoint` is where it goes on from."""
 
-    config: TrainRecipeConfig
+    config: RunConfig
     directory: Path
     checkpoint: str | None = None
 
@@ -46,7 +47,7 @@ class Run:
         return self.directory / name
 
 
-def prepare_run(config: TrainRecipeConfig) -> Run:
+def prepare_run(config: RunConfig) -> Run:
     """Check what can be checked before the log is read; nothing is written yet.
 
     Raises:
@@ -78,7 +79,7 @@ def prepare_run(config: TrainRecipeConfig) -> Run:
     return Run(config, directory, checkpoint)
 
 
-def _inputs(config: TrainRecipeConfig | DistillConfig) -> dict[str, str | None]:
+def _inputs(config: RunConfig) -> dict[str, str | None]:
     """What a run reads, by key."""
     found = {"data.path": config.data.path}
     if isinstance(config, TrainRecipeConfig):
@@ -166,19 +167,22 @@ def _make_ready(run: Run, checkpoints: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
 
 
-def _settings(config: TrainRecipeConfig) -> TrainRecipeConfig:
+def _settings(config: RunConfig) -> RunConfig:
     """The configuration that a run is known by: resuming it does not change it."""
     return replace(config, train=replace(config.train, resume=False))
 
 
-def _checkpoint_of(directory: Path, config: TrainRecipeConfig) -> str | None:
+def _checkpoint_of(directory: Path, config: RunConfig) -> str | None:
     """The checkpoint to go on from, None if none is whole; refuses other settings than the run's."""
     if not holds_run(directory) or not (directory / SETTINGS).is_file():
         raise ConfigError(f"train.resume: {directory} holds no run (no {SETTINGS}); start one without train.resume")
     found = read_yaml(directory / SETTINGS, error=ConfigError, what=f"train.resume: {directory / SETTINGS}")
     if not isinstance(found, dict):
         raise ConfigError(f"train.resume: {directory / SETTINGS} is no mapping of keys; start a new run")
-    old, new = flatten(found), flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError))
+    old, new = (
+        flatten(with_new_names(found)),
+        flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError)),
+    )
     for key in sorted(old.keys() | new.keys()):
         if _decides(key, config) and old.get(key) != new.get(key):
             raise ConfigError(
@@ -191,7 +195,7 @@ def _checkpoint_of(directory: Path, config: TrainRecipeConfig) -> str | None:
     return checkpoint
 
 
-def _decides(key: str, config: TrainRecipeConfig) -> bool:
+def _decides(key: str, config: RunConfig) -> bool:
     """Whether a setting has a say in the weights that a run ends with."""
     if key in SELECTION:
         return config.train.eval_steps > 0
