@@ -35,19 +35,23 @@ __all__ = ["config_to_yaml", "exit_on_error", "parse_config", "read_config"]
 Config = TypeVar("Config")
 
 
-def parse_config(config_class: type[Config], args: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
+def parse_config(
+    config_class: type[Config], args: Sequence[str] | None = None, *, prog: str | None = None, epilog: str | None = None
+) -> Config:
     """Read a command's configuration from `args` (the command line if None).
 
     An invalid configuration ends the program with one line on standard error and exit code 2. `--print_config` prints
     the resolved configuration as YAML, `--help` prints the options; both end the program with exit code 0.
 
     Args:
-        prog: name of the command in `--help`.
+        prog, epilog: name of the command and last paragraph in `--help`.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     printing = "--print_config" in arguments
     with exit_on_error():
-        config = read_config(config_class, [word for word in arguments if word != "--print_config"], prog=prog)
+        config = read_config(
+            config_class, [word for word in arguments if word != "--print_config"], prog=prog, epilog=epilog
+        )
         if printing:
             print(config_to_yaml(config), end="")
     if printing:
@@ -55,7 +59,9 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None, 
     return config
 
 
-def read_config(config_class: type[Config], args: Sequence[str], *, prog: str | None = None) -> Config:
+def read_config(
+    config_class: type[Config], args: Sequence[str], *, prog: str | None = None, epilog: str | None = None
+) -> Config:
     """Read a configuration from command-line arguments.
 
     Raises:
@@ -74,7 +80,7 @@ def read_config(config_class: type[Config], args: Sequence[str], *, prog: str | 
     for flag in flags:
         if flag.startswith("--") and flag != "--help":
             keys.check(flag[2:].split("=", 1)[0].rstrip("+"), "the command line", prefix="--")
-    return _build(config_class, _parse(config_class, content, flags, keys, prog))
+    return _build(config_class, _parse(config_class, content, flags, keys, prog, epilog))
 
 
 def _renamed(flag: str, keys: _Keys) -> str:
@@ -206,7 +212,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
 
 
 def _parse(
-    config_class: type, content: dict[str, Any], flags: list[str], keys: _Keys, prog: str | None
+    config_class: type, content: dict[str, Any], flags: list[str], keys: _Keys, prog: str | None, epilog: str | None
 ) -> dict[str, Any]:
     """Check types and apply flags over the content of files; the one use of jsonargparse."""
     from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
@@ -214,8 +220,9 @@ def _parse(
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader(_LOADER, _load_flag, exceptions=(ConfigError,))
     parser = ArgumentParser(
-        prog=prog, exit_on_error=False, allow_abbrev=False, description=config_class.__doc__, parser_mode=_LOADER
-    )
+        prog=prog, description=config_class.__doc__, epilog=epilog, exit_on_error=False, allow_abbrev=False,
+        parser_mode=_LOADER,
+    )  # fmt: skip
     files = parser.add_argument_group("files and printing")
     files.add_argument("--config", metavar="FILE.yaml", help="Read options from a file; flags override it.")
     if _has_domain(config_class):
@@ -309,17 +316,17 @@ def _has_domain(config_class: type) -> bool:
     return any(item.name == "domain" for item in dataclasses.fields(config_class))
 
 
-def _build(config_class: type[Config], values: Mapping[str, Any], name: str = "") -> Config:
+def _build(kind: type, values: Mapping[str, Any], name: str = "") -> Any:
     """Make the dataclasses from plain mappings; each checks its own values. `name` is the section's."""
-    if config_class is Domain:
+    if kind is Domain:
         return Domain.from_dict({key: value for key, value in values.items() if not key.startswith("__")})
-    hints = typing.get_type_hints(config_class)
+    hints = typing.get_type_hints(kind)
     made = {}
-    for item in dataclasses.fields(config_class):
+    for item in dataclasses.fields(kind):
         hint = hints[item.name]
-        if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(hints[item.name]):
             made[item.name] = _build(hint, values.get(item.name) or {}, f"{name}.{item.name}".strip("."))
         else:
             made[item.name] = values[item.name]
     with section(name):
-        return config_class(**made)
+        return kind(**made)

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from llmrec_peft.documents import read_yaml, shortened
 from llmrec_peft.errors import ConfigError
 
 _PACKAGED = Path(__file__).parents[1] / "recipes"
@@ -38,6 +39,36 @@ def locate(path: str, folder: str) -> str:
         return path
     place = os.path.join(FOLDERS[folder], name)
     return place if os.path.isfile(place) else path
+
+
+def launch_config(name: str) -> str:
+    """Path of a configuration of `accelerate launch`: a local file, or a shipped one by path or name (`zero3`).
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    for path in (name, f"{name}.yaml"):
+        found = locate(path, "accelerate_configs")
+        if os.path.isfile(found):
+            return found
+    shipped = ", ".join(path.stem for path in sorted(FOLDERS["accelerate_configs"].glob("*.yaml")))
+    raise ConfigError(
+        f"--launch {shortened(name)} is not a file; give an accelerate configuration, or one of {shipped}"
+    )
+
+
+def deepspeed_config(launch_file: str) -> str | None:
+    """Path of the shipped DeepSpeed file that a launch configuration names; None to leave it as it is named.
+
+    Accelerate looks for the file below the working directory, where it is only in the repository.
+    """
+    content = read_yaml(launch_file, error=ConfigError, what=f"--launch {shortened(launch_file)}")
+    section = content.get("deepspeed_config") if isinstance(content, dict) else None
+    named = section.get("deepspeed_config_file") if isinstance(section, dict) else None
+    if not isinstance(named, str):
+        return None
+    found = locate(named, "ds_configs")
+    return None if found == named else found
 
 
 def copy_shipped(directory: str) -> list[str]:

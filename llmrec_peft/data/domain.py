@@ -1,9 +1,8 @@
 """A domain: how one kind of behaviour log is put into words, labelled, split and cut into windows.
 
-Arrow is imported where rows are read: a configuration describes domains and has no rows.
+Arrow is imported where rows are read: a configuration describes domains and has no rows. Annotations that name it are
+quoted here, since jsonargparse imports what a module with postponed annotations imports for types.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import string
@@ -146,7 +145,7 @@ class Domain:
     # -- reading and writing -------------------------------------------------------------------
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Domain:
+    def from_yaml(cls, path: str | Path) -> "Domain":
         """Read a domain file.
 
         Raises:
@@ -157,12 +156,12 @@ class Domain:
         return cls.from_dict(content, source=where)
 
     @classmethod
-    def from_dict(cls, content: Any, *, source: str = "domain") -> Domain:
+    def from_dict(cls, content: Any, *, source: str = "domain") -> "Domain":
         """Build a domain from plain mappings; the reverse of :meth:`to_dict`."""
         return _from_mapping(cls, content, source)
 
     @classmethod
-    def of_manifest(cls, content: dict[str, Any], *, source: str = "domain") -> Domain:
+    def of_manifest(cls, content: dict[str, Any], *, source: str = "domain") -> "Domain":
         """Build the domain of a bundle, a merged model or a student from its manifest.
 
         Manifests from before the key `duplicates` are of models that were trained and measured with every row kept.
@@ -267,7 +266,7 @@ class Domain:
         """Whether an event is the item's id alone, one token by a tokenizer for it; then the marker may be empty."""
         return self.event == ITEM_EVENT
 
-    def of_ids(self, context: int, targets: int) -> Domain:
+    def of_ids(self, context: int, targets: int) -> "Domain":
         """This domain for a model that reads item ids: the same labels, rules and splits; an event is its item's token.
 
         context, targets: its windows. There is no header, and no column beside the item.
@@ -307,7 +306,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) -> pa.Array:
+def render(template: str, columns: "dict[str, pa.Array]", forbidden: list[str]) -> "pa.Array":
     """Fill a template for many rows at once.
 
     Args:
@@ -344,7 +343,7 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
     return texts
 
 
-def _as_text(name: str, values: pa.Array, spec: str, forbidden: list[str]) -> pa.Array:
+def _as_text(name: str, values: "pa.Array", spec: str, forbidden: list[str]) -> "pa.Array":
     """Format and neutralise distinct values once, then spread them over the rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -357,7 +356,7 @@ def _as_text(name: str, values: pa.Array, spec: str, forbidden: list[str]) -> pa
     return pc.fill_null(pa.array(texts, pa.large_string()).take(encoded.indices), "")
 
 
-def python_values(values: pa.Array, name: str) -> list[Any]:
+def python_values(values: "pa.Array", name: str) -> list[Any]:
     """Arrow values [n] as the Python values that templates write: float32 as NumPy's, moments to the microsecond.
 
     Raises:
@@ -376,7 +375,7 @@ def python_values(values: pa.Array, name: str) -> list[Any]:
         return values.to_pylist()
 
 
-def _encoded(name: str, values: pa.Array) -> pa.DictionaryArray:
+def _encoded(name: str, values: "pa.Array") -> "pa.DictionaryArray":
     """Values as a dictionary of those that differ. Raises DomainError for a type that is no text, number or date."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -392,7 +391,7 @@ def _encoded(name: str, values: pa.Array) -> pa.DictionaryArray:
     )
 
 
-def _joined(name: str, values: pa.Array) -> pa.Array:
+def _joined(name: str, values: "pa.Array") -> "pa.Array":
     """Lists as text, their parts separated by commas; null where a list or one of its parts is."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -269,7 +269,7 @@ def _check_members(members: list[zipfile.ZipInfo], archive: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: download a data set and print its directory; exit code 2 with one line when it cannot."""
-    parser = argparse.ArgumentParser(prog="python -m llmrec_peft.data.download", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="llmrec download", description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default="ml-latest-small", help=f"one of {listed(list(ARCHIVES))}")
     parser.add_argument("--directory", help="where to put it; default: the package's cache directory")
     parser.add_argument("--url", help="another place to take the archive from")
