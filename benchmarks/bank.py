@@ -24,7 +24,8 @@ from measuring import header, machine, memory_mib, quiet, release_memory, spread
 from llmrec_peft import BehaviorLog, Domain, load_classifier
 from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
 from llmrec_peft.config.schema import DataConfig
-from llmrec_peft.data.collator import collate, plan_micro_batches
+from llmrec_peft.data.batches import plan_micro_batches
+from llmrec_peft.data.collator import collate
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.runs.split_streams import read_log
 from llmrec_peft.scoring.bank import DomainBank

@@ -34,7 +34,7 @@ from peers.curves import side_by_side
 from peers.streams import TargetPrompts, read_domain, read_splits
 
 from llmrec_peft.data.streams import StreamDataset
-from llmrec_peft.data.tokens import special_tokens_around
+from llmrec_peft.data.vocabulary import special_tokens_around
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.evaluation.bootstrap import differences, intervals
 from llmrec_peft.models.base import resolve_base

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llmrec_peft.errors import DataError, LLMRecError, one_line
+from llmrec_peft.messages import quoted, shortened
 
 MAX_JSON_BYTES = 64 << 20
 """Bytes of a JSON file, at most: the largest tokenizer.json in use has about 35 MB."""
@@ -116,7 +117,7 @@ def parse_json(
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_mapping_once if strict else None)
     except _RepeatedKey as fault:
-        raise error(f"{where} has the key {shortened(repr(fault.key))} twice in one mapping; {advice}") from None
+        raise error(f"{where} has the key {quoted(fault.key, 100)} twice in one mapping; {advice}") from None
     except json.JSONDecodeError as fault:
         kind = "readable JSON" if strict else "JSON"
         raise error(f"{where} is not {kind}: {fault.msg} (line {fault.lineno}); {advice}") from None
@@ -145,7 +146,10 @@ def _mapping_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        for key, _ in pairs:
+            if key in seen:
+                raise _RepeatedKey(key)
+            seen.add(key)
     return found
 
 
@@ -187,7 +191,7 @@ def parse_yaml(
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = yaml.load(text, Loader=_yaml_loader(dates))  # a subclass of SafeLoader
     except _RepeatedKey as fault:
-        raise error(f"{where} has the key {shortened(repr(fault.key))} twice in one mapping; {advice}") from None
+        raise error(f"{where} has the key {quoted(fault.key, 100)} twice in one mapping; {advice}") from None
     except RecursionError:
         raise error(f"{where} nests deeper than {MAX_DEPTH} levels; {advice}") from None
     # ValueError: a date or a whole number that Python does not take; TypeError: a key that is a list
@@ -274,10 +278,3 @@ def check_tree(
 def has_surrogates(text: str) -> bool:
     """Whether a text holds half of a surrogate pair, which is no character."""
     return _HALF_PAIR.search(text) is not None
-
-
-def shortened(value: object, limit: int = 100) -> str:
-    """A path or text for a one-line message, cut in its middle; characters that cannot be printed are escaped."""
-    text = str(value)
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"

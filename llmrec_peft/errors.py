@@ -126,7 +126,7 @@ def machine_fault(error: BaseException) -> str | None:
     reason = text[:300] if number is None else os.strerror(number)
     files = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
     place = f"{' to '.join(name if len(name) <= 100 else f'{name[:50]}...{name[-50:]}' for name in files)}: "
-    return f"{place if files else ''}{reason}; {_ADVICE.get(number, 'correct it and start again')}"
+    return f"{place if files else ''}{reason}; {_ADVICE.get(number or 0, 'correct it and start again')}"
 
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")

@@ -20,8 +20,9 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, Literal
 
-from llmrec_peft.documents import has_surrogates, shortened
+from llmrec_peft.documents import has_surrogates
 from llmrec_peft.errors import ConfigError
+from llmrec_peft.messages import quoted
 
 MAX_TEXT = 4096
 """Characters of a text, at most, where its field says nothing else: as long as the longest path."""
@@ -98,9 +99,7 @@ def require(rule: bool, field: str, requirement: str, value: object) -> None:
     """Raise ConfigError unless a setting keeps its rule."""
     if not rule:
         key = key_of(field)
-        raise ConfigError(
-            f"{key} must be {requirement}, not {shortened(repr(value))}; change {key} in the configuration"
-        )
+        raise ConfigError(f"{key} must be {requirement}, not {quoted(value, 100)}; change {key} in the configuration")
 
 
 _section: ContextVar[str] = ContextVar("section", default="")
@@ -136,7 +135,8 @@ def check_fields(options: Any, prefix: str = "", *, brief: bool = False) -> None
 
 def broken_fields(options: Any, *, brief: bool = False) -> Iterator[tuple[str, str, Any]]:
     """(name, requirement, value) of each field of a dataclass object that breaks its type or bounds."""
-    for name, (hint, metadata) in annotations_of(type(options)).items():
+    kind: type = type(options)
+    for name, (hint, metadata) in annotations_of(kind).items():
         value = getattr(options, name)
         fault = _fault(value, hint, metadata, brief)
         if fault is not None:
@@ -212,7 +212,12 @@ def _fault_of_union(value: Any, hint: Any, metadata: Any, brief: bool) -> _Fault
 
 
 def _fault_of_parts(
-    value: Any, kind: type, parts: list[tuple[Any, Any]], hint: Any, metadata: Any, brief: bool
+    value: Any,
+    kind: type[list[Any]] | type[dict[Any, Any]],
+    parts: list[tuple[Any, Any]],
+    hint: Any,
+    metadata: Any,
+    brief: bool,
 ) -> _Fault | None:
     if not isinstance(value, kind):
         return _Fault(describe(hint))

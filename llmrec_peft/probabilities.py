@@ -5,9 +5,8 @@ p = softmax(logits / temperature + bias)
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -36,11 +35,12 @@ def read_calibration(calibration: Any, labels: int | None, where: str) -> tuple[
     if not isinstance(calibration, Mapping):
         raise BundleError(f"{wrong}not {str(calibration)[:80]!r}; fit it again, or save the bundle again")
     temperature, bias = calibration.get("temperature"), calibration.get("bias")
-    sound = _within(temperature, LEAST_TEMPERATURE, MOST_TEMPERATURE) and (
-        bias is None
-        or (isinstance(bias, list | tuple) and all(_within(value, -MOST_BIAS, MOST_BIAS) for value in bias))
-    )
-    if not sound:
+    biases = [] if bias is None else bias
+    if not (
+        _within(temperature, LEAST_TEMPERATURE, MOST_TEMPERATURE)
+        and isinstance(biases, list | tuple)
+        and all(_within(value, -MOST_BIAS, MOST_BIAS) for value in biases)
+    ):
         raise BundleError(f"{wrong}not {str(dict(calibration))[:160]}; fit it again, or save the bundle again")
     if bias is not None and labels is not None and len(bias) != labels:
         raise BundleError(
@@ -49,8 +49,10 @@ def read_calibration(calibration: Any, labels: int | None, where: str) -> tuple[
     return float(temperature), None if bias is None else tuple(float(value) for value in bias)
 
 
-def _within(value: object, least: float, most: float) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_) and least <= value <= most
+def _within(value: object, least: float, most: float) -> TypeGuard[float]:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(least <= value <= most)
 
 
 def calibrated(logits: np.ndarray, temperature: float, bias: Sequence[float] | None) -> np.ndarray:

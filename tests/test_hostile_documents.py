@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrec_peft.data.item_text import replace_surrogates
+from llmrec_peft.data.values import replace_surrogates
 from llmrec_peft.documents import MAX_DEPTH, parse_json, parse_yaml, read_bytes, read_json, read_mapping, read_yaml
 from llmrec_peft.errors import BundleError, ConfigError, DataError, input_errors
 

@@ -46,9 +46,9 @@ from llmrec_peft.checkpoints.manifest import (
 )
 from llmrec_peft.checkpoints.model_card import CARD, bundle_card
 from llmrec_peft.checkpoints.sealing import sealed, sha256
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ModelError, input_errors, output_errors
 from llmrec_peft.files import move_into_place, plain, scratch_directory, write_json
+from llmrec_peft.messages import shortened
 from llmrec_peft.models.base import BASES, base_fingerprint, base_source, head_name, load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
 from llmrec_peft.models.fingerprints import fits, short, tokenizer_fingerprint

@@ -17,8 +17,8 @@ from torch import nn
 
 from llmrec_peft.checkpoints.manifest import CONFIG, MANIFEST, WEIGHTS, check_metadata, read_options
 from llmrec_peft.checkpoints.sealing import check_schema, sha256
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError
+from llmrec_peft.messages import shortened
 from llmrec_peft.models.base import HEAD_NAMES
 from llmrec_peft.models.model_files import read_json
 from llmrec_peft.models.tensor_files import TensorEntry, check_finite, read_header, read_metadata

@@ -17,9 +17,9 @@ from typing import Any
 
 from llmrec_peft.checkpoints.sealing import check_schema, check_seal, content_digest
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ConfigError, LLMRecError
 from llmrec_peft.files import plain
+from llmrec_peft.messages import shortened
 from llmrec_peft.models.model_files import read_json
 from llmrec_peft.models.tuning_options import METHODS, MethodOptions, ModelOptions, from_mapping, method_options
 from llmrec_peft.probabilities import read_calibration

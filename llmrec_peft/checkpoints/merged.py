@@ -29,9 +29,9 @@ from llmrec_peft.checkpoints.manifest import (
 )
 from llmrec_peft.checkpoints.merged_checks import check_config, check_formats, check_tokenizer, no_more_than
 from llmrec_peft.checkpoints.sealing import Real, check_schema, check_seal, sealed, sha256
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ModelError, input_errors, output_errors
 from llmrec_peft.files import move_into_place, plain, scratch_directory, write_json
+from llmrec_peft.messages import shortened
 from llmrec_peft.models.base import load_model, load_tokenizer
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.fingerprints import fits, short, tokenizer_fingerprint

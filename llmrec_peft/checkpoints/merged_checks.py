@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ModelError
+from llmrec_peft.messages import shortened
 from llmrec_peft.models.model_files import read_json
 from llmrec_peft.models.tensor_files import TensorEntry
 

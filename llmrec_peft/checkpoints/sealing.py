@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError
+from llmrec_peft.messages import shortened
 
 MAX_TEXT = 100_000
 """Characters of a text, at most."""

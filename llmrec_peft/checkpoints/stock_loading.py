@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.tokens import Vocabulary, special_tokens_around
+from llmrec_peft.data.vocabulary import Vocabulary, special_tokens_around
 from llmrec_peft.errors import BundleError
 
 

@@ -26,9 +26,10 @@ from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.config.renamed_keys import new_name, with_new_names
 from llmrec_peft.config.shipped import locate
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.documents import parse_yaml, read_yaml, shortened
+from llmrec_peft.documents import parse_yaml, read_yaml
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.fields import describe, section
+from llmrec_peft.messages import shortened
 
 __all__ = ["config_to_yaml", "exit_on_error", "parse_config", "read_config"]
 
@@ -251,6 +252,8 @@ def _load_flag(text: str) -> Any:
 def _add_arguments(parser: Any, config_class: type, prefix: str = "") -> None:
     """Add the values of one dataclass as a group, then those of the dataclasses in it."""
     hints = typing.get_type_hints(config_class)
+    # Where annotations are texts, jsonargparse runs the module's imports for type checking: Arrow and torch.
+    vars(config_class)["__init__"].__annotations__.update(hints)
     nested = [item.name for item in dataclasses.fields(config_class) if dataclasses.is_dataclass(hints[item.name])]
     group = parser.add_argument_group((config_class.__doc__ or "").split("\n")[0].strip(" ."))
     group.add_class_arguments(config_class, prefix or None, as_group=False, skip=set(nested), fail_untyped=True)

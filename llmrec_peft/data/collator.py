@@ -1,13 +1,18 @@
 """From streams to micro-batches of tensors, formed by length so that little of them is padding."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from llmrec_peft.data.batches import PAD, plan_micro_batches
 from llmrec_peft.data.layout import Stream
 
+MicroBatch = dict[str, Any]
+"""Tensors by name, as `collate` makes them; None where a model needs no such tensor."""
 
-def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "right", mask: bool = False) -> dict:
+
+def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "right", mask: bool = False) -> MicroBatch:
     """One micro-batch of B streams, padded to the longest of L tokens, with T answers in all.
 
     Args:
@@ -56,14 +61,14 @@ class StreamCollator:
     after the last, so memory is bounded by tokens while the batch stays as asked.
     """
 
-    def __init__(self, pad_token_id: int, max_tokens: int, *, padding_side: str = "right", mask: bool = False):
+    def __init__(self, pad_token_id: int, max_tokens: int, *, padding_side: str = "right", mask: bool = False) -> None:
         self.pad_token_id, self.max_tokens = pad_token_id, max_tokens
         self.padding_side, self.mask = padding_side, mask
 
-    def __call__(self, streams: list[Stream]) -> dict[str, list[dict]]:
+    def __call__(self, streams: list[Stream]) -> dict[str, list[MicroBatch]]:
         groups = plan_micro_batches(np.array([len(stream) for stream in streams]), self.max_tokens)
         return {"micro_batches": [self.one([streams[row] for row in group]) for group in groups]}
 
-    def one(self, streams: list[Stream]) -> dict:
+    def one(self, streams: list[Stream]) -> MicroBatch:
         """All streams as one micro-batch."""
         return collate(streams, self.pad_token_id, padding_side=self.padding_side, mask=self.mask)

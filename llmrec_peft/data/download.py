@@ -22,9 +22,9 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from llmrec_peft.boundary import exit_on_error
-from llmrec_peft.data.item_text import listed
 from llmrec_peft.errors import DataError
 from llmrec_peft.files import scratch_directory
+from llmrec_peft.messages import listed
 
 BLOCK = 1 << 18
 ATTEMPTS = 5

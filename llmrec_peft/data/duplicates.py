@@ -1,14 +1,10 @@
-"""Rows that repeat a user, an item and a moment: which they are, and which one of each stays."""
+"""Rows of one user, item and moment: find them, and choose the one of each group that stays."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from llmrec_peft.data.log import BehaviorLog
 
 RULES = ("keep", "drop")
 """What a domain can do with duplicates."""
@@ -18,22 +14,29 @@ RULES = ("keep", "drop")
 class Duplicates:
     """Rows that share user, item and moment with another row.
 
-    rows: int64 [n], row numbers by group, rising within one. groups: int64 [n], the group of each, from 0, rising.
+    Attributes:
+        rows: int64 [n], row numbers of the log, ordered by group, then by row.
+        groups: int64 [n], the group of each, numbered from 0, non-decreasing.
     """
 
     rows: np.ndarray
     groups: np.ndarray
 
     @classmethod
-    def of(cls, log: BehaviorLog) -> Duplicates:
-        """Find them in one pass; only the rows of moments with several rows are sorted."""
-        # The log's rows go by user, then time, so that the rows of a moment are neighbours.
-        users, times = log.user_codes, log.timestamps
+    def of(cls, users: np.ndarray, items: np.ndarray, times: np.ndarray) -> Duplicates:
+        """Find the duplicates of a log.
+
+        Args:
+            users, items: int [rows of the log], codes.
+            times: [rows of the log]. Rows are sorted by user, then by time.
+        """
+        # Rows of one moment are neighbours, so only the rows of moments with several rows are sorted.
         new = np.ones(len(users), bool)
         new[1:] = (users[1:] != users[:-1]) | (times[1:] != times[:-1])
         alone = new & np.append(new[1:], True)
         rows = np.flatnonzero(~alone)
-        keys = np.cumsum(new)[rows] * np.int64(log.num_items) + log.item_codes[rows]
+        # One number for (moment, item): moments are numbered by the cumulative sum.
+        keys = np.cumsum(new)[rows] * (np.int64(items.max(initial=0)) + 1) + items[rows]
         order = np.argsort(keys, kind="stable")
         rows, keys = rows[order], keys[order]
         start = np.diff(keys, prepend=-1) != 0
@@ -41,19 +44,21 @@ class Duplicates:
         return cls(rows[repeated], np.cumsum(start[repeated]) - 1)
 
     def surplus(self, classes: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """Rows to drop so that one of each group stays, sorted int64.
+        """Rows to drop so that one of each group stays; int64, sorted.
 
-        A row with a label stays before one without, then a target before a `context_only` row, then the last row in the
-        order of the file, as the newest word on the event.
+        The row that stays has a label if any row of the group has one, then is a target rather than `context_only`,
+        then is the last in the order of the file.
 
-        classes: int [rows of the log], -1 without a label. hidden: bool [rows of the log], whether `context_only`.
+        Args:
+            classes: int [rows of the log], -1 without a label.
+            hidden: bool [rows of the log], whether `context_only`.
         """
         order = np.lexsort((self.rows, ~hidden[self.rows], classes[self.rows] >= 0, self.groups))
         groups = self.groups[order]
         return np.sort(self.rows[order[np.flatnonzero(groups[1:] == groups[:-1])]])
 
     def conflicts(self, classes: np.ndarray) -> int:
-        """How many groups have rows of different labels."""
+        """Number of groups whose rows have different labels."""
         labelled = classes[self.rows] >= 0
         groups, found = self.groups[labelled], classes[self.rows[labelled]]
         differ = (groups[1:] == groups[:-1]) & (found[1:] != found[:-1])

@@ -1,6 +1,9 @@
 """One window as tokens: the prefix, and the candidates that hang off it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -32,7 +35,7 @@ class Stream:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def independent(self, number: int, suffix: np.ndarray) -> "Stream":
+    def independent(self, number: int, suffix: np.ndarray) -> Stream:
         """The prompt of one target by itself: what it sees of this stream, and nothing else."""
         end, segment = self.markers[number], self.segment[self.markers[number]]
         seen = np.flatnonzero((self.segment[: end + 1] == PREFIX) | (self.segment[: end + 1] == segment))
@@ -42,10 +45,22 @@ class Stream:
                       np.array([len(seen) - 1]), self.labels[one], self.lists[one], self.targets[one])  # fmt: skip
 
 
-class StreamBuilder:
-    """Lays tokens down in order; L grows."""
+class StreamRows(Protocol):
+    """Rows of tokens to predict on: streams of a log (`data.streams.Streams`) or synthetic ones."""
 
-    def __init__(self, prefix: list[np.ndarray]):
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows], tokens of each row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Stream: ...
+
+
+class StreamBuilder:
+    """Lays down the tokens of one stream in order."""
+
+    def __init__(self, prefix: list[np.ndarray]) -> None:
         self.pieces: list[np.ndarray] = []
         self.segments: list[int] = []
         self.starts: list[int] = []
@@ -78,6 +93,7 @@ class StreamBuilder:
         return self.length - 1
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids, position ids and segments of what was laid down, each int32 [L]."""
         sizes = np.array([len(ids) for ids in self.pieces])
         ends = np.cumsum(sizes)
         positions = np.arange(self.length) + np.repeat(np.array(self.starts) - (ends - sizes), sizes)

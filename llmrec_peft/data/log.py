@@ -1,33 +1,24 @@
-"""BehaviorLog: what users did with items, checked, sorted by user and time, and kept in Arrow."""
+"""BehaviorLog: interactions of users with items, checked, sorted by user and time and kept in Arrow; and its splits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.duplicates import Duplicates
-from llmrec_peft.data.memory_mapped import BATCH_ROWS, SPOOL_ROWS, spool
-from llmrec_peft.data.tables import (
-    bool_numpy,
-    check_columns,
-    listed,
-    numbered,
-    offenders,
-    prepare_interactions,
-    prepare_items,
-    shorten,
-)
+from llmrec_peft.data.memory_mapped import BATCH_ROWS, MAPPED_ROWS, map_batches
+from llmrec_peft.data.readers import read_raw_log
+from llmrec_peft.data.splits import NAMES, split_rows
+from llmrec_peft.data.tables import bool_numpy, check_columns, numbered, offenders, prepare_interactions, prepare_items
 from llmrec_peft.data.times import are_dated
-from llmrec_peft.errors import DataError
-
-if TYPE_CHECKING:
-    from llmrec_peft.data.splits import Splits
+from llmrec_peft.errors import DataError, input_errors
+from llmrec_peft.messages import listed, quoted, shortened
 
 
 class BehaviorLog:
@@ -79,7 +70,7 @@ class BehaviorLog:
         self.timestamps = seconds if order is None else seconds[order]
         counts = np.bincount(self.user_codes, minlength=len(self.user_ids))
         self.user_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        if len(self) > SPOOL_ROWS:
+        if len(self) > MAPPED_ROWS:
             pa.default_memory_pool().release_unused()  # what sorting took; the table itself is in a mapped file
         self._item_rows: dict[str, int] | None = None
 
@@ -95,9 +86,9 @@ class BehaviorLog:
         Raises:
             DataError: nothing there can be read, or the log breaks a rule.
         """
-        from llmrec_peft.data.readers import read_log
-
-        return read_log(path, format=format, null_times=null_times)
+        with input_errors(DataError, f"log {shortened(path)}", "correct its files or name others"):
+            raw = read_raw_log(path, format=format, null_times=null_times)
+            return cls(raw.interactions, raw.items, name=raw.name)
 
     def __len__(self) -> int:
         return len(self.user_codes)
@@ -126,7 +117,14 @@ class BehaviorLog:
     @cached_property
     def duplicates(self) -> Duplicates:
         """Rows that share user, item and moment with another row."""
-        return Duplicates.of(self)
+        return Duplicates.of(self.user_codes, self.item_codes, self.timestamps)
+
+    @cached_property
+    def context_only(self) -> np.ndarray:
+        """bool [rows]: whether a row is history only and can never be a target."""
+        if "context_only" not in self.interactions.column_names:
+            return np.zeros(len(self), dtype=bool)
+        return self.column("context_only").to_numpy()
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the interactions, [rows].
@@ -153,7 +151,7 @@ class BehaviorLog:
             return self._item_rows[item_id]
         except KeyError:
             raise DataError(
-                f"log {self.name!r} has no item with id {shorten(item_id)} among {self.num_items} items; "
+                f"log {self.name!r} has no item with id {quoted(item_id)} among {self.num_items} items; "
                 "use an id of the item table"
             ) from None
 
@@ -172,21 +170,87 @@ class BehaviorLog:
         return counts
 
     def split(self, by: str = "time", valid: float = 0.1, test: float = 0.1, seed: int = 0) -> Splits:
-        """Train, valid and test rows, by one global time or by user; see `llmrec_peft.data.splits.split_log`."""
-        from llmrec_peft.data.splits import split_log
+        """Split the log into train, valid and test targets, by one global time or by user.
 
-        return split_log(self, by=by, valid=valid, test=test, seed=seed)
+        Args:
+            by: `time` sets two boundaries for all users; `user` deals whole users at random.
+            valid, test: shares of the rows (by time) or of the users (by user).
+            seed: of the shuffle of users.
+
+        Raises:
+            DataError: see `llmrec_peft.data.splits.split_rows`.
+        """
+        parts, boundaries = split_rows(
+            self.user_codes,
+            self.timestamps,
+            self.context_only,
+            by=by,
+            valid=valid,
+            test=test,
+            seed=seed,
+            name=self.name,
+        )
+        train, valid_, test_ = (LogSplit(name, self, rows) for name, rows in zip(NAMES, parts, strict=True))
+        return Splits(train, valid_, test_, by, boundaries)
 
     def _code_items(self, ids: pa.ChunkedArray) -> np.ndarray:
         found = pc.index_in(ids, value_set=self.items.column("item_id"))
         if found.null_count:
             count, rows = offenders(bool_numpy(found.is_null()))
-            first = listed([shorten(value) for value in ids.take(rows).to_pylist()])
+            first = listed([quoted(value) for value in ids.take(rows).to_pylist()])
             raise DataError(
                 f"interactions of log {self.name!r} name items that the item table lacks in {count} rows "
                 f"({numbered(rows, count)}: {first}); add these items or drop the rows"
             )
         return found.to_numpy().astype(np.int32, copy=False)
+
+
+@dataclass(frozen=True)
+class LogSplit:
+    """The targets of one split: `rows` are sorted row numbers (int64) of `log`."""
+
+    name: str
+    log: BehaviorLog = field(repr=False)
+    rows: np.ndarray = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def users(self) -> np.ndarray:
+        """Codes (int32, sorted, each once) of the users who have a target here."""
+        # The log's rows go by user, so that a user's targets are neighbours.
+        codes = self.log.user_codes[self.rows]
+        return codes[np.diff(codes, prepend=-1) > 0]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits of one log. Iterating gives the names; `splits["valid"]` and `splits.items()` go by name.
+
+    `boundaries` holds, for a split by time, the first moment of valid and that of test, in the log's seconds.
+    """
+
+    train: LogSplit
+    valid: LogSplit
+    test: LogSplit
+    by: str
+    boundaries: tuple[float, float] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+    def __getitem__(self, name: str) -> LogSplit:
+        if name not in NAMES:
+            raise DataError(f"Splits: there is no split {name!r}; use one of {', '.join(NAMES)}")
+        return getattr(self, name)
+
+    def items(self) -> Iterator[tuple[str, LogSplit]]:
+        """Yield (name, split), train first."""
+        return ((name, self[name]) for name in NAMES)
 
 
 def _items_of(interactions: pa.Table, name: str) -> pa.Table:
@@ -210,8 +274,8 @@ def _order(user_codes: np.ndarray, seconds: np.ndarray) -> np.ndarray | None:
 
 
 def _arranged(table: pa.Table, order: np.ndarray | None) -> pa.Table:
-    """The table in the given order; above `SPOOL_ROWS` rows it is written batch by batch and mapped from disk."""
-    if table.num_rows <= SPOOL_ROWS:
+    """The table in the given order; above `MAPPED_ROWS` rows it is memory-mapped."""
+    if table.num_rows <= MAPPED_ROWS:
         return (table if order is None else table.take(order)).combine_chunks()
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -219,4 +283,4 @@ def _arranged(table: pa.Table, order: np.ndarray | None) -> pa.Table:
             part = table.slice(start, BATCH_ROWS) if order is None else table.take(order[start : start + BATCH_ROWS])
             yield from part.combine_chunks().to_batches()
 
-    return spool(batches(), table.schema)
+    return map_batches(batches(), table.schema)

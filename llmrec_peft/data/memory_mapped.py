@@ -1,4 +1,4 @@
-"""Arrow record batches put in a memory-mapped file, so that a large log costs disk pages and not memory."""
+"""Memory-mapped tables: record batches are written to a file and mapped, so that a large log takes disk, not memory."""
 
 import os
 import tempfile
@@ -10,31 +10,31 @@ import pyarrow as pa
 from llmrec_peft.errors import DataError
 from llmrec_peft.files import scratch_file
 
-SPOOL_ROWS = 1_000_000
-"""Logs with more rows than this are kept in a memory-mapped Arrow IPC file."""
+MAPPED_ROWS = 1_000_000
+"""Tables with more rows than this are memory-mapped from an Arrow IPC file."""
 
 BATCH_ROWS = 131_072
 """Rows of one record batch in such a file."""
 
 
-def spool_directory() -> Path:
-    """Where the files go: `$LLMREC_PEFT_CACHE/spool` if that variable is set, else the system's temporary directory."""
+def mapped_directory() -> Path:
+    """`$LLMREC_PEFT_CACHE/spool` if that variable is set, else the system's temporary directory."""
     root = os.environ.get("LLMREC_PEFT_CACHE")
     directory = Path(root) / "spool" if root else Path(tempfile.gettempdir())
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
-def spool(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+def map_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
     """Write the batches to an Arrow IPC file and return the table that maps it.
 
-    The file's name is removed once it is mapped: the system keeps the pages while a table uses them and frees the disk
-    when the process ends, however it ends.
+    The file is unlinked once it is mapped. The system keeps its pages while a table uses them, and frees the disk space
+    when the process ends, even if it is killed.
 
     Raises:
         DataError: the disk is full or not writable.
     """
-    directory = spool_directory()
+    directory = mapped_directory()
     try:
         with scratch_file(directory / "llmrec_peft.arrow") as path:
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -48,15 +48,15 @@ def spool(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
 
 
 def collect(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
-    """The batches as one table: in memory up to `SPOOL_ROWS` rows, in a memory-mapped file beyond."""
+    """The batches as one table: in memory up to `MAPPED_ROWS` rows, in a memory-mapped file beyond."""
     held: list[pa.RecordBatch] = []
     rows = 0
     source = iter(batches)
     for batch in source:
         held.append(batch)
         rows += batch.num_rows
-        if rows > SPOOL_ROWS:
-            return spool(_chain(held, source), schema)
+        if rows > MAPPED_ROWS:
+            return map_batches(_chain(held, source), schema)
     return pa.Table.from_batches(held, schema=schema)
 
 

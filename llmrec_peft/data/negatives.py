@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.splits import LogSplit
+from llmrec_peft.data.log import BehaviorLog, LogSplit
 from llmrec_peft.errors import DataError
 
 SAMPLING = ("popularity", "uniform")
@@ -165,7 +164,9 @@ class _Taken:
         return (self.keys[places] == wanted) & (self.since[places] <= self.moments[positives])
 
 
-def _fill_by_rejection(out, known, past, taken, sampling, rng) -> np.ndarray:
+def _fill_by_rejection(
+    out: np.ndarray, known: _Known, past: _Past, taken: _Taken, sampling: str, rng: np.random.Generator
+) -> np.ndarray:
     """Fill `out` slot by slot by drawing until a draw is allowed; return the positives that ROUNDS did not finish.
 
     How often a draw was refused says nothing about which item is drawn in the end, so that handing the unlucky over to
@@ -190,7 +191,15 @@ def _fill_by_rejection(out, known, past, taken, sampling, rng) -> np.ndarray:
     return np.concatenate(unfinished)
 
 
-def _fill_exactly(out, unfinished, known, past, taken, sampling, rng) -> None:
+def _fill_exactly(
+    out: np.ndarray,
+    unfinished: np.ndarray,
+    known: _Known,
+    past: _Past,
+    taken: _Taken,
+    sampling: str,
+    rng: np.random.Generator,
+) -> None:
     """Finish the lists of `unfinished` by weighing every known item.
 
     Taking the largest of log(weight) + Gumbel noise draws without replacement in proportion to the weights

@@ -21,6 +21,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -212,7 +213,7 @@ def _draw_items(rng: np.random.Generator, items: int) -> tuple[pa.Table, np.ndar
     """The catalogue: the item table, then category, brand and price rank in the category of each item."""
     category = np.sort(np.arange(items) % len(CATALOGUE))
     brand_names = sorted({name for _, brands, _, _ in CATALOGUE.values() for name in brands})
-    rows: dict[str, list] = {"title": [], "category": [], "brand": [], "price": []}
+    rows: dict[str, list[Any]] = {"title": [], "category": [], "brand": [], "price": []}
     for number, (name, (median, brands, adjectives, nouns)) in enumerate(CATALOGUE.items()):
         count = int(np.sum(category == number))
         combinations = len(brands) * len(adjectives) * len(nouns)

@@ -7,9 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmrec_peft.data.item_text import OUTCOME_COLUMNS, SEEN, listed, shorten
+from llmrec_peft.data.templates import OUTCOME_COLUMNS
 from llmrec_peft.data.times import to_seconds
+from llmrec_peft.data.titles import SEEN
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import listed, quoted
 
 ID_TYPE = pa.large_string()
 SHOWN = 5
@@ -81,7 +83,7 @@ def check_texts(table: pa.Table, where: str) -> None:
             column.validate(full=True)
         except pa.ArrowInvalid as error:
             raise DataError(
-                f"column {shorten(name)} of {where} is damaged ({one_line(error)}); write the texts as UTF-8"
+                f"column {quoted(name)} of {where} is damaged ({one_line(error)}); write the texts as UTF-8"
             ) from None
 
 
@@ -134,7 +136,7 @@ def prepare_items(items: pa.Table, name: str) -> pa.Table:
     counts = pc.value_counts(ids)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if len(repeated):
-        first = listed([shorten(value) for value in repeated.slice(0, SHOWN).to_pylist()])
+        first = listed([quoted(value) for value in repeated.slice(0, SHOWN).to_pylist()])
         raise DataError(f"{where} has {len(repeated)} ids in more than one row (first: {first}); keep one row an item")
     title = items.column("title")
     if pa.types.is_dictionary(title.type):
@@ -145,7 +147,7 @@ def prepare_items(items: pa.Table, name: str) -> pa.Table:
     blank = is_blank(title)
     if pc.any(blank).as_py():
         count, rows = offenders(bool_numpy(blank))
-        first = listed([shorten(value) for value in ids.take(rows).to_pylist()])
+        first = listed([quoted(value) for value in ids.take(rows).to_pylist()])
         raise DataError(
             f"{where} has {count} items without a title (first: {first}), null, empty or without a visible character; "
             "give each a text or drop them"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.data.item_text import listed
 from llmrec_peft.errors import ConfigError, DataError
+from llmrec_peft.messages import listed
 
 logger = logging.getLogger(__name__)
 
@@ -220,9 +220,9 @@ def _check_units(seconds: np.ndarray, where: str) -> None:
     numbers = _unit_numbers(seconds)
     found = [(_UNITS[number], np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
     if len(found) > 1:
-        parts = [f"{unit.name} in {len(rows)} rows ({_shown(seconds, rows)})" for unit, rows in found]
+        mixed = [f"{unit.name} in {len(rows)} rows ({_shown(seconds, rows)})" for unit, rows in found]
         raise DataError(
-            f"timestamp mixes units in the {len(seconds)} {where}: {' and '.join(parts)}; {_RULE}; bring all rows to "
+            f"timestamp mixes units in the {len(seconds)} {where}: {' and '.join(mixed)}; {_RULE}; bring all rows to "
             "seconds, or drop those of the other unit"
         )
     unit, rows = found[0]

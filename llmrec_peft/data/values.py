@@ -1,7 +1,7 @@
 """One value of a column as plain Python, whether it comes from a table, a request or the items of an exported student.
 
-Without Arrow: `domain.render` (training) and `text.fill` (serving) both take values through `plain`, so that one value
-is one text in both.
+Without Arrow. `rendering.render` (training) and `templates.fill` (serving) both convert values by `plain`, so that a
+value becomes the same text in both.
 """
 
 import datetime
@@ -12,21 +12,11 @@ import numpy as np
 
 from llmrec_peft.documents import has_surrogates
 from llmrec_peft.errors import DataError, DomainError
+from llmrec_peft.messages import quoted
 
 MAX_BITS = 64
 """Bits of a whole number, at most: what a table can hold."""
 _TIMES = datetime.date | datetime.time | datetime.timedelta
-
-
-def shorten(value: object, limit: int = 60) -> str:
-    """`repr` of a value on one line, cut to fit a message; its type where it has none."""
-    try:
-        text = repr(value)
-    except Exception:  # nested too deep, too many digits, or an object's own mistake
-        return f"a {type(value).__name__} that cannot be shown"
-    if not text.isprintable():
-        text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def replace_surrogates(text: str) -> str:
@@ -71,7 +61,7 @@ def _one(name: str, value: Any) -> Any:
     if isinstance(value, int):
         if int(value).bit_length() > MAX_BITS:
             raise DataError(
-                f"column {name!r} has {shorten(value)}, a whole number of more than {MAX_BITS} bits; write it as a text"
+                f"column {name!r} has {quoted(value)}, a whole number of more than {MAX_BITS} bits; write it as a text"
             )
         return int(value)
     if isinstance(value, float | np.floating | Decimal):
@@ -79,7 +69,7 @@ def _one(name: str, value: Any) -> Any:
     if isinstance(value, _TIMES):
         return value if value == value else None  # NaT differs from itself
     raise DomainError(
-        f"column {name!r} names {shorten(value)}, a {type(value).__name__}; flatten it to texts, numbers or a list of "
+        f"column {name!r} names {quoted(value)}, a {type(value).__name__}; flatten it to texts, numbers or a list of "
         "these first"
     )
 

@@ -26,8 +26,9 @@ from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.checkpoints.sealing import sha256
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.layout import Stream
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.layout import Stream, StreamRows
+from llmrec_peft.data.streams import Streams
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
@@ -53,7 +54,7 @@ def export_onnx(
     *,
     int8: bool = True,
     opset: int | None = None,
-    streams: Any = None,
+    streams: Streams | None = None,
     tolerance: float = TOLERANCE,
     batch_tokens: int = 2000,
 ) -> dict[str, Any]:
@@ -183,9 +184,9 @@ def _check_output(out: Path, student: Path, serving: Any) -> Path:
     return out
 
 
-def _check_streams(streams: Any, student: str | Path, manifest: Mapping[str, Any]) -> None:
+def _check_streams(streams: Streams, student: str | Path, manifest: Mapping[str, Any]) -> None:
     """Raise BundleError for streams that the student would read wrongly."""
-    parent = getattr(streams, "parent", streams)
+    parent = streams.parent
     same = fits(parent.vocabulary.tokenizer, manifest["tokenizer"].get("fingerprint"))
     if not same or parent.domain.labels != manifest["labels"]:
         raise BundleError(
@@ -344,11 +345,10 @@ def _quantise_embedding(model: Any) -> None:
 # -- answers -----------------------------------------------------------------------------------------
 
 
-def _answered(streams: Any, vocabulary: Vocabulary, loaded: Bundle) -> tuple[Any, str]:
+def _answered(streams: Streams | None, vocabulary: Vocabulary, loaded: Bundle) -> tuple[StreamRows, str]:
     """What both answer, and its name."""
     if streams is not None:
-        parent = getattr(streams, "parent", streams)
-        return streams, f"{parent.name} of {parent.log.name}"
+        return streams, f"{streams.parent.name} of {streams.parent.log.name}"
     if not vocabulary.reads_ids:
         return SyntheticStreams(vocabulary.domain, loaded.tokenizer), "samples"
     return IdSamples(vocabulary, loaded.tokenizer), "samples"

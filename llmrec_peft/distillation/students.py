@@ -15,8 +15,9 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from llmrec_peft.data.domain import ITEM_EVENT, Domain, render
-from llmrec_peft.data.tokens import UNKNOWN_ITEM
+from llmrec_peft.data.domain import ITEM_EVENT, Domain
+from llmrec_peft.data.rendering import render
+from llmrec_peft.data.vocabulary import UNKNOWN_ITEM
 from llmrec_peft.distillation.distill_options import StudentOptions
 from llmrec_peft.distillation.pruning import prune
 from llmrec_peft.errors import ConfigError, DataError, ModelError

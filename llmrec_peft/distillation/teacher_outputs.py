@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from llmrec_peft.checkpoints.bundle import Bundle
 from llmrec_peft.checkpoints.manifest import digest
-from llmrec_peft.data.collator import StreamCollator, plan_micro_batches
+from llmrec_peft.data.batches import plan_micro_batches
+from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
 from llmrec_peft.distillation.teacher_cache import ADVICE, matrix, read_kept, write_kept
@@ -75,7 +76,7 @@ def targets_fingerprint(streams: StreamDataset) -> str:
 def texts_fingerprint(streams: StreamDataset) -> str:
     """SHA-256 of the tokens of a data set's headers and events, and of where they stand."""
     found = hashlib.sha256()
-    for array in streams.texts():
+    for array in streams.token_arrays():
         found.update(f"{array.dtype}{array.shape}".encode())
         found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
@@ -132,7 +133,7 @@ def teacher_answers(
         DataError: `directory` holds answers of another teacher or of other targets, or a part that was cut or edited.
         ModelError: an answer, or a hidden state in float16, is not finite.
     """
-    parent: StreamDataset = getattr(streams, "parent", streams)
+    parent = streams.parent
     directory = Path(directory)
     note = {
         "format": FORMAT,
@@ -147,7 +148,7 @@ def teacher_answers(
         directory.mkdir(parents=True, exist_ok=True)
         write_json(note, directory / NOTE)
     state.wait_for_everyone()
-    windows, labels = getattr(streams, "windows", np.arange(len(streams))), len(teacher.classifier.labels)
+    windows, labels = streams.windows, len(teacher.classifier.labels)
     owner = digest(note)
     done = _gather(directory, parent, labels, tuple(layers), owner).windows
     missing = np.setdiff1d(windows, done)

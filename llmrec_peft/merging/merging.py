@@ -34,8 +34,9 @@ from llmrec_peft.checkpoints.model_card import CARD, merged_card
 from llmrec_peft.checkpoints.stock_loading import measure_stock, prepare_tokenizer
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.streams import IndependentPrompts
-from llmrec_peft.data.tokens import UNKNOWN_ITEM
+from llmrec_peft.data.layout import StreamRows
+from llmrec_peft.data.streams import Streams, independent_prompts
+from llmrec_peft.data.vocabulary import UNKNOWN_ITEM
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.evaluation.metrics import compute_metrics
@@ -56,7 +57,7 @@ class MergeSettings:
 
     dtype: Dtype | None = None
     base: str | None = None
-    streams: Any = None
+    streams: Streams | None = None
     tolerance: float | None = None
     max_shard_size: str | int = "2GB"
     batch_tokens: int = 1000
@@ -75,7 +76,7 @@ def merge_bundle(
     *,
     dtype: Dtype | None = None,
     base: str | None = None,
-    streams: Any = None,
+    streams: Streams | None = None,
     tolerance: float | None = None,
     max_shard_size: str | int = "2GB",
     batch_tokens: int = 1000,
@@ -190,12 +191,15 @@ def write_merge(
             manifest = describe(scratch, content)
         merged = load_merged(scratch, trust_remote_code=settings.trust_remote_code)
         measured = _compared(before, _answers(merged, streams, settings), labelled)
-        prompts = _Prompts(merged, streams if labelled else None)
+        prompts = _Prompts(merged, settings.streams)
         at_markers = _answers(merged, prompts, settings).logits
         del merged
         gc.collect()
         measured |= measure_stock(scratch, prompts.tokens, prompts.texts, at_markers, settings.trust_remote_code)
-        measured |= {"streams": _name(streams) if labelled else "samples", "tolerance": settings.tolerance}
+        measured |= {
+            "streams": "samples" if settings.streams is None else _name(settings.streams),
+            "tolerance": settings.tolerance,
+        }
         if settings.tolerance is None:
             measured["tolerance"] = usual * max(1.0, measured["spread"])
         _check(out, measured)
@@ -215,7 +219,7 @@ _PACKAGES = ("llmrec_peft", "torch", "transformers", "peft", "safetensors")
 # -- answers -----------------------------------------------------------------------------------------
 
 
-def _streams(adapted: Bundle, settings: MergeSettings) -> tuple[Any, bool]:
+def _streams(adapted: Bundle, settings: MergeSettings) -> tuple[StreamRows, bool]:
     """What both models answer, and whether its labels are real."""
     encoder, streams = adapted.classifier.encoder, settings.streams
     if streams is None:
@@ -227,12 +231,12 @@ def _streams(adapted: Bundle, settings: MergeSettings) -> tuple[Any, bool]:
             )
         alone = not hides_candidates(adapted.classifier)
         return SyntheticStreams(domain, adapted.tokenizer, independent=alone), False
-    return IndependentPrompts(streams) if encoder and not isinstance(streams, IndependentPrompts) else streams, True
+    return independent_prompts(streams) if encoder else streams, True
 
 
-def _name(streams: Any) -> str:
+def _name(streams: Streams) -> str:
     """Split and log of a data set of streams."""
-    parent = getattr(streams, "parent", streams)
+    parent = streams.parent
     return f"{parent.name} of {parent.log.name}"
 
 
@@ -244,10 +248,11 @@ class _Prompts:
         texts: the same as whole texts; None where the model reads item ids, and prompts come from `streams`.
     """
 
-    def __init__(self, merged: Bundle, streams: Any) -> None:
-        if merged.tokenizer.unk_token == UNKNOWN_ITEM:
-            whole = streams if isinstance(streams, IndependentPrompts) else IndependentPrompts(streams)
-            self._rows, self.texts = [whole[number] for number in range(min(_STOCK_PROMPTS, len(whole)))], None
+    def __init__(self, merged: Bundle, streams: Streams | None) -> None:
+        self.texts: list[str] | None = None
+        if streams is not None and merged.tokenizer.unk_token == UNKNOWN_ITEM:
+            whole = independent_prompts(streams)
+            self._rows = [whole[number] for number in range(min(_STOCK_PROMPTS, len(whole)))]
         else:
             domain = Domain.of_manifest(merged.domain, source="the bundle's domain")
             samples = SyntheticStreams(domain, merged.tokenizer, independent=True)
@@ -268,7 +273,7 @@ class _Prompts:
 _STOCK_PROMPTS = 8
 
 
-def _answers(bundle: Bundle, streams: Any, settings: MergeSettings) -> Predictions:
+def _answers(bundle: Bundle, streams: StreamRows, settings: MergeSettings) -> Predictions:
     classifier = bundle.classifier
     collator = StreamCollator(bundle.tokenizer.pad_token_id, settings.batch_tokens, mask=classifier.encoder)
     return predict(classifier, streams, collator, batch_tokens=settings.batch_tokens)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.layout import Stream, StreamBuilder
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 
 WINDOWS, EVENTS, PROBES = 6, 6, 3
 """Streams, events on the prefix of each, and candidates that hang off its end."""

@@ -19,6 +19,7 @@ import torch
 
 from llmrec_peft.checkpoints.bundle import Bundle, adapter_tensors, load_bundle
 from llmrec_peft.checkpoints.merged import check_output
+from llmrec_peft.data.streams import Streams
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.merging.merging import Dtype, MergeSettings, inherited, mergeable, provenance, write_merge
 from llmrec_peft.models.classifier import BehaviorClassifier, build_classifier
@@ -43,7 +44,7 @@ def combine_bundles(
     density: float | None = None,
     dtype: Dtype | None = None,
     base: str | None = None,
-    streams: Any = None,
+    streams: Streams | None = None,
     tolerance: float | None = None,
     max_shard_size: str | int = "2GB",
     batch_tokens: int = 1000,

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmrec_peft.documents import parse_json, read_mapping, shortened
+from llmrec_peft.documents import parse_json, read_mapping
 from llmrec_peft.errors import LLMRecError, ModelError
 from llmrec_peft.files import write_json
+from llmrec_peft.messages import shortened
 from llmrec_peft.models.model_files import cache_dir
 from llmrec_peft.models.tensor_files import TensorEntry, fingerprint
 

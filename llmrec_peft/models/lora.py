@@ -13,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import BundleError, ModelError
+from llmrec_peft.messages import shortened
 from llmrec_peft.models.base import HEAD_NAMES, backbone_entries, backbone_of
 from llmrec_peft.models.fused_lora import fuse_lora
 from llmrec_peft.models.tensor_files import read_tensor

@@ -8,7 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from llmrec_peft.data.collator import StreamCollator, plan_micro_batches
+from llmrec_peft.data.batches import plan_micro_batches
+from llmrec_peft.data.collator import StreamCollator
+from llmrec_peft.data.layout import StreamRows
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.selftest import check_streams
@@ -31,7 +33,7 @@ class Predictions:
 
 def predict(
     model: torch.nn.Module,
-    streams,
+    streams: StreamRows,
     collator: StreamCollator,
     *,
     batch_tokens: int,

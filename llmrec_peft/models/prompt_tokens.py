@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmrec_peft.data.tokens import special_tokens_around
+from llmrec_peft.data.vocabulary import special_tokens_around
 from llmrec_peft.errors import BundleError, StreamError
 
 

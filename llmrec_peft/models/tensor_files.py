@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from llmrec_peft.documents import parse_json, shortened
+from llmrec_peft.documents import parse_json
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import shortened
 
 SAMPLED_ABOVE = 8 * 1024**3
 """Tensors of a checkpoint of more bytes than this are sampled for its fingerprint; smaller ones are hashed whole."""

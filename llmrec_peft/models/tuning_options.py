@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import ConfigError, one_line
 from llmrec_peft.fields import check_fields, key_of, number, require
+from llmrec_peft.messages import shortened
 
 # What LoRA's `init` may be, and the advice for PEFT's schemes that need activations of real batches first.
 LORA_INITS = ("default", "gaussian", "olora", "pissa", "loftq", "orthogonal")

@@ -21,7 +21,7 @@ from llmrec_peft.config.schema import DistillConfig, read_config
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.distillation.distill_trainer import DistillTrainer, layer_map
 from llmrec_peft.distillation.pruning import check_prunable
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student

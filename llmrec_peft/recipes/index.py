@@ -15,7 +15,7 @@ from llmrec_peft.checkpoints.merged import load_answering, read_answering
 from llmrec_peft.config.schema import IndexConfig
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.splits import Splits
+from llmrec_peft.data.log import Splits
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.evaluation.bootstrap import Interval, differences, intervals

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from llmrec_peft.config.schema import EvaluateConfig, RankingConfig
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.splits import Splits
+from llmrec_peft.data.log import Splits
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant

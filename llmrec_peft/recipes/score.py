@@ -10,9 +10,9 @@ from typing import TextIO
 from llmrec_peft.checkpoints.bundle import check_bundle
 from llmrec_peft.config.schema import ScoreConfig
 from llmrec_peft.data.readers.json_records import is_json
-from llmrec_peft.data.tables import listed, shorten
 from llmrec_peft.errors import BundleError, ConfigError, DataError
 from llmrec_peft.files import replacing
+from llmrec_peft.messages import listed, quoted
 from llmrec_peft.runs.output_paths import check_output_file, writing
 from llmrec_peft.runs.request_files import answer_line, are_answers, in_batches, read_requests
 from llmrec_peft.scoring.bank import DomainBank
@@ -59,7 +59,7 @@ def _check_requests(config: ScoreConfig) -> None:
     for number, request in enumerate(read_requests(config.requests)):
         if config.fallback is None and request[0] not in config.bundles:
             raise DataError(
-                f"request {number} of {config.requests} is of domain {shorten(request[0])}, which is not in the bank; "
+                f"request {number} of {config.requests} is of domain {quoted(request[0])}, which is not in the bank; "
                 f"use one of {listed(sorted(config.bundles))}, or set fallback"
             )
 

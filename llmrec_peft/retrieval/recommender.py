@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.tables import shorten
 from llmrec_peft.errors import ConfigError, DataError, LLMRecError, input_errors
+from llmrec_peft.messages import quoted
 from llmrec_peft.retrieval.fusion import Fusion
 from llmrec_peft.retrieval.histories import Histories
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
@@ -189,7 +189,7 @@ class Recommender:
 
     def _events(self, codes: np.ndarray, context: Mapping[str, Any] | None) -> _Events:
         if not isinstance(context, Mapping | None):
-            raise DataError(f"context must be a mapping of columns, not {shorten(context)}; correct it")
+            raise DataError(f"context must be a mapping of columns, not {quoted(context)}; correct it")
         return _Events(self.ids, codes, context)
 
     def _ranked(self, choice: _Choice, found: np.ndarray, k: int) -> list[Recommendation]:
@@ -217,7 +217,7 @@ class Recommender:
         """Codes of the candidates, each once, or None; and of what is not wanted."""
         if not is_count(k) or not is_count(pool):
             raise ConfigError(
-                f"recommend: k and pool must be at least 1, not {shorten(k)} and {shorten(pool)}; ask for one item "
+                f"recommend: k and pool must be at least 1, not {quoted(k)} and {quoted(pool)}; ask for one item "
                 "at least"
             )
         return None if candidates is None else self._codes("candidates", candidates), self._codes("exclude", exclude)
@@ -228,7 +228,7 @@ class Recommender:
             check_list(what, ids)
             wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, Id)]
             if wrong:
-                raise DataError(f"{what} must be a list of item ids, and has {shorten(wrong[0])}; correct it")
+                raise DataError(f"{what} must be a list of item ids, and has {quoted(wrong[0])}; correct it")
             named = [item_id(item, what) for item in ids]
         rows = self.catalogue.rows(named, what)
         return rows[np.sort(np.unique(rows, return_index=True)[1])]

@@ -15,9 +15,10 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.readers.mending import ids_as_known
 from llmrec_peft.data.readers.tabular import SUFFIXES, read_tables, suffix_of
-from llmrec_peft.data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, is_blank, listed, shorten
+from llmrec_peft.data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, check_texts, is_blank
 from llmrec_peft.data.times import check_moment
 from llmrec_peft.errors import ConfigError, DataError
+from llmrec_peft.messages import listed, quoted
 from llmrec_peft.runs.logged_events import LoggedEvents, cells
 from llmrec_peft.scoring.prompts import Event
 
@@ -197,6 +198,7 @@ def read_ids(path: str, what: str, column: str, known: pa.Array | pa.ChunkedArra
         raise DataError(f"{what} must be an existing file ({listed(list(SUFFIXES))}), not {path!r}; give one")
     table = read_tables([place])
     check_columns(table, (column,), f"{what} {path}")
+    check_texts(table, f"{what} {path}")
     if not table.num_rows:
         raise DataError(f"{what} {path} has no rows; give at least one {column}")
     table = ids_as_known(table, column, known, f"{what} {path}", of)
@@ -216,7 +218,7 @@ def table_fingerprint(table: pa.Table) -> str:
 
 
 def _first(ids: pa.Array | pa.ChunkedArray) -> str:
-    return listed([shorten(value) for value in ids.slice(0, 3).to_pylist()])
+    return listed([quoted(value) for value in ids.slice(0, 3).to_pylist()])
 
 
 def _refused(ids: pa.Array) -> dict[int, str]:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.data.domain import Domain, python_values
+from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.rendering import python_values
 from llmrec_peft.scoring.prompts import Event
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from llmrec_peft.documents import shortened
 from llmrec_peft.errors import ConfigError, output_errors
+from llmrec_peft.messages import shortened
 
 _KINDS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("a bundle or a merged model", lambda path: (path / "behavior.json").is_file()),

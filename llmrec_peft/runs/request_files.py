@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from llmrec_peft.data.readers.json_records import read_records
-from llmrec_peft.data.tables import listed, shorten
 from llmrec_peft.documents import parse_json
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed, quoted
 
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "domain": (str, "a text"),
@@ -40,7 +40,7 @@ def read_requests(path: str) -> Iterator[tuple[Any, ...]]:
             value = record.get(key)
             fits = isinstance(value, kind) and not isinstance(value, bool)
             if not fits and (key in record or key not in OPTIONAL):
-                raise DataError(f"request {number} of {path} has {key} {shorten(value)}; it must be {text}")
+                raise DataError(f"request {number} of {path} has {key} {quoted(value)}; it must be {text}")
         yield (record["domain"], record["history"], record["candidates"], record.get("user"), record.get("id", number))
 
 

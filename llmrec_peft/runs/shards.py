@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmrec_peft.checkpoints.manifest import digest
-from llmrec_peft.data.tables import shorten
 from llmrec_peft.documents import parse_json, read_mapping
 from llmrec_peft.errors import ConfigError, LLMRecError
 from llmrec_peft.files import replacing, sweep, write_json
+from llmrec_peft.messages import quoted
 from llmrec_peft.runs.output_paths import is_plain, writing
 
 RESULT, ERRORS, DIRECTORY = "recommendations.parquet", "errors.jsonl", "parts"
@@ -90,8 +90,8 @@ class Parts:
         for name in sorted(old.keys() | self._facts.keys()):
             if old.get(name) != self._facts.get(name):
                 raise ConfigError(
-                    f"the parts in {self.directory} were made with {name} {shorten(old.get(name))}, and now it is "
-                    f"{shorten(self._facts.get(name))}; use the same to go on, or remove {self.directory} to begin anew"
+                    f"the parts in {self.directory} were made with {name} {quoted(old.get(name))}, and now it is "
+                    f"{quoted(self._facts.get(name))}; use the same to go on, or remove {self.directory} to begin anew"
                 )
 
     def pending(self, *, errors: bool) -> list[int]:

@@ -1,19 +1,25 @@
 """From a configuration's log to the streams of its splits."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.splits import Splits, check_leakage
-from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, build_streams
+from llmrec_peft.data.leakage import check_leakage
+from llmrec_peft.data.log import BehaviorLog, Splits
+from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, Streams, build_streams
 from llmrec_peft.errors import DataError
 from llmrec_peft.models.base import base_fingerprint
+from llmrec_peft.models.classifier import BehaviorClassifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SIMULATED_SHOP = "simulated:shop"
 HASHED_AT_ONCE = 1 << 22  # numbers
@@ -90,14 +96,18 @@ def split_of(log: BehaviorLog, domain: Domain) -> Splits:
     return splits
 
 
-def streams_of(splits: Splits, name: str, domain: Domain, tokenizer, *, unlabelled: bool = False) -> StreamDataset:
+def streams_of(
+    splits: Splits, name: str, domain: Domain, tokenizer: PreTrainedTokenizerBase, *, unlabelled: bool = False
+) -> StreamDataset:
     """Cut one split into streams; `unlabelled` as `build_streams` takes it."""
     # Between users there is no past: only training rows may tell which items are popular.
     source = splits.train.rows if domain.split.by == "user" else None
     return build_streams(splits[name], domain, tokenizer, source=source, unlabelled=unlabelled)
 
 
-def build_splits(log: BehaviorLog, domain: Domain, tokenizer, *, unlabelled: bool = False) -> SplitStreams:
+def build_splits(
+    log: BehaviorLog, domain: Domain, tokenizer: PreTrainedTokenizerBase, *, unlabelled: bool = False
+) -> SplitStreams:
     """Split a log as its domain says, check for leaks, and cut each split into streams.
 
     Splits and sampled negatives depend on the log and the domain alone, so that runs with different seeds are measured
@@ -133,7 +143,7 @@ def check_split(splits: Splits, name: str, note: Mapping[str, Any] | None) -> No
         )
 
 
-def limited(streams: StreamDataset, targets: int | None, classifier):
+def limited(streams: StreamDataset, targets: int | None, classifier: BehaviorClassifier) -> Streams:
     """At most about so many targets in whole streams; one prompt a target for models that read both ways."""
     part = streams.limited(targets)
     return IndependentPrompts(part) if classifier.encoder else part

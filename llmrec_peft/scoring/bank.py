@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from llmrec_peft.checkpoints.bundle import check_bundle
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.tables import listed, shorten
 from llmrec_peft.errors import BundleError, DataError, ModelError
+from llmrec_peft.messages import listed, quoted
 from llmrec_peft.models.base import (
     Quantization,
     base_fingerprint,
@@ -295,7 +295,7 @@ class DomainBank:
         return entry
 
     def _unknown(self, name: Any) -> DataError:
-        return DataError(f"domain {shorten(name)} is not in the bank; use one of {listed(sorted(self._entries))}")
+        return DataError(f"domain {quoted(name)} is not in the bank; use one of {listed(sorted(self._entries))}")
 
     # -- answers -------------------------------------------------------------------------------
 
@@ -333,10 +333,10 @@ class DomainBank:
             if not isinstance(request, list | tuple) or len(request) not in (3, 4):
                 raise DataError(
                     f"request {number} must be (domain, history, candidates) or (domain, history, candidates, user), "
-                    f"not {shorten(request)}; correct it"
+                    f"not {quoted(request)}; correct it"
                 )
             if not isinstance(request[0], str):
-                raise DataError(f"request {number} has the domain {shorten(request[0])}, which is no text; correct it")
+                raise DataError(f"request {number} has the domain {quoted(request[0])}, which is no text; correct it")
         names = dict.fromkeys(request[0] for request in requests)
         with self._lock:
             known = sorted(self._entries)
@@ -345,7 +345,7 @@ class DomainBank:
         for number, (name, *_) in enumerate(requests):
             if entries[name] is None:
                 raise DataError(
-                    f"request {number} is of domain {shorten(name)}, which is not in the bank; use one of "
+                    f"request {number} is of domain {quoted(name)}, which is not in the bank; use one of "
                     f"{listed(known)}, or give the bank a fallback"
                 )
         read: dict[Stamp, LoadedAdapter] = {}

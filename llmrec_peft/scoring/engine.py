@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmrec_peft.data.collator import collate, plan_micro_batches
+from llmrec_peft.data.batches import plan_micro_batches
+from llmrec_peft.data.collator import collate
 from llmrec_peft.data.layout import Stream, StreamBuilder
 from llmrec_peft.errors import ModelError
 from llmrec_peft.models import attention

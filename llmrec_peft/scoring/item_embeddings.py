@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llmrec_peft.data.domain import render
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.rendering import render
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.scoring.item_table import Catalogue
 
 AT_ONCE = 4096  # items

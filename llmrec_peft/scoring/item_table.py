@@ -11,8 +11,9 @@ import pyarrow as pa
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.readers.directory import find_parts
 from llmrec_peft.data.readers.tabular import read_tables, suffix_of
-from llmrec_peft.data.tables import prepare_items, shorten
+from llmrec_peft.data.tables import prepare_items
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import quoted
 
 
 class Catalogue:
@@ -78,7 +79,7 @@ class Catalogue:
             missing = [item_id for item_id, row in zip(item_ids, found, strict=True) if row is None]
             known = f"among the {len(self):,} items of {self.name}" if len(self) else "since no item table was given"
             raise DataError(
-                f"{what}: item {shorten(missing[0])} is unknown {known} ({len(missing)} such); add it to the table, or "
+                f"{what}: item {quoted(missing[0])} is unknown {known} ({len(missing)} such); add it to the table, or "
                 "give its columns as a mapping"
             )
         return np.array(found, np.int64)

@@ -16,7 +16,7 @@ from llmrec_peft.checkpoints.bundle import check_bundle, reading
 from llmrec_peft.checkpoints.bundle_checks import check_shapes, plain_options, read_state
 from llmrec_peft.checkpoints.manifest import FILES, MANIFEST, WEIGHTS, digest, read_options
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import BundleError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.models.base import check_positions, head_name

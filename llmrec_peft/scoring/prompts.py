@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llmrec_peft.data.domain import python_values
-from llmrec_peft.data.item_text import fill, listed
 from llmrec_peft.data.layout import window_start
-from llmrec_peft.data.tokens import Vocabulary
-from llmrec_peft.data.values import shorten, value_key
+from llmrec_peft.data.rendering import python_values
+from llmrec_peft.data.templates import fill
+from llmrec_peft.data.values import value_key
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed, quoted
 from llmrec_peft.scoring.item_table import Catalogue
 from llmrec_peft.serving.plain_prompts import event_key, events_to_drop
 from llmrec_peft.serving.request_rules import Event, RequestRules
@@ -146,7 +147,7 @@ class Prompts:
         """The item table's columns [events] of these names."""
         if given is not None and "item_id" not in given:
             raise DataError(
-                f"{what}: event {shorten(events[0])} lacks {listed(names)}, which the template of domain "
+                f"{what}: event {quoted(events[0])} lacks {listed(names)}, which the template of domain "
                 f"{self.domain.name!r} names; give it, or an item_id of the item table"
             )
         ids = [event if given is None else event["item_id"] for event in events]
@@ -154,7 +155,7 @@ class Prompts:
         missing = [name for name in names if name not in self.catalogue.column_names]
         if missing:
             raise DataError(
-                f"{what}: item {shorten(ids[0])} has no column {listed(missing)}, which the template of domain "
+                f"{what}: item {quoted(ids[0])} has no column {listed(missing)}, which the template of domain "
                 f"{self.domain.name!r} names; give the event as {{'item_id': ..., {missing[0]!r}: ...}}"
             )
         return {name: self.catalogue.take(name, rows) for name in names}

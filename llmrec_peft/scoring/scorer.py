@@ -12,7 +12,7 @@ import torch
 from llmrec_peft.checkpoints.manifest import MANIFEST, WEIGHTS, digest
 from llmrec_peft.checkpoints.merged import load_answering, read_answering
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import DataError
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.merging.unload import fold

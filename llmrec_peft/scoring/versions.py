@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmrec_peft.data.tables import shorten
 from llmrec_peft.errors import BundleError, DataError
+from llmrec_peft.messages import quoted
 from llmrec_peft.scoring.loaded_adapter import LoadedAdapter, stamp
 
 Stamp = tuple[Any, ...]
@@ -81,7 +81,7 @@ def check_name(name: Any) -> None:
     if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not 0 < len(name) <= NAME_LENGTH:
         raise DataError(
             f"a domain's name must be a text of 1 to {NAME_LENGTH} printable characters without spaces around it, not "
-            f"{shorten(name)}; rename it"
+            f"{quoted(name)}; rename it"
         )
 
 

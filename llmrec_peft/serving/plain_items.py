@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_peft.data.csv_rules import TEXTS, delimiter_of, typed_values
-from llmrec_peft.data.item_text import is_unseen, listed, title_fault
-from llmrec_peft.data.values import replace_surrogates, shorten
+from llmrec_peft.data.titles import is_unseen, title_fault
+from llmrec_peft.data.values import replace_surrogates
 from llmrec_peft.documents import parse_json
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed, quoted
 from llmrec_peft.serving.request_rules import item_id
 
 MAX_FIELD = 64 << 20
@@ -37,11 +38,11 @@ class Items:
         names: dict[str, None] = {}
         for place, row in enumerate(rows):
             if not isinstance(row, Mapping) or row.get("item_id") in (None, ""):
-                raise DataError(f"items of {name}: row {place} must be a mapping with an item_id, not {shorten(row)}")
+                raise DataError(f"items of {name}: row {place} must be a mapping with an item_id, not {quoted(row)}")
             item = _as_id(row["item_id"], f"items of {name}: row {place}")
             fault = title_fault(row["title"]) if "title" in row else None
             if fault:
-                raise DataError(f"items of {name}: item {shorten(item)} {fault}; give each item a text, or drop it")
+                raise DataError(f"items of {name}: item {quoted(item)} {fault}; give each item a text, or drop it")
             if item in self._rows:
                 raise DataError(f"items of {name} have the id {item!r} in more than one row; keep one row an item")
             self._rows[item] = {**row, "item_id": item}
@@ -51,7 +52,7 @@ class Items:
         if untitled:
             raise DataError(
                 f"items of {name}: {len(untitled)} items have no title where others have one (first: "
-                f"{shorten(untitled[0])}); give each item a text, or drop it"
+                f"{quoted(untitled[0])}); give each item a text, or drop it"
             )
 
     @classmethod
@@ -70,7 +71,7 @@ class Items:
             return cls({"item_id": key, **row} if isinstance(row, Mapping) else row for key, row in items.items())
         if not isinstance(items, str | Path):
             if not isinstance(items, Sequence):
-                raise DataError(f"items must be a list of mappings or a path, not {shorten(items)}; correct it")
+                raise DataError(f"items must be a list of mappings or a path, not {quoted(items)}; correct it")
             return cls(items)
         path = _file(Path(items))
         return cls(_read(path), path.name)

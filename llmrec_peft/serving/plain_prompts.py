@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from llmrec_peft.data.item_text import check_template, fill, listed, template_columns
 from llmrec_peft.data.layout import window_start
-from llmrec_peft.data.values import shorten, value_key
+from llmrec_peft.data.templates import check_template, fill, template_columns
+from llmrec_peft.data.values import value_key
 from llmrec_peft.errors import DataError, StreamError
+from llmrec_peft.messages import listed, quoted
 from llmrec_peft.serving.plain_items import Items
 from llmrec_peft.serving.plain_vocabulary import Words
 from llmrec_peft.serving.request_rules import RequestRules
@@ -150,7 +151,7 @@ class Prompts:
         rest = [name for name in self._event_columns if name not in event]
         if rest and "item_id" not in event:
             raise DataError(
-                f"{what}: event {shorten(event)} lacks {listed(rest)}, which the template of domain "
+                f"{what}: event {quoted(event)} lacks {listed(rest)}, which the template of domain "
                 f"{self.name!r} names; give it, or an item_id of the item table"
             )
         return event, event["item_id"] if rest else None
@@ -159,7 +160,7 @@ class Prompts:
         missing = [name for name in self._event_columns if name not in given and name not in self.items.columns]
         if missing:
             raise DataError(
-                f"{what}: item {shorten(item)} has no column {listed(missing)}, which the template of domain "
+                f"{what}: item {quoted(item)} has no column {listed(missing)}, which the template of domain "
                 f"{self.name!r} names; give the event as {{'item_id': ..., {missing[0]!r}: ...}}"
             )
         stored = self.items[item]
@@ -177,7 +178,7 @@ class Prompts:
                 else f"among the {len(self.items):,} items of {self.items.name}"
             )  # fmt: skip
             raise DataError(
-                f"{what}: item {shorten(missing[0])} is unknown {known} ({len(missing)} such); add it to the table, or "
+                f"{what}: item {quoted(missing[0])} is unknown {known} ({len(missing)} such); add it to the table, or "
                 "give its columns as a mapping"
             )
 

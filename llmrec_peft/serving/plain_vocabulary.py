@@ -1,4 +1,4 @@
-"""Tokens of an exported student's texts: the same as `data.tokens.Vocabulary` makes, without Transformers."""
+"""Tokens of an exported student's texts: the same as `data.vocabulary.Vocabulary` makes, without Transformers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmrec_peft.checkpoints.sealing import Whole, check_schema
-from llmrec_peft.data.item_text import shorten
 from llmrec_peft.documents import read_mapping
 from llmrec_peft.errors import BundleError, DataError, ModelError, one_line
+from llmrec_peft.messages import quoted
 
 AT_ONCE = 4096  # texts
 _TOKEN = Whole(0, 2**31 - 1)
@@ -66,7 +66,7 @@ class Words:
             unknown = [text for text, row in zip(texts, rows, strict=True) if self._unknown in row]
             if unknown:
                 raise DataError(
-                    f"{shorten(unknown[0])} is unknown to this model of item ids ({len(unknown)} such): the catalogue "
+                    f"{quoted(unknown[0])} is unknown to this model of item ids ({len(unknown)} such): the catalogue "
                     "has grown since it was trained; distil it again with the new item table, and export it"
                 )
             return [np.array(row, np.int32) for row in rows]

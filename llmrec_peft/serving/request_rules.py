@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from llmrec_peft.data.item_text import listed, title_fault
-from llmrec_peft.data.values import MAX_BITS, plain, shorten
+from llmrec_peft.data.titles import title_fault
+from llmrec_peft.data.values import MAX_BITS, plain
 from llmrec_peft.documents import has_surrogates
 from llmrec_peft.errors import DataError, LLMRecError, input_errors
+from llmrec_peft.messages import listed, quoted
 
 Event = str | int | Mapping[str, Any]
 """An item id of the item table, or a mapping of the columns that the domain's template names."""
@@ -63,7 +64,7 @@ class RequestRules:
         columns = self.header_columns
         with input_errors(DataError, "user", _ADVICE):
             if not isinstance(user, Mapping | None):
-                raise DataError(f"user must be a mapping of columns, not {shorten(user)}; give {listed(list(columns))}")
+                raise DataError(f"user must be a mapping of columns, not {quoted(user)}; give {listed(list(columns))}")
             missing = [name for name in columns if user is None or name not in user]
             if missing:
                 raise DataError(
@@ -74,11 +75,11 @@ class RequestRules:
 
     def _pair(self, entry: Any, place: int) -> tuple[str | dict[str, Any], str]:
         if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise DataError(f"history: entry {place} must be a pair (event, label), not {shorten(entry)}; correct it")
+            raise DataError(f"history: entry {place} must be a pair (event, label), not {quoted(entry)}; correct it")
         event, label = entry
         if not isinstance(label, str) or label not in self.labels:
             raise DataError(
-                f"history: entry {place} has the label {shorten(label)}, which domain {self.domain!r} does not have; "
+                f"history: entry {place} has the label {quoted(label)}, which domain {self.domain!r} does not have; "
                 f"use one of {listed(list(self.labels))}"
             )
         return self._event(event, place, "history"), str(label)
@@ -87,8 +88,7 @@ class RequestRules:
         if not isinstance(event, Mapping):
             if isinstance(event, bool) or not isinstance(event, str | int | np.integer):
                 raise DataError(
-                    f"{what}: entry {place} must be an item id or a mapping of columns, not {shorten(event)}; "
-                    "correct it"
+                    f"{what}: entry {place} must be an item id or a mapping of columns, not {quoted(event)}; correct it"
                 )
             return item_id(event, f"{what}: entry {place}")
         given = {}
@@ -112,14 +112,14 @@ def item_id(value: Any, what: str) -> str:
         DataError: neither a text nor a whole number, half a surrogate pair, or more than 64 bits.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
-        raise DataError(f"{what} has the item id {shorten(value)}; ids are texts or whole numbers: correct it")
+        raise DataError(f"{what} has the item id {quoted(value)}; ids are texts or whole numbers: correct it")
     if isinstance(value, str):
         value = str.__str__(value)
         if has_surrogates(value):
-            raise DataError(f"{what} has the item id {shorten(value)} with half a surrogate pair; correct it")
+            raise DataError(f"{what} has the item id {quoted(value)} with half a surrogate pair; correct it")
         return value
     if int(value).bit_length() > MAX_BITS:
-        raise DataError(f"{what} has {shorten(value)} as item id, more than {MAX_BITS} bits; write it as a text")
+        raise DataError(f"{what} has {quoted(value)} as item id, more than {MAX_BITS} bits; write it as a text")
     return str(int(value))
 
 
@@ -127,14 +127,14 @@ def check_list(what: str, value: Any) -> None:
     """Raise DataError for what is no list; a text, bytes and a mapping are none."""
     wrong = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
     if wrong or not isinstance(value, Sequence | np.ndarray) or (isinstance(value, np.ndarray) and not value.ndim):
-        raise DataError(f"{what} must be a list, not {shorten(value)}; correct it")
+        raise DataError(f"{what} must be a list, not {quoted(value)}; correct it")
 
 
 def listed_requests(what: str, values: Any) -> list[Any]:
     """Any iterable of requests as a list. Raises DataError for what is none; a text and a mapping are none."""
     with input_errors(DataError, what, "give a list of tuples"):
         if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-            raise DataError(f"{what} must be a list, not {shorten(values)}; correct it")
+            raise DataError(f"{what} must be a list, not {quoted(values)}; correct it")
         return list(values)
 
 
@@ -146,4 +146,4 @@ def is_count(value: Any) -> bool:
 def check_count(what: str, value: Any, error: type[LLMRecError], advice: str) -> None:
     """Raise `error` for what is no whole number of at least 1."""
     if not is_count(value):
-        raise error(f"{what} must be at least 1 and whole, not {shorten(value)}; {advice}")
+        raise error(f"{what} must be at least 1 and whole, not {quoted(value)}; {advice}")

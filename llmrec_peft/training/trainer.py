@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from llmrec_peft.data.collator import StreamCollator
+from llmrec_peft.data.layout import StreamRows
 from llmrec_peft.errors import ConfigError, ModelError, output_errors
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.predict import Predictions, predict
@@ -194,7 +195,7 @@ class BehaviorTrainer(Trainer):
 
     # -- evaluation ----------------------------------------------------------------------------
 
-    def predict_streams(self, streams, description: str | None = None) -> Predictions:
+    def predict_streams(self, streams: StreamRows, description: str | None = None) -> Predictions:
         """Answers on a data set of streams, the same on every rank.
 
         Raises:

@@ -15,7 +15,7 @@ import torch
 from llmrec_peft.checkpoints.bundle import load_bundle
 from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.evaluation.calibration import Calibration
 from tests.conftest import KINDS
 from tests.support.bundles import DOMAIN, PROMPTS, answers, write_bundle

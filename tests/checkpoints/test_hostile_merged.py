@@ -16,7 +16,7 @@ from llmrec_peft.checkpoints.merged import load_merged, read_merged, write_manif
 from llmrec_peft.checkpoints.merged_checks import check_tokenizer
 from llmrec_peft.checkpoints.model_card import merged_card
 from llmrec_peft.checkpoints.sealing import sha256
-from llmrec_peft.data.tokens import tokenise
+from llmrec_peft.data.vocabulary import tokenise
 from llmrec_peft.errors import BundleError, StreamError, input_errors
 from llmrec_peft.merging.merging import merge_bundle
 from llmrec_peft.models.base import load_tokenizer

@@ -232,7 +232,7 @@ def test_the_cards_run_with_transformers_alone(tmp_path):
 
 def of_card(bundle: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and probabilities of the prompt of a card, with the templates' fields left as they are."""
-    from llmrec_peft.data.tokens import Vocabulary
+    from llmrec_peft.data.vocabulary import Vocabulary
 
     loaded = bundles.load_bundle(bundle)
     vocabulary = Vocabulary(MOVIES, loaded.tokenizer)

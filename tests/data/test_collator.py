@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec_peft.data.collator import PAD, StreamCollator, collate, plan_micro_batches
+from llmrec_peft.data.batches import plan_micro_batches
+from llmrec_peft.data.collator import PAD, StreamCollator, collate
 from llmrec_peft.data.streams import Stream
 
 

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from llmrec_peft.data.domain import Domain, render, template_columns
-from llmrec_peft.data.item_text import neutralise
+from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.rendering import render
+from llmrec_peft.data.templates import neutralise, template_columns
 from llmrec_peft.errors import DataError, DomainError
 
 TEXT = """

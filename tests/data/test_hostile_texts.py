@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 
 from llmrec_peft import Domain
-from llmrec_peft.data.domain import python_values, render
-from llmrec_peft.data.item_text import fill, is_unseen
 from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.rendering import python_values, render
 from llmrec_peft.data.tables import is_blank
+from llmrec_peft.data.templates import fill
+from llmrec_peft.data.titles import is_unseen
 from llmrec_peft.errors import DataError, DomainError, LLMRecError
 
 INVISIBLE = ["", " \t\n", "\u200b\u200d", "\u202e\u2066", "\x00\x1f", "\u3164\uffa0", "\u2800", "\ufe0f", "\xad",

@@ -242,7 +242,7 @@ def test_large_logs_are_mapped_from_disk_and_equal_small_ones(monkeypatch, tmp_p
     )
     small = BehaviorLog(rows, items())
     monkeypatch.setenv("LLMREC_PEFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(log_module, "SPOOL_ROWS", 1_000)
+    monkeypatch.setattr(log_module, "MAPPED_ROWS", 1_000)
     monkeypatch.setattr(log_module, "BATCH_ROWS", 512)
     before = pa.total_allocated_bytes()
     large = BehaviorLog(rows, items())

@@ -7,9 +7,8 @@ import pyarrow as pa
 import pytest
 
 from llmrec_peft.data import negatives as module
-from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.log import BehaviorLog, LogSplit
 from llmrec_peft.data.negatives import NONE, sample_negatives
-from llmrec_peft.data.splits import LogSplit, split_log
 from llmrec_peft.errors import DataError
 
 
@@ -58,7 +57,7 @@ def test_an_item_of_the_same_moment_is_not_the_past():
 def test_taken_items_and_repeats_are_never_drawn(small_log, monkeypatch, sampling, rounds):
     monkeypatch.setattr(module, "ROUNDS", rounds)
     log = small_log()
-    split = split_log(log).train
+    split = log.split().train
     drawn = sample_negatives(split, per_positive=6, sampling=sampling, seed=2)
     assert drawn.shape == (len(split), 6)
     assert drawn.dtype == np.int32
@@ -118,7 +117,7 @@ def test_lists_run_out_exactly():
 
 def test_source_rows_alone_are_counted_when_time_is_ignored(small_log):
     log = small_log(items=60)
-    splits = split_log(log, by="user", valid=0.2, test=0.2)
+    splits = log.split(by="user", valid=0.2, test=0.2)
     drawn = sample_negatives(
         splits.test, per_positive=5, sampling="uniform", seed=0, source=splits.train.rows, past_only=False
     )
@@ -127,7 +126,7 @@ def test_source_rows_alone_are_counted_when_time_is_ignored(small_log):
 
 
 def test_same_seed_same_lists(small_log):
-    split = split_log(small_log()).train
+    split = small_log().split().train
     first, again, other = (
         sample_negatives(split, per_positive=3, sampling="popularity", seed=seed) for seed in (9, 9, 10)
     )
@@ -149,7 +148,7 @@ def test_chunks_of_the_exact_fill_do_not_change_its_rules(small_log, monkeypatch
 
 
 def test_bad_arguments_are_named(small_log):
-    split = split_log(small_log()).train
+    split = small_log().split().train
     with pytest.raises(
         DataError, match="sampling must be one of popularity, uniform, not 'pop'; set negatives.sampling"
     ):

@@ -14,9 +14,8 @@ import pytest
 
 from llmrec_peft.config.schema import RankingConfig
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.log import BehaviorLog
+from llmrec_peft.data.log import BehaviorLog, LogSplit
 from llmrec_peft.data.negatives import NONE, sample_negatives
-from llmrec_peft.data.splits import LogSplit
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.recipes.ranking import Lists
 

@@ -10,7 +10,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from llmrec_peft.data import memory_mapped as spool
+from llmrec_peft.data import memory_mapped
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.readers import READERS, describe_formats
 from llmrec_peft.errors import DataError
@@ -116,7 +116,7 @@ def test_dictionary_columns_in_parquet(tmp_path):
     assert log.column("note").type == pa.string()
 
 
-def test_large_parquet_is_spooled_and_equals_the_small_path(tmp_path, monkeypatch):
+def test_large_parquet_is_memory_mapped_and_equals_the_small_path(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     count = 3_000
     rows = {
@@ -128,18 +128,18 @@ def test_large_parquet_is_spooled_and_equals_the_small_path(tmp_path, monkeypatc
     }
     directory = write(tmp_path / "shop", rows=rows)
     small = BehaviorLog.read(directory)
-    spooled = []
-    real = spool.spool
+    mapped = []
+    real = memory_mapped.map_batches
 
     def counting(batches, schema):
-        spooled.append(schema)
+        mapped.append(schema)
         return real(batches, schema)
 
-    monkeypatch.setattr(spool, "SPOOL_ROWS", 1_000)
-    monkeypatch.setattr(spool, "spool", counting)
+    monkeypatch.setattr(memory_mapped, "MAPPED_ROWS", 1_000)
+    monkeypatch.setattr(memory_mapped, "map_batches", counting)
     monkeypatch.setattr("llmrec_peft.data.readers.tabular.BATCH_ROWS", 256)
     assert BehaviorLog.read(directory).interactions.equals(small.interactions)
-    assert len(spooled) == 1
+    assert len(mapped) == 1
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.splits import LogSplit, Splits, check_leakage, split_log
+from llmrec_peft.data.leakage import check_leakage
+from llmrec_peft.data.log import BehaviorLog, LogSplit, Splits
+from llmrec_peft.data.splits import split_rows
 from llmrec_peft.errors import DataError
 
 
@@ -29,7 +30,7 @@ def times_of(split: LogSplit) -> np.ndarray:
 
 def test_time_split_orders_the_moments_and_covers_every_row(small_log):
     log = small_log()
-    splits = split_log(log, by="time", valid=0.2, test=0.1)
+    splits = log.split(by="time", valid=0.2, test=0.1)
     assert times_of(splits.train).max() < times_of(splits.valid).min()
     assert times_of(splits.valid).max() < times_of(splits.test).min()
     assert splits.boundaries == (times_of(splits.valid).min(), times_of(splits.test).min())
@@ -46,28 +47,28 @@ def test_time_split_orders_the_moments_and_covers_every_row(small_log):
 def test_rows_of_one_moment_stay_together():
     # The wanted cuts (rows 8 and 9 of 10) fall inside a run of ties; the nearest moments are taken.
     times = [0, 1, 2, 3, 4, 5, 5, 5, 5, 9]
-    splits = split_log(make_log(range(10), times), valid=0.1, test=0.1)
+    splits = make_log(range(10), times).split(valid=0.1, test=0.1)
     assert sorted(times_of(splits.train)) == [0, 1, 2, 3, 4]
     assert sorted(times_of(splits.valid)) == [5, 5, 5, 5]
     assert sorted(times_of(splits.test)) == [9]
 
 
 def test_float_times_split():
-    splits = split_log(make_log(range(4), [0.25, 0.5, 0.75, 1.5]), valid=0.25, test=0.25)
+    splits = make_log(range(4), [0.25, 0.5, 0.75, 1.5]).split(valid=0.25, test=0.25)
     assert splits.boundaries == (0.75, 1.5)
 
 
 def test_user_split_deals_whole_users_by_seed(small_log):
     log = small_log()
-    splits = split_log(log, by="user", valid=0.1, test=0.2, seed=3)
+    splits = log.split(by="user", valid=0.1, test=0.2, seed=3)
     assert (len(splits.train.users), len(splits.valid.users), len(splits.test.users)) == (14, 2, 4)
     assert splits.boundaries is None
     owners = np.concatenate([split.users for _, split in splits.items()])
     assert np.array_equal(np.sort(owners), np.arange(log.num_users))
     assert sum(len(split) for _, split in splits.items()) == len(log)
     check_leakage(splits)
-    again = split_log(log, by="user", valid=0.1, test=0.2, seed=3)
-    other = split_log(log, by="user", valid=0.1, test=0.2, seed=4)
+    again = log.split(by="user", valid=0.1, test=0.2, seed=3)
+    other = log.split(by="user", valid=0.1, test=0.2, seed=4)
     assert np.array_equal(splits.test.rows, again.test.rows)
     assert not np.array_equal(splits.test.users, other.test.users)
 
@@ -76,20 +77,24 @@ def test_user_split_deals_whole_users_by_seed(small_log):
 def test_context_only_rows_are_never_targets(by):
     hidden = [row % 3 == 0 for row in range(12)]
     log = make_log([row // 2 for row in range(12)], range(12), context_only=hidden)
-    splits = split_log(log, by=by, valid=0.25, test=0.25)
+    splits = log.split(by=by, valid=0.25, test=0.25)
     targets = np.concatenate([split.rows for _, split in splits.items()])
     assert len(targets) == 8
     assert not log.interactions["context_only"].to_numpy()[targets].any()
 
 
-def test_log_split_is_split_log(small_log):
+def test_log_split_is_split_rows(small_log):
     log = small_log()
-    ours, theirs = split_log(log, by="user", seed=5), log.split(by="user", seed=5)
-    assert all(np.array_equal(ours[name].rows, theirs[name].rows) for name in ours)
+    arrays = (log.user_codes, log.timestamps, log.context_only)
+    ours, (theirs, _) = (
+        log.split(by="user", seed=5),
+        split_rows(*arrays, by="user", valid=0.1, test=0.1, seed=5, name="x"),
+    )
+    assert all(np.array_equal(ours[name].rows, rows) for name, rows in zip(ours, theirs, strict=True))
 
 
 def test_splits_go_by_name(small_log):
-    splits = split_log(small_log())
+    splits = small_log().split()
     assert list(splits) == ["train", "valid", "test"]
     assert splits["valid"] is splits.valid
     assert [split.name for _, split in splits.items()] == ["train", "valid", "test"]
@@ -109,23 +114,23 @@ def test_splits_go_by_name(small_log):
 )
 def test_bad_arguments_are_named(small_log, arguments, message):
     with pytest.raises(DataError, match=message):
-        split_log(small_log(), **arguments)
+        small_log().split(**arguments)
 
 
 def test_logs_that_cannot_be_split_say_why():
     with pytest.raises(DataError, match="all 4 targets of log 'made' have timestamp 7, .* use split.by: user"):
-        split_log(make_log(range(4), [7] * 4))
+        make_log(range(4), [7] * 4).split()
     with pytest.raises(DataError, match="only 2 different timestamps, and three splits need 3; use split.by: user"):
-        split_log(make_log(range(4), [1, 1, 2, 2]))
+        make_log(range(4), [1, 1, 2, 2]).split()
     with pytest.raises(DataError, match="has 2 users with targets, and three splits by user need 3"):
-        split_log(make_log([0, 1, 1], [1, 2, 3]), by="user")
+        make_log([0, 1, 1], [1, 2, 3]).split(by="user")
     with pytest.raises(DataError, match="all 2 rows of log 'made' are context_only"):
-        split_log(make_log([0, 1], [1, 2], context_only=[True, True]))
+        make_log([0, 1], [1, 2], context_only=[True, True]).split()
 
 
 def test_an_emptied_split_is_named():
     with pytest.raises(DataError, match=r"train of log 'made' is empty \(by user, valid 0.48, test 0.48, 10 targets\)"):
-        split_log(make_log(range(10), range(10)), by="user", valid=0.48, test=0.48)
+        make_log(range(10), range(10)).split(by="user", valid=0.48, test=0.48)
 
 
 def swap(splits: Splits, **rows) -> Splits:
@@ -134,7 +139,7 @@ def swap(splits: Splits, **rows) -> Splits:
 
 
 def test_leakage_names_a_row_in_two_splits():
-    splits = split_log(make_log(range(10), range(10)))
+    splits = make_log(range(10), range(10)).split()
     leaking = swap(splits, valid=np.append(splits.valid.rows, splits.test.rows))
     with pytest.raises(DataError, match=r"1 rows are targets of valid and of test: row 9 \(user u9, time 9\); give"):
         check_leakage(leaking)
@@ -172,6 +177,6 @@ def test_leakage_names_users_in_two_splits_and_counts_beyond_three():
 
 def test_leakage_names_context_only_targets():
     log = make_log(range(6), range(6), context_only=[False, True, False, False, False, False])
-    splits = split_log(log)
+    splits = log.split()
     with pytest.raises(DataError, match=r"context_only and yet targets of train: row 1 \(user u1, time 1\)"):
         check_leakage(swap(splits, train=np.array([0, 1])))

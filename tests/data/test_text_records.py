@@ -73,7 +73,7 @@ def test_pointwise_labels_and_times(tmp_path):
 
 
 def test_pointwise_many_records_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmrec_peft.data.readers.text_records.BATCH_RECORDS", 7)
+    monkeypatch.setattr("llmrec_peft.data.readers.json_records.BATCH_RECORDS", 7)
     file = lines(tmp_path / "a.jsonl", [{"input": f"text {n}", "label": n % 2} for n in range(100)])
     log = BehaviorLog.read(file)
     assert log.items.column("title").to_pylist() == [f"text {n}" for n in range(100)]

@@ -10,7 +10,7 @@ from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import IndependentPrompts, build_streams
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.distillation.distill_options import StudentOptions
 from llmrec_peft.distillation.students import (
     chosen_layers,

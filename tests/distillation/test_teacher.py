@@ -11,7 +11,7 @@ from llmrec_peft.checkpoints.merged import load_answering
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import build_streams
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.distillation import teacher_outputs as module
 from llmrec_peft.distillation.teacher_outputs import LayerOutputs, check_kept, item_content, teacher_answers
 from llmrec_peft.errors import DataError

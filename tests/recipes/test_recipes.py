@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 
 from llmrec_peft.config.schema import CONFIGS, TrainRecipeConfig, read_config
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.splits import split_log
 from llmrec_peft.evaluation.metrics import DEFAULT_NAMES, compute_metrics
 from tests.conftest import ROOT
 
@@ -65,7 +64,7 @@ def test_a_run_leaves_the_files_of_its_contract(method, trained):
 @pytest.mark.parametrize("method", METHODS)
 def test_predictions_are_all_targets_and_give_the_metrics(method, trained, data):
     out = trained(method)
-    splits, metrics, table = split_log(BehaviorLog.read(data)), metrics_of(out), table_of(out)
+    splits, metrics, table = BehaviorLog.read(data).split(), metrics_of(out), table_of(out)
     assert list(table.columns) == COLUMNS
     for name, split in (("valid", splits.valid), ("test", splits.test)):
         part = table_of(out, name)

@@ -35,9 +35,9 @@ def test_the_fingerprint_sees_every_token_of_what_training_sees(streams, tiny_ba
     first, other = streams(), streams()
     seen = [first.fingerprint(base, valid=valid) for valid in (False, True)]
     assert seen == [other.fingerprint(base, valid=valid) for valid in (False, True)] and seen[0] != seen[1]
-    changed_token(other.valid._events)
+    changed_token(other.valid._tokens.table)
     assert other.fingerprint(base, valid=False) == seen[0] and other.fingerprint(base, valid=True) != seen[1]
-    changed_token(other.train._events)
+    changed_token(other.train._tokens.table)
     assert other.fingerprint(base, valid=False) != seen[0]
     third = streams()
     third.train.target_labels[-1] = 1 - third.train.target_labels[-1]

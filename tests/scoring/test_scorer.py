@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmrec_peft import Domain, Scorer
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.merging.merging import merge_bundle
 from llmrec_peft.models import attention

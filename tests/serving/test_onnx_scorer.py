@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from llmrec_peft import Scorer
-from llmrec_peft.data.domain import render
-from llmrec_peft.data.item_text import fill
+from llmrec_peft.data.rendering import render
+from llmrec_peft.data.templates import fill
 from llmrec_peft.errors import BundleError, DataError, ModelError, StreamError
 from llmrec_peft.serving import OnnxScorer
 from llmrec_peft.serving import onnx_scorer as scorer_module

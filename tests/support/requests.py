@@ -7,7 +7,7 @@ import torch
 
 from llmrec_peft.checkpoints.merged import load_answering
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.tokens import Vocabulary
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.scoring.item_table import Catalogue
 from llmrec_peft.scoring.prompts import Prompts

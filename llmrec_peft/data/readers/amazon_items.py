@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from llmrec_peft.data.memory_mapped import collect
 from llmrec_peft.data.readers.json_lines import warn_halves
-from llmrec_peft.data.readers.json_records import is_json, read_records
-from llmrec_peft.data.values import has_surrogates, replace_surrogates, shorten
+from llmrec_peft.data.readers.json_records import is_json, read_records, record_batches
+from llmrec_peft.data.values import replace_surrogates
+from llmrec_peft.documents import has_surrogates
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import quoted
 
 _log = logging.getLogger(__name__)
 
-BATCH_ITEMS = 10_000
 PRICE_CHARACTERS = 40
 """A price that is longer is no price: metadata of 2018 hold pieces of the page's code there."""
 
@@ -49,11 +50,11 @@ def read_items(path: Path | None, key: str, texts: Mapping[str, str]) -> pa.Tabl
     """
     fields = [("item_id", pa.large_string()), *((name, pa.large_string()) for name in texts), ("price", pa.float64())]
     schema = pa.schema(fields)
-    return schema.empty_table() if path is None else collect(_batches(path, key, texts, schema), schema)
+    return schema.empty_table() if path is None else collect(record_batches(_rows(path, key, texts), schema), schema)
 
 
-def _batches(path: Path, key: str, texts: Mapping[str, str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    rows: list[dict[str, Any]] = []
+def _rows(path: Path, key: str, texts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of the item table; what was mended is logged after the last."""
     halves = 0
     prices: list[str] = []
     for number, record in enumerate(read_records(path), start=1):
@@ -65,22 +66,17 @@ def _batches(path: Path, key: str, texts: Mapping[str, str], schema: pa.Schema) 
                 f"record {number} of {path} has {key} {item!r:.60} with half of a surrogate pair; correct it"
             )
         price = record.get("price")
-        row = {"item_id": item, "price": price_of(price)}
+        row: dict[str, Any] = {"item_id": item, "price": price_of(price)}
         if row["price"] is None and isinstance(price, str) and any(map(str.isdigit, price)):
             prices.append(price)
         for name, source in texts.items():
             row[name], mended = shown_text(record.get(source))
             halves += mended
-        rows.append(row)
-        if len(rows) == BATCH_ITEMS:
-            yield pa.RecordBatch.from_pylist(rows, schema=schema)
-            rows = []
-    if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=schema)
+        yield row
     warn_halves(halves, str(path))
     if prices:
         _log.warning("%s: %d prices are not one number or may be read in two ways (first: %s); they are empty", path,
-                     len(prices), shorten(prices[0]))  # fmt: skip
+                     len(prices), quoted(prices[0]))  # fmt: skip
 
 
 def shown_text(value: Any) -> tuple[str | None, int]:

@@ -13,8 +13,9 @@ import pyarrow.csv as pacsv
 
 from llmrec_peft.data.csv_rules import NULLS, NUMBER, TEXTS, TRUTH, WHOLE, delimiter_of
 from llmrec_peft.data.readers.text_bytes import BLOCK_BYTES, UNREADABLE, check_utf8, first_line, open_text
-from llmrec_peft.data.tables import bool_numpy, offenders, shorten
+from llmrec_peft.data.tables import bool_numpy, offenders
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import quoted
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def read_csv(
     Raises:
         DataError: the file is empty, not UTF-8, or not such a table.
     """
-    types, declared = dict(types), {}
+    types = dict(types)
+    declared: dict[str, pa.DataType] = {}
     while True:
         try:
             table = pacsv.read_csv(
@@ -63,7 +65,7 @@ def read_csv(
             )
         except _ERRORS as error:
             name = _misfit(error, names, path, delimiter)
-            if name not in loose or types.get(name) == pa.string():
+            if name is None or name not in loose or types.get(name) == pa.string():
                 raise _unreadable(path, error) from error
             declared[name], types[name] = types[name], pa.string()
             continue
@@ -80,7 +82,7 @@ def _tell_loose(column: pa.ChunkedArray, name: str, kind: pa.DataType, path: Pat
     first = int(rows[0]) if count else 0
     _log.warning(
         "%s: column %s does not hold %s alone: %d of its %d values are none, the first in row %d (%s); read as text",
-        path, name, kind, count, len(column), first, shorten(column[first].as_py()),
+        path, name, kind, count, len(column), first, quoted(column[first].as_py()),
     )  # fmt: skip
 
 

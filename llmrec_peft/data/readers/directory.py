@@ -6,8 +6,8 @@ import pyarrow as pa
 
 from llmrec_peft.data.readers.registry import RawLog, log_name, register
 from llmrec_peft.data.readers.tabular import SUFFIXES, read_tables, suffix_of
-from llmrec_peft.data.tables import listed
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed
 
 
 def _base(path: str) -> Path:

@@ -10,8 +10,8 @@ import pyarrow as pa
 from llmrec_peft.data.readers.registry import HUB_PREFIX, RawLog, register
 from llmrec_peft.data.readers.tabular import SUFFIXES
 from llmrec_peft.data.readers.text_records import instruction_log, pointwise_log
-from llmrec_peft.data.tables import listed
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import listed
 
 
 @register(

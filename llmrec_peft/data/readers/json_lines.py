@@ -14,9 +14,9 @@ import pyarrow.json as pajson
 
 from llmrec_peft.data.readers.text_bytes import BLOCK_BYTES, UNREADABLE, check_utf8, open_bytes
 from llmrec_peft.data.tables import bool_numpy
-from llmrec_peft.data.values import has_surrogates, shorten
-from llmrec_peft.documents import MAX_DEPTH, parse_json
+from llmrec_peft.documents import MAX_DEPTH, has_surrogates, parse_json
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import quoted
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class CheckedLines(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+    def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes, fewer at the end of a chunk; none at the end of the file."""
         if not self._ready:
             self._ready = memoryview(self._next())
@@ -123,7 +123,7 @@ class CheckedLines(io.RawIOBase):
         for key in ID_KEYS if isinstance(record, dict) else ():
             if isinstance(record.get(key), str) and has_surrogates(record[key]):
                 raise DataError(
-                    f"{where} has the {key} {shorten(record[key])} with half of a surrogate pair, which is no "
+                    f"{where} has the {key} {quoted(record[key])} with half of a surrogate pair, which is no "
                     "character; correct its escape"
                 )
 

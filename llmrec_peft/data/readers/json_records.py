@@ -1,18 +1,21 @@
 """JSON records one at a time, from JSON lines or from one JSON array, plain or gzipped."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from tqdm.auto import tqdm
 
 from llmrec_peft.data.readers.text_bytes import UNREADABLE, check_utf8, open_text
-from llmrec_peft.data.tables import shorten
 from llmrec_peft.documents import MAX_DEPTH, MAX_JSON_BYTES, check_tree, parse_json
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import quoted
 
 CHUNK = 1 << 20
+BATCH_RECORDS = 10_000
 OPEN_END = "the array has no end"
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
@@ -34,13 +37,20 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             entries = tqdm(_entries(file, path), unit="record", desc=f"reading {path.name}", delay=2)
             for number, record in entries:
                 if not isinstance(record, dict):
-                    raise DataError(f"record {number} of {path} is {shorten(record)}; each must be a JSON object")
+                    raise DataError(f"record {number} of {path} is {quoted(record)}; each must be a JSON object")
                 yield record
     except UnicodeDecodeError as error:
         check_utf8(path)
         raise DataError(f"{path} is not UTF-8; save the file as UTF-8") from error
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read after record {number}: {one_line(error)}; write it again") from error
+
+
+def record_batches(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows as record batches of `BATCH_RECORDS`, so that few of them are Python objects at one time."""
+    source = iter(rows)
+    while part := list(islice(source, BATCH_RECORDS)):
+        yield pa.RecordBatch.from_pylist(part, schema=schema)
 
 
 def first_keys(path: Path) -> frozenset[str]:

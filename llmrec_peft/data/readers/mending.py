@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.csv_rules import NULLS
-from llmrec_peft.data.tables import ID_TYPE, bool_numpy, is_text, listed, numbered, offenders, shorten
+from llmrec_peft.data.tables import ID_TYPE, bool_numpy, is_text, numbered, offenders
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed, quoted
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def _check_times(
     if count:
         raise DataError(
             f"timestamp of {where} {reason} in {count} rows ({numbered(rows, count)}: "
-            f"{listed([shorten(value) for value in texts.take(rows).to_pylist()])}); {advice}"
+            f"{listed([quoted(value) for value in texts.take(rows).to_pylist()])}); {advice}"
         )
 
 
@@ -203,7 +204,7 @@ def _check_spellings(table: pa.Table, column: str, where: str) -> None:
     whole = pc.sum(pc.match_substring_regex(ids, _WHOLE_ID)).as_py()
     if whole:
         _log.warning("%s: %s has %d ids that end with .0, such as %s, beside %d whole numbers; they are read as they "
-                     "stand", where, column, len(floats), shorten(floats[0].as_py()), whole)  # fmt: skip
+                     "stand", where, column, len(floats), quoted(floats[0].as_py()), whole)  # fmt: skip
 
 
 def _check_strangers(
@@ -217,8 +218,8 @@ def _check_strangers(
     if pc.any(meant).as_py():
         first = pc.index(meant, True).as_py()
         raise DataError(
-            f"{column} of {where} has {shorten(strangers[first].as_py())} where {other} has "
-            f"{shorten(twins[first].as_py())}, and not all ids are written so; pandas writes whole numbers with .0 "
+            f"{column} of {where} has {quoted(strangers[first].as_py())} where {other} has "
+            f"{quoted(twins[first].as_py())}, and not all ids are written so; pandas writes whole numbers with .0 "
             "where a column had gaps: write the ids again as text or astype('Int64')"
         )
 
@@ -272,5 +273,5 @@ def _stripped(table: pa.Table, column: str, where: str) -> pa.Table:
     plain = pc.replace_substring_regex(ids, r"\.0$", "")
     plain = pc.if_else(pc.is_in(plain, value_set=pa.array(["nan", "NaN"], plain.type)), None, plain)
     _log.warning("%s: %s is written as %s in %d rows; read without its .0", where, column,
-                 shorten(ids.drop_null()[0].as_py()), len(ids) - ids.null_count)  # fmt: skip
+                 quoted(ids.drop_null()[0].as_py()), len(ids) - ids.null_count)  # fmt: skip
     return table.set_column(table.column_names.index(column), column, plain)

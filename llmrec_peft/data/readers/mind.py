@@ -15,8 +15,9 @@ from llmrec_peft.data.memory_mapped import collect
 from llmrec_peft.data.readers.csv_files import open_csv, read_csv
 from llmrec_peft.data.readers.registry import RawLog, log_name, register
 from llmrec_peft.data.readers.tabular import complete_items
-from llmrec_peft.data.tables import ID_TYPE, SHOWN, bool_numpy, listed, shorten
+from llmrec_peft.data.tables import ID_TYPE, SHOWN, bool_numpy
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed, quoted
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def _seconds(times: pa.ChunkedArray, path: Path) -> np.ndarray:
     if parsed.null_count:
         row = int(np.flatnonzero(bool_numpy(parsed.is_null()))[0])
         raise DataError(
-            f"line {row + 1} of {path} has time {shorten(times[row].as_py())}; MIND writes it as 11/15/2019 8:55:22 AM"
+            f"line {row + 1} of {path} has time {quoted(times[row].as_py())}; MIND writes it as 11/15/2019 8:55:22 AM"
         )
     return parsed.cast(pa.int64()).to_numpy()
 
@@ -156,7 +157,7 @@ def _impression_rows(part: pa.Table, seconds: np.ndarray, path: Path) -> pa.Tabl
         row = int(np.flatnonzero(bool_numpy(fields.is_null()))[0])
         name = part.column("impression_id")[int(parents[row])].as_py()
         raise DataError(
-            f"impression {shorten(name)} of {path} has the entry {shorten(words[row].as_py())} without -0 or -1; "
+            f"impression {quoted(name)} of {path} has the entry {quoted(words[row].as_py())} without -0 or -1; "
             "a part of MIND with labels is needed (train or dev)"
         )
     labels = fields.field("label").cast(pa.int8())

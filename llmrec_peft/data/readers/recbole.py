@@ -12,12 +12,13 @@ import pyarrow.compute as pc
 
 from llmrec_peft.data.csv_rules import DELIMITERS
 from llmrec_peft.data.readers.csv_files import read_csv
-from llmrec_peft.data.readers.mending import is_text, meeting_ids
+from llmrec_peft.data.readers.mending import meeting_ids
 from llmrec_peft.data.readers.registry import RawLog, log_name, register
 from llmrec_peft.data.readers.tabular import attach_users, complete_items
 from llmrec_peft.data.readers.text_bytes import check_utf8
-from llmrec_peft.data.tables import ID_TYPE, is_blank, listed, shorten
+from llmrec_peft.data.tables import ID_TYPE, is_blank, is_text
 from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed, quoted
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _header(header: str, path: Path) -> tuple[str, dict[str, pa.DataType]]:
     fields = [field.strip() for field in header.split("\t")]
     wrong = next((field for field in fields if field.rpartition(":")[2] not in TYPES or ":" not in field), header)
     raise DataError(
-        f"{path} has the header field {shorten(wrong)}; RecBole needs name:type with {listed(list(TYPES))}, "
+        f"{path} has the header field {quoted(wrong)}; RecBole needs name:type with {listed(list(TYPES))}, "
         "separated by tabs"
     )
 

@@ -1,4 +1,4 @@
-"""The registry of readers and the function that picks one."""
+"""The registry of readers, and the function that chooses one for a path."""
 
 import os
 from collections.abc import Callable
@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.readers.json_records import check_first_record
 from llmrec_peft.data.readers.mending import NULL_TIMES, check_names, plain_ids, plain_times
-from llmrec_peft.data.tables import listed
-from llmrec_peft.documents import shortened
-from llmrec_peft.errors import DataError, input_errors
+from llmrec_peft.errors import DataError
+from llmrec_peft.messages import listed, shortened
 
 HUB_PREFIX = "hf://"
 
@@ -82,22 +80,26 @@ def detect_format(path: str | Path) -> str:
     )
 
 
-def read_log(path: str | Path, *, format: str = "auto", null_times: str = "refuse") -> BehaviorLog:
-    """Read and check a log; see `BehaviorLog.read`. The one door that every log from a file or the Hub enters by.
+def read_raw_log(path: str | Path, *, format: str = "auto", null_times: str = "refuse") -> RawLog:
+    """Read the two tables of a log, with column names, times and ids that `mending` has brought to one spelling.
+
+    `BehaviorLog.read` is the only caller: it checks the tables and turns a library's errors into DataError.
+
+    Args:
+        path, format, null_times: see `BehaviorLog.read`.
 
     Raises:
-        DataError: the format is unknown or undetected, the files are damaged, or the log breaks a rule.
+        DataError: the format is unknown or not detected, the files are damaged, or names, times or ids are ambiguous.
     """
     if null_times not in NULL_TIMES:
         raise DataError(f"null_times {null_times!r} is not one of {listed(list(NULL_TIMES))}; name one of these")
-    with input_errors(DataError, f"log {shortened(path)}", "correct its files or name others"):
-        raw = _read_raw(path, format)
-        check_names(raw.interactions, ("user_id", "item_id", "timestamp"), f"interactions of log {raw.name!r}")
-        if raw.items is not None:
-            check_names(raw.items, ("item_id", "title"), f"items of log {raw.name!r}")
-        interactions = plain_times(raw.interactions, raw.name, null_times)
-        interactions, items = plain_ids(interactions, raw.items, raw.name)
-        return BehaviorLog(interactions, items, name=raw.name)
+    raw = _read_raw(path, format)
+    check_names(raw.interactions, ("user_id", "item_id", "timestamp"), f"interactions of log {raw.name!r}")
+    if raw.items is not None:
+        check_names(raw.items, ("item_id", "title"), f"items of log {raw.name!r}")
+    interactions = plain_times(raw.interactions, raw.name, null_times)
+    interactions, items = plain_ids(interactions, raw.items, raw.name)
+    return RawLog(interactions, items, raw.name)
 
 
 def _read_raw(path: str | Path, format: str) -> RawLog:

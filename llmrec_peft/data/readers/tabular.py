@@ -13,8 +13,9 @@ from llmrec_peft.data.memory_mapped import BATCH_ROWS, collect
 from llmrec_peft.data.readers.csv_files import read_text_csv, typed_columns
 from llmrec_peft.data.readers.json_lines import read_jsonl
 from llmrec_peft.data.readers.mending import meeting_ids
-from llmrec_peft.data.tables import ID_TYPE, is_blank, listed
+from llmrec_peft.data.tables import ID_TYPE, is_blank
 from llmrec_peft.errors import DataError, one_line
+from llmrec_peft.messages import listed
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def suffix_of(path: Path) -> str | None:
 
 
 def read_tables(paths: Sequence[Path]) -> pa.Table:
-    """Files of one kind, parts of one table, as one Arrow table; parquet above `SPOOL_ROWS` rows is memory-mapped."""
+    """Files of one kind, parts of one table, as one Arrow table; parquet above `MAPPED_ROWS` rows is memory-mapped."""
     if all(suffix_of(path) == ".parquet" for path in paths):
         return read_parquet(paths)
     # The type of a csv column is told from all parts: a code may have its first leading zero in the last of them.
@@ -42,6 +43,8 @@ def read_tables(paths: Sequence[Path]) -> pa.Table:
 
 def read_parquet(paths: Sequence[Path]) -> pa.Table:
     """Parquet files with one schema, batch by batch, ids as strings and dictionaries as their values.
+
+    Arrow reads the bytes of a text as they are: `tables.check_texts` checks that they are UTF-8.
 
     Raises:
         DataError: a file is damaged or its columns differ from those of the first.
@@ -70,24 +73,11 @@ def _parquet_batches(
         for path, file in zip(paths, files, strict=True):
             try:
                 for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                    _check_texts(batch, path)
                     yield batch.cast(schema) if batch.schema != schema else batch
                     bar.update(batch.num_rows)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(
                     f"{path} is a parquet file that cannot be read: {one_line(error)}; write it again"
-                ) from error
-
-
-def _check_texts(batch: pa.RecordBatch, path: Path) -> None:
-    # Arrow takes the bytes of a text column as they come; invalid UTF-8 would surface much later, far from its file.
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if not pa.types.is_primitive(column.type):
-            try:
-                column.validate(full=True)
-            except pa.ArrowInvalid as error:
-                raise DataError(
-                    f"column {name} of {path} is damaged or not UTF-8 text: {one_line(error)}; write it again"
                 ) from error
 
 

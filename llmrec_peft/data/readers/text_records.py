@@ -12,12 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec_peft.data.memory_mapped import collect
-from llmrec_peft.data.readers.json_records import first_keys, is_json, read_records
+from llmrec_peft.data.readers.json_records import first_keys, is_json, read_records, record_batches
 from llmrec_peft.data.readers.registry import RawLog, log_name, register
-from llmrec_peft.data.tables import shorten
 from llmrec_peft.errors import DataError
-
-BATCH_RECORDS = 10_000
+from llmrec_peft.messages import quoted
 
 
 def text_file(path: str, keys: set[str]) -> Path | None:
@@ -80,14 +78,18 @@ def instruction_log(records: Iterable[dict[str, Any]], where: str, name: str) ->
     """The log of instruction records; `where` is what messages call their source."""
 
     def columns(record: dict[str, Any], number: int) -> dict[str, str]:
-        instruction, more = record.get("instruction"), record.get("input") or ""
-        for key, value in (("instruction", instruction), ("input", more)):
-            if not isinstance(value, str):
-                raise DataError(f"record {number} of {where} has {key} {shorten(value)}; it must be a text")
+        instruction = _text_value("instruction", record.get("instruction"), number, where)
+        more = _text_value("input", record.get("input") or "", number, where)
         title = f"{instruction}\n{more}" if more.strip() else instruction
         return {"title": _filled(title, number, where), "instruction": instruction, "input": more}
 
     return _collect(records, columns, ["title", "instruction", "input"], "output", where, name)
+
+
+def _text_value(key: str, value: Any, number: int, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"record {number} of {where} has {key} {quoted(value)}; it must be a text")
+    return value
 
 
 def _text_of(value: Any, number: int, where: str) -> str:
@@ -98,7 +100,7 @@ def _text_of(value: Any, number: int, where: str) -> str:
     if turns and all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns):
         return _filled("\n".join(f"{turn.get('role', 'user')}: {turn['content']}" for turn in turns), number, where)
     raise DataError(
-        f"record {number} of {where} has input {shorten(value)}; it must be a text or a list of role and content"
+        f"record {number} of {where} has input {quoted(value)}; it must be a text or a list of role and content"
     )
 
 
@@ -127,21 +129,15 @@ def _collect(
     schema = pa.schema(fields + [(column, pa.large_string()) for column in item_columns])
     kinds: set[type] = set()
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        rows: list[dict[str, Any]] = []
+    def rows() -> Iterator[dict[str, Any]]:
         for number, record in enumerate(records, start=1):
             row: dict[str, Any] = columns(record, number)
             row["id"] = f"r{number:09d}"  # of one width, so that sorted ids are in file order
             row["label"] = _label_of(record.get(label_key), kinds, number, label_key, where)
             row["timestamp"] = _time_of(record.get("timestamp"), number, where)
-            rows.append(row)
-            if len(rows) == BATCH_RECORDS:
-                yield pa.RecordBatch.from_pylist(rows, schema=schema)
-                rows = []
-        if rows:
-            yield pa.RecordBatch.from_pylist(rows, schema=schema)
+            yield row
 
-    table = collect(batches(), schema)
+    table = collect(record_batches(rows(), schema), schema)
     label = table.column("label")
     if kinds == {int}:
         label = label.cast(pa.int64())
@@ -164,9 +160,9 @@ def _label_of(value: Any, kinds: set[type], number: int, key: str, where: str) -
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int | float | str) or value != value or value == "":
-        raise DataError(f"record {number} of {where} has {key} {shorten(value)}; it must be a text or a number")
+        raise DataError(f"record {number} of {where} has {key} {quoted(value)}; it must be a text or a number")
     if not isinstance(value, str) and not abs(value) < 2**63:
-        raise DataError(f"record {number} of {where} has {key} {shorten(value)}; a number has at most 64 bits")
+        raise DataError(f"record {number} of {where} has {key} {quoted(value)}; a number has at most 64 bits")
     kinds.add(type(value))
     return _filled(value, number, where).strip() if isinstance(value, str) else str(value)
 
@@ -174,4 +170,4 @@ def _label_of(value: Any, kinds: set[type], number: int, key: str, where: str) -
 def _time_of(value: Any, number: int, where: str) -> float | None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63):
         return value
-    raise DataError(f"record {number} of {where} has timestamp {shorten(value)}; it must be seconds since 1970")
+    raise DataError(f"record {number} of {where} has timestamp {quoted(value)}; it must be seconds since 1970")

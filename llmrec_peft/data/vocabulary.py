@@ -1,97 +1,24 @@
-"""Token sequences of many texts in one flat, memory-mapped array."""
+"""A domain under one tokenizer: the fixed tokens of its streams, and the tokens of texts as plain data."""
+
+from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from tqdm.auto import tqdm
 
-from llmrec_peft.data.domain import Domain, render, template_literals
-from llmrec_peft.data.tables import shorten
-from llmrec_peft.errors import DataError, StreamError, input_errors, output_errors
+from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.rendering import render
+from llmrec_peft.data.templates import template_literals
+from llmrec_peft.errors import DataError, StreamError, input_errors
+from llmrec_peft.messages import quoted
 
-CHUNK = 32_768  # texts that are Python objects at one time
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 UNKNOWN_ITEM = "<unknown item>"
 """Unknown token of tokenizers that have one token an item: texts that they do not have are refused."""
-
-
-class TokenTable:
-    """Tokens of texts numbered 0..n-1.
-
-    Attributes:
-        tokens: int32 [all tokens], on disk when they are many.
-        offsets: int64 [n + 1]; text i is tokens[offsets[i]:offsets[i + 1]].
-    """
-
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray):
-        self.tokens = tokens
-        self.offsets = offsets
-
-    @classmethod
-    def build(cls, vocabulary: "Vocabulary", chunks: Iterable[pa.Array], total: int, what: str) -> "TokenTable":
-        """Tokenise chunks of texts; equal texts of a chunk are tokenised once.
-
-        Args:
-            vocabulary: tokenises, and takes out what no text may hold.
-            chunks: Arrow string arrays, `total` texts in all.
-            total: for the progress bar.
-            what: name on the progress bar.
-        """
-        lengths = []
-        # A map keeps its own hold on the file, so that the file can be closed at once.
-        place = f"a file of tokens in {tempfile.gettempdir()}"
-        full = output_errors(DataError, place, "make room, or set TMPDIR to a directory with free space")
-        with full, tempfile.TemporaryFile(prefix="llmrec-tokens-") as file:
-            with tqdm(total=total, desc=f"tokenising {what}", unit="text", disable=total < 4 * CHUNK) as bar:
-                for chunk in chunks:
-                    encoded = pc.dictionary_encode(chunk)
-                    flat, offsets = vocabulary.tokens(encoded.dictionary.to_pylist())
-                    picked = np.asarray(encoded.indices)
-                    sizes = np.diff(offsets)[picked]
-                    flat[ranges(offsets[picked], sizes)].tofile(file)
-                    lengths.append(sizes)
-                    bar.update(len(chunk))
-            file.flush()
-            offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths or [np.empty(0, np.int64)]))])
-            offsets = offsets.astype(np.int64)
-            shape = (int(offsets[-1]),)
-            tokens = np.memmap(file, np.int32, mode="r", shape=shape) if shape[0] else np.empty(0, np.int32)
-        return cls(tokens, offsets)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [n]."""
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
-
-
-def tokenise(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens without any special token, flat int32, and their offsets int64 [texts + 1].
-
-    Raises StreamError where the tokenizer fails.
-    """
-    if not texts:
-        return np.empty(0, np.int32), np.zeros(1, np.int64)
-    # A pattern of the tokenizer's that takes too long ends in a panic of its library.
-    with input_errors(StreamError, f"tokenizer {type(tokenizer).__name__}", "use tokenizer files that you trust"):
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                        verbose=False)["input_ids"]  # fmt: skip
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
-    return np.fromiter(itertools.chain.from_iterable(ids), np.int32, offsets[-1]), offsets
-
-
-def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Indices of the runs starts[i] .. starts[i] + sizes[i], one after another, int64."""
-    ends = np.cumsum(sizes)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - sizes), sizes)
 
 
 class Vocabulary:
@@ -109,7 +36,7 @@ class Vocabulary:
             token, the marker may be empty: no item's text can then spell an outcome.
     """
 
-    def __init__(self, domain: Domain, tokenizer):
+    def __init__(self, domain: Domain, tokenizer: PreTrainedTokenizerBase) -> None:
         self.domain = domain
         self.tokenizer = tokenizer
         self.prefix, self.suffix = special_tokens_around(tokenizer)
@@ -167,7 +94,7 @@ class Vocabulary:
         unknown = np.flatnonzero(flat == self.tokenizer.unk_token_id)
         if len(unknown):
             raise DataError(
-                f"{shorten(texts[unknown[0]])} is unknown to this model of item ids ({len(unknown)} such): the "
+                f"{quoted(texts[unknown[0]])} is unknown to this model of item ids ({len(unknown)} such): the "
                 "catalogue has grown since it was trained; distil it again with the new item table"
             )
         return flat
@@ -193,7 +120,22 @@ class Vocabulary:
         return render(self.domain.header, columns, self.forbidden)
 
 
-def special_tokens_around(tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens without any special token, flat int32, and their offsets int64 [texts + 1].
+
+    Raises StreamError where the tokenizer fails.
+    """
+    if not texts:
+        return np.empty(0, np.int32), np.zeros(1, np.int64)
+    # A pattern of the tokenizer's that takes too long ends in a panic of its library.
+    with input_errors(StreamError, f"tokenizer {type(tokenizer).__name__}", "use tokenizer files that you trust"):
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+                        verbose=False)["input_ids"]  # fmt: skip
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    return np.fromiter(itertools.chain.from_iterable(ids), np.int32, offsets[-1]), offsets
+
+
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Tokens that the tokenizer adds before and after one text, each int32."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

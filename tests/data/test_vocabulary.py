@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from llmrec_peft.data.domain import Domain
-from llmrec_peft.data.tokens import TokenTable, Vocabulary, ranges, special_tokens_around, tokenise
+from llmrec_peft.data.token_table import TokenTable, ranges
+from llmrec_peft.data.vocabulary import Vocabulary, special_tokens_around, tokenise
 from llmrec_peft.errors import StreamError
 
 SMALL = {"name": "movies", "event": "{title}", "outcomes": {"dislike": " no\n", "like": " yes\n"}}

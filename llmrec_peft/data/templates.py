@@ -1,4 +1,4 @@
-"""Templates and the values that fill them, as text alone: what serving needs of a domain, without Arrow."""
+"""Templates of events and headers, filled for one row without Arrow; `rendering` fills them for many rows."""
 
 import re
 import string
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from llmrec_peft.data.values import plain, replace_surrogates, shorten
+from llmrec_peft.data.values import plain, replace_surrogates
 from llmrec_peft.documents import has_surrogates
 from llmrec_peft.errors import DomainError
+from llmrec_peft.messages import quoted
 
 OUTCOME_COLUMNS = ("label", "rating", "behaviour")
 """Columns of interactions that tell an outcome; no template may show them."""
@@ -18,39 +19,8 @@ MAX_TEMPLATE, MAX_FIELDS = 100_000, 200
 MAX_WIDTH, MAX_SPEC = 1_000, 100
 """Largest number in a format, such as its width, and characters of a format, at most."""
 
-# White space, control characters, Unicode's default-ignorable code points (fillers, joiners, bidi marks, variation
-# selectors, soft hyphen, tags), annotation marks, and the braille blank: what leaves no ink.
-_UNSEEN = (
-    (0x00, 0x20), (0x7F, 0xA0), (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x1680, 0x1680),
-    (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2000, 0x200F), (0x2028, 0x202F), (0x205F, 0x206F), (0x2800, 0x2800),
-    (0x3000, 0x3000), (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFFB),
-    (0x1BCA0, 0x1BCA3), (0x1D159, 0x1D159), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
-)  # fmt: skip
-SEEN = "[^" + "".join(f"{chr(low)}-{chr(high)}" for low, high in _UNSEEN) + "]"
-"""Regular expression of one visible character, the same for Python's `re` and for Arrow's RE2."""
-_SEEN = re.compile(SEEN)
-
 # Everything that could end a line or hide in one; runs become one space.
 _BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200b\u2028\u2029\ufeff]+")
-
-
-def listed(values: list[str]) -> str:
-    """Names joined by commas, or "none"."""
-    return ", ".join(str(value) for value in values) or "none"
-
-
-def is_unseen(text: str) -> bool:
-    """Whether a text is empty, or only white space and other characters that nobody sees; as `tables.is_blank`."""
-    return _SEEN.search(text) is None
-
-
-def title_fault(title: Any) -> str | None:
-    """What is wrong with an item's title, as the end of a sentence that begins with the item; None if it is sound."""
-    if title is None or (isinstance(title, float) and title != title):
-        return f"has no title ({title})"
-    if not isinstance(title, str):
-        return f"has a title that is no text, {shorten(title)}"
-    return f"has a title without a visible character, {shorten(title)}" if is_unseen(title) else None
 
 
 def check_template(template: str, what: str) -> None:
@@ -65,14 +35,15 @@ def check_template(template: str, what: str) -> None:
     if has_surrogates(template):
         raise DomainError(f"{what} holds half of a surrogate pair, which is no character; remove it")
     try:
-        fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        parts = string.Formatter().parse(template)
+        fields = [(name, spec or "", turned) for _, name, spec, turned in parts if name is not None]
     except ValueError as error:
         raise DomainError(f"{what} is not a template ({error}); write {{{{ for a brace") from None
     if len(fields) > MAX_FIELDS:
         raise DomainError(f"{what} has {len(fields)} fields, and {MAX_FIELDS} are the most; use fewer")
-    for _, name, spec, turned in fields:
+    for name, spec, turned in fields:
         if not name.isidentifier() or turned:
-            shown = shorten(name + (f"!{turned}" if turned else ""))[1:-1]
+            shown = quoted(name + (f"!{turned}" if turned else ""))[1:-1]
             raise DomainError(f"{what} has the field {{{shown}}}; fields are column names, such as {{title}}")
         sizes = [number for number in re.findall(r"\d+", spec) if len(number) > 9 or int(number) > MAX_WIDTH]
         if sizes or len(spec) > MAX_SPEC or "{" in spec:
@@ -80,8 +51,7 @@ def check_template(template: str, what: str) -> None:
                 "no field inside" if "{" in spec else f"no number above {MAX_WIDTH} and at most {MAX_SPEC} characters"
             )
             raise DomainError(
-                f"{what} has the format {shorten(spec)} of {{{name}}}; a format has {rule}; write it as in "
-                "{price:.2f}"
+                f"{what} has the format {quoted(spec)} of {{{name}}}; a format has {rule}; write it as in {{price:.2f}}"
             )
 
 
@@ -152,14 +122,15 @@ def value_text(name: str, value: Any, spec: str, forbidden: list[str], column: s
     value = plain(name, value)
     if isinstance(value, list):
         texts = [part_text(part) for part in value]
-        value = None if None in texts else ", ".join(texts)
+        known = [text for text in texts if text is not None]
+        value = ", ".join(known) if len(known) == len(texts) else None
     if value is None:
         return ""
     try:
         return neutralise(format(value, spec) if spec else str(value), forbidden)
     except (ValueError, TypeError, OverflowError) as error:
         raise DomainError(
-            f"field {{{name}:{spec}}} does not fit the {column}value {shorten(value)} ({error}); correct the format"
+            f"field {{{name}:{spec}}} does not fit the {column}value {quoted(value)} ({error}); correct the format"
         ) from None
 
 
@@ -167,5 +138,6 @@ def part_text(part: Any) -> str | None:
     """A plain value in a list, as text; None if it is missing."""
     if isinstance(part, bool):
         return str(part).lower()
-    whole = isinstance(part, float | np.floating) and part.is_integer() and abs(part) < 1e15
-    return None if part is None else str(int(part) if whole else part)
+    if isinstance(part, float | np.floating) and part.is_integer() and abs(float(part)) < 1e15:
+        return str(int(part))
+    return None if part is None else str(part)
