@@ -217,3 +217,28 @@ def test_configurations_are_listed_and_copied(tmp_path, capsys):
     assert all((tmp_path / name).read_bytes() == (ROOT / name).read_bytes() for name in shipped_files())
     with pytest.raises(ConfigError, match="already holds recipes/configs/content/domain.yaml"):
         copy_shipped(str(tmp_path))
+
+
+# -- the README ------------------------------------------------------------------------------------
+
+
+def test_the_readme_lists_every_command_and_its_configurations():
+    rows = re.findall(
+        r"^\| `llmrec ([\w ]+)` \| (?:`recipes/(\w+)\.py`)? ?\| .* \| ?([\w, ]*?) ?\|$",
+        (ROOT / "README.md").read_text("utf-8"),
+        flags=re.M,
+    )
+    commands = [name for name in COMMANDS if name != "train"]
+    assert {command for command, _, _ in rows} == {*(f"train {name}" for name in METHODS), *commands}
+    for command, recipe, domains in rows:
+        assert recipe == (command.split()[-1] if command.split()[-1] in CONFIGS else "")
+        files = (ROOT / "recipes" / "configs").glob(f"*/{recipe}.yaml")
+        assert {name for name in domains.split(", ") if name} == {path.parent.name for path in files if recipe}
+
+
+@pytest.mark.parametrize("line", re.findall(r"^llmrec .*$", (ROOT / "README.md").read_text("utf-8"), flags=re.M))
+def test_the_readmes_commands_are_accepted(line, handed_over, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main([*line.split()[1:], "--print_config"])
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith(("data:", "base:"))

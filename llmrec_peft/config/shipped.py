@@ -6,8 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from llmrec_peft.documents import read_yaml, shortened
+from llmrec_peft.documents import read_yaml
 from llmrec_peft.errors import ConfigError
+from llmrec_peft.messages import shortened
 
 _PACKAGED = Path(__file__).parents[1] / "recipes"
 
