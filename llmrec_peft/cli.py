@@ -204,7 +204,7 @@ def _imports() -> Iterator[None]:
             raise
         extra = EXTRAS.get(package, "train")
         raise ConfigError(
-            f"this command needs the package {package}; install it with: pip install 'llmrec_peft[{extra}]'"
+            f"this command needs the package {package}; install it with: pip install 'llmrec-peft[{extra}]'"
         ) from error
 
 

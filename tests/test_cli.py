@@ -147,7 +147,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "llmrec_peft.merging.merging", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     line = refused(["merge", "--bundle", "b", "--output_dir", "o"], capsys)
-    assert line == "error: this command needs the package torch; install it with: pip install 'llmrec_peft[train]'\n"
+    assert line == "error: this command needs the package torch; install it with: pip install 'llmrec-peft[train]'\n"
 
 
 # -- accelerate ------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class RecommendConfig(LoadConfig):
     retrieval: str | None = None
     """Directory of the retrieval index; null for the one in the bundle, if any."""
     quotas: dict[str, float] = number(dict, 0, 1e6)
-    """Weight of each retrieval source; {} for the defaults."""
+    """Share of the candidates from each retrieval source; {} for the defaults."""
     candidates: str | None = None
     """File with a column item_id of the items to rank instead of retrieved ones; null for retrieval, or all items."""
     context: dict[str, int | float | str] = number(dict, -(2**63), 2**63 - 1)
