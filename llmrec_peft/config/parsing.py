@@ -225,7 +225,11 @@ def _parse(
         parser_mode=_LOADER,
     )  # fmt: skip
     files = parser.add_argument_group("files and printing")
-    files.add_argument("--config", metavar="FILE.yaml", help="Read options from a file; flags override it.")
+    files.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="Read options from a file, local or shipped (llmrec configs); flags override it.",
+    )
     if _has_domain(config_class):
         files.add_argument(
             "--domain", metavar="FILE.yaml", help="Domain file; overrides the domain of the --config file."
