@@ -217,10 +217,10 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_hostile_files_are_refused_at_once(name, tmp_path):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         read_config(LoraConfig, [*written(tmp_path, settings("lora"), "valid.yaml"), *written(tmp_path, FILES[name])])
-    assert "\n" not in str(caught.value) and time.monotonic() - began < 10
+    assert "\n" not in str(caught.value) and time.process_time() - began < 10
     if "twice" in name:
         assert "twice in one mapping" in str(caught.value)
     if name != "null byte":
@@ -230,10 +230,10 @@ def test_hostile_files_are_refused_at_once(name, tmp_path):
 
 def test_flags_are_read_within_the_limits_of_files(tmp_path):
     """They grow exponentially where a loader of the parser's own reads them: this took minutes."""
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError, match="context must be a mapping"):
         read_config(RecommendConfig, [*written(tmp_path, settings("recommend")), f"--context={LAUGHS}"])
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_merge_key_brings_what_its_mapping_overrides():
@@ -257,9 +257,9 @@ def test_an_invalid_pattern_is_named(pattern):
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*a){20}", "(a?){30}a{30}c"])
 def test_a_pattern_is_matched_in_linear_time(pattern):
     method_options("lora", {"target_modules": pattern})
-    began = time.monotonic()
+    began = time.process_time()
     matching_names(pattern, ["a" * 60 + "!"] * 100)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_pattern_is_kept_as_the_names_that_it_matched(tiny_base):
