@@ -21,7 +21,7 @@ from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
-from llmrec_peft.runs.split_streams import build_splits
+from llmrec_peft.runs.split_streams import build_split_streams
 
 
 def answer(side: StreamSide, windows: StreamSubset, tokens: int) -> dict[str, float]:
@@ -43,7 +43,7 @@ def train(side: StreamSide, windows: StreamSubset, tokens: int) -> dict[str, flo
 def run(options: argparse.Namespace, scratch: str) -> dict:
     """Speeds and memory by part and size."""
     domain, base = Domain.from_yaml(options.domain), resolve_base(options.base)
-    streams = build_splits(read_log(options.data), domain, load_tokenizer(base)).train
+    streams = build_split_streams(read_log(options.data), domain, load_tokenizer(base)).train
     side = StreamSide(load_classifier(base, domain, "lora", r=16, alpha=32), options, scratch)
     rounds = draw_rounds(streams, options.rounds, options.windows, options.seed)
     train(side, StreamSubset(streams, rounds[0].windows[:1]), 1000)  # warms up

@@ -62,11 +62,11 @@ from train_speed import CONFIG, StreamSide, flops_per_token, read_log
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import StreamDataset, StreamSubset
-from llmrec_peft.distillation.students import start_shallow
+from llmrec_peft.distillation.shallow_student import write_shallow_student
 from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import check_positions, load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
-from llmrec_peft.runs.split_streams import split_of, streams_of
+from llmrec_peft.runs.split_streams import split_by_domain, streams_for_split
 from llmrec_peft.scoring.scorer import Scorer
 
 ROOT = Path(__file__).resolve().parent
@@ -158,13 +158,13 @@ def check(options: argparse.Namespace, log: BehaviorLog, depth: int) -> None:
 
 def lay_out(options: argparse.Namespace, log: BehaviorLog, domain: Domain, base: str, scratch: Path) -> dict:
     """The points of the training curves; bases of fewer layers are written to `scratch`."""
-    splits, tokenizer = split_of(log, domain), load_tokenizer(base)
+    splits, tokenizer = split_by_domain(log, domain), load_tokenizer(base)
 
     @functools.cache
     def streams(context: int, targets: int) -> StreamDataset:
         other = read_domain(options.domain, context, targets)
         rule = dataclasses.replace(other.stream, max_length=options.max_length)
-        return streams_of(splits, "train", dataclasses.replace(other, stream=rule), tokenizer)
+        return streams_for_split(splits, "train", dataclasses.replace(other, stream=rule), tokenizer)
 
     def point(x: int, context: int, targets: int, rank: int = RANK, place: str = base) -> Point:
         found = streams(context, targets)
@@ -195,7 +195,7 @@ def first_layers(base: str, domain: Domain, layers: int, scratch: Path) -> str:
     if layers == load_config(base).get_text_config().num_hidden_layers:
         return base
     directory = scratch / f"layers-{layers}"
-    start_shallow(load_classifier(base, domain, "head"), list(range(layers)), directory)
+    write_shallow_student(load_classifier(base, domain, "head"), list(range(layers)), directory)
     return str(directory)
 
 

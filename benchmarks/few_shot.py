@@ -47,7 +47,7 @@ from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.head import first_tokens
 from llmrec_peft.models.predict import predict
-from llmrec_peft.runs.split_streams import SplitStreams, build_splits, read_log
+from llmrec_peft.runs.split_streams import SplitStreams, build_split_streams, read_log
 from llmrec_peft.training.trainer import BehaviorTrainer
 
 ROOT = Path(__file__).resolve().parent
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, scratch: str) -> dict:
     if len(domain.labels) != 2:
         stop(f"few labelled targets are compared on two labels; domain '{domain.name}' has {len(domain.labels)}")
     base = resolve_base(options.base)
-    streams = build_splits(read_log(DataConfig(path=options.data)), domain, load_tokenizer(base))
+    streams = build_split_streams(read_log(DataConfig(path=options.data)), domain, load_tokenizer(base))
     test = draw_test(streams.test, options.test_targets)
     # All are drawn before the first is trained on, so that what cannot be drawn is said at once.
     drawn = {(targets, seed): draw(streams.train, targets, seed) for targets in options.targets

@@ -26,7 +26,7 @@ from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.sharding import assign, whole
 from llmrec_peft.runs.launch_checks import check_launch
-from llmrec_peft.runs.split_streams import read_log, split_of, streams_of
+from llmrec_peft.runs.split_streams import read_log, split_by_domain, streams_for_split
 from llmrec_peft.training.distributed import device_arguments, distributed_session
 from llmrec_peft.training.losses import BehaviorLoss
 from llmrec_peft.training.trainer import BehaviorTrainer
@@ -57,8 +57,8 @@ class Launch:
         self.settings, self.state = settings, state
         self.base = resolve_base(settings["base"])
         self.domain = small_domain(settings["domain"])
-        split = split_of(read_log(DataConfig(path=settings["data"])), self.domain)
-        self.train = streams_of(split, "train", self.domain, load_tokenizer(self.base))
+        split = split_by_domain(read_log(DataConfig(path=settings["data"])), self.domain)
+        self.train = streams_for_split(split, "train", self.domain, load_tokenizer(self.base))
         self.windows = draw_windows(self.train, settings["steps"], settings["batch"], settings["seed"])
 
     def share(self, batch: int) -> int:

@@ -58,13 +58,15 @@ def train_measured(case: dict, options: argparse.Namespace, result: Path) -> Non
     from llmrec_peft.data.streams import StreamSubset
     from llmrec_peft.models.base import load_tokenizer
     from llmrec_peft.models.classifier import load_classifier
-    from llmrec_peft.runs.split_streams import read_log, split_of, streams_of
+    from llmrec_peft.runs.split_streams import read_log, split_by_domain, streams_for_split
     from llmrec_peft.runs.trainer_setup import OPTIMIZERS
     from llmrec_peft.training.distributed import device_arguments
     from llmrec_peft.training.trainer import BehaviorTrainer
 
     domain, tokenizer = Domain.from_yaml(options.domain), load_tokenizer(options.base)
-    streams = streams_of(split_of(read_log(DataConfig(path=options.data)), domain), "train", domain, tokenizer)
+    streams = streams_for_split(
+        split_by_domain(read_log(DataConfig(path=options.data)), domain), "train", domain, tokenizer
+    )
     fitting = np.flatnonzero(streams.lengths <= options.micro_tokens)
     chosen = fitting[np.argsort(-streams.lengths[fitting], kind="stable")][: STEPS * BATCH * case["gpus"]]
     if len(chosen) < STEPS * BATCH * case["gpus"]:

@@ -26,7 +26,7 @@ from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.runs.split_streams import build_splits, read_log
+from llmrec_peft.runs.split_streams import build_split_streams, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = ("former", "past")
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def measure(options: argparse.Namespace, domain: Domain) -> dict:
     log = read_log(DataConfig(path=options.data))
-    streams = build_splits(log, domain, load_tokenizer(resolve_base(options.base)))
+    streams = build_split_streams(log, domain, load_tokenizer(resolve_base(options.base)))
     points = {name: Points.of(streams[name]) for name in streams.splits}
     counts = CountFeatures(log, domain, streams.splits.train.rows, domain.split.by)
     frames = {name: counts.frame(part) for name, part in points.items()}

@@ -28,9 +28,10 @@ from llmrec_peft.config.schema import DataConfig, EvaluateConfig, RankingConfig
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.evaluation.bootstrap import mean_interval
 from llmrec_peft.evaluation.ranking_metrics import one_relevant
-from llmrec_peft.recipes.ranking import Lists, place_of, rank
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
-from llmrec_peft.runs.split_streams import read_log, split_of
+from llmrec_peft.runs.candidate_sets import CandidateSets
+from llmrec_peft.runs.ranking import rank, rank_of
+from llmrec_peft.runs.split_streams import read_log, split_by_domain
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"popularity": "popularity", "cooccurrence": "item co-occurrence", "factors": "matrix factorisation"}
@@ -64,8 +65,8 @@ def measure(options: argparse.Namespace) -> dict:
     config = EvaluateConfig(
         bundle=options.bundle, data=DataConfig(path=options.data), ranking=ranking, batch_tokens=options.batch_tokens
     )
-    splits = split_of(read_log(config.data), domain)
-    lists = Lists(splits, "test", domain, ranking)
+    splits = split_by_domain(read_log(config.data), domain)
+    lists = CandidateSets(splits, "test", domain, ranking)
     _, table = rank(config, lists, PartialState())
     retrieval_index, _ = RetrievalIndex.load(Path(options.bundle) / DIRECTORY)
     retrieval_index = retrieval_index.for_items(lists.log.items.column("item_id"))
@@ -74,11 +75,11 @@ def measure(options: argparse.Namespace) -> dict:
         for system in ("llm", "fused")
         if f"{system}_above" in table.column_names
     }
-    past = lists.past(lists.rows)
-    codes = [lists.codes(int(row)) for row in lists.rows]
+    past = lists.histories(lists.rows)
+    codes = [lists.candidates(int(row)) for row in lists.rows]
     for model in NAMES:
         found = [
-            place_of(retrieval_index.models[model].score(past.part(n, n + 1), own), 0) for n, own in enumerate(codes)
+            rank_of(retrieval_index.models[model].score(past.part(n, n + 1), own), 0) for n, own in enumerate(codes)
         ]
         places[model] = np.array(found).T
     sizes = np.array([len(own) for own in codes])

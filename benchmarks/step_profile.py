@@ -33,7 +33,7 @@ from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models import attention as blocks
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import load_classifier
-from llmrec_peft.runs.split_streams import build_splits
+from llmrec_peft.runs.split_streams import build_split_streams
 
 ROOT = Path(__file__).resolve().parent
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear")
@@ -56,7 +56,7 @@ def by_kind(times: dict[str, float], in_blocks: bool) -> dict[str, float]:
 def measure(options: argparse.Namespace) -> dict:
     """Time and profile one micro-batch."""
     domain, base = Domain.from_yaml(options.domain), resolve_base(options.base)
-    train = build_splits(read_log(options.data), domain, load_tokenizer(base)).train
+    train = build_split_streams(read_log(options.data), domain, load_tokenizer(base)).train
     fitting = np.flatnonzero(train.lengths <= options.tokens)
     if not len(fitting):
         stop(f"no window has {options.tokens} tokens or fewer; raise --tokens")

@@ -32,7 +32,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.distillation.export import export_onnx
 from llmrec_peft.evaluation.bootstrap import differences, intervals
 from llmrec_peft.models.predict import predict
-from llmrec_peft.runs.split_streams import read_log, split_of, streams_of
+from llmrec_peft.runs.split_streams import read_log, split_by_domain, streams_for_split
 from llmrec_peft.serving import OnnxScorer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +142,7 @@ def quality(answers: dict[str, pd.DataFrame], label: str, options: argparse.Name
 def ids_alone(answers: dict, log, places: dict, label: str, options: argparse.Namespace) -> dict:
     """`ids` and `ids_alone` on all test targets, and on those of items without training rows."""
     domain = Domain.of_manifest(read_answering(model_of(places["ids"]))["domain"])
-    seen = np.bincount(log.item_codes[split_of(log, domain).train.rows], minlength=log.num_items)
+    seen = np.bincount(log.item_codes[split_by_domain(log, domain).train.rows], minlength=log.num_items)
     cold = set(log.items.column("item_id").filter(seen == 0).to_pylist())
     shared = answers["ids"].index.intersection(answers["ids_alone"].index)
     unseen = shared[shared.get_level_values(1).isin(cold)]
@@ -159,7 +159,7 @@ def speed(directory: Path, log, options: argparse.Namespace, fast: bool) -> dict
     """Targets a second over test windows, three times after one to warm up."""
     bundle = load_answering(directory)
     domain = Domain.of_manifest(bundle.domain)
-    streams = streams_of(split_of(log, domain), "test", domain, bundle.tokenizer)
+    streams = streams_for_split(split_by_domain(log, domain), "test", domain, bundle.tokenizer)
     part = streams.limited(None if fast else options.targets)
     count = sum(len(part[row].markers) for row in range(len(part)))
     collator, tokens = StreamCollator(bundle.tokenizer.pad_token_id, 4000), 8000 if fast else 1200
@@ -200,7 +200,7 @@ def int8(directory: Path, log, scratch: Path, requests: list) -> tuple[dict, pd.
     """The int8 export: its size, speed and latency, and its answers to all test targets."""
     bundle = load_answering(directory)
     domain = Domain.of_manifest(bundle.domain)
-    streams = streams_of(split_of(log, domain), "test", domain, bundle.tokenizer)
+    streams = streams_for_split(split_by_domain(log, domain), "test", domain, bundle.tokenizer)
     measured = export_onnx(directory, scratch, streams=streams.limited(500))
     scorer = OnnxScorer.load(scratch, precision="int8", threads=1)
     windows = [streams[row] for row in np.argsort(-streams.lengths, kind="stable")]

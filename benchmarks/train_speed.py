@@ -34,7 +34,7 @@ from llmrec_peft.errors import LLMRecError
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.models.classifier import BehaviorClassifier, load_classifier
 from llmrec_peft.models.predict import predict
-from llmrec_peft.runs.split_streams import SIMULATED_SHOP, build_splits
+from llmrec_peft.runs.split_streams import SIMULATED_SHOP, build_split_streams
 from llmrec_peft.runs.split_streams import read_log as read_named_log
 from llmrec_peft.training.trainer import BehaviorTrainer
 
@@ -224,7 +224,7 @@ def run(options: argparse.Namespace, scratch: str) -> dict:
     log = read_log(options.data)
     domain = Domain.from_yaml(options.domain)
     base = resolve_base(options.base)
-    train = build_splits(log, domain, load_tokenizer(base)).train
+    train = build_split_streams(log, domain, load_tokenizer(base)).train
     rounds = draw_rounds(train, options.rounds, options.steps * options.batch_size, options.seed)
     torch.manual_seed(options.seed)
     stream = StreamSide(load_classifier(base, domain, "lora", r=16, alpha=32), options, scratch)

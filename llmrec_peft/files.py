@@ -18,12 +18,14 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+from llmrec_peft.errors import ConfigError, LLMRecError, output_errors
 
 _PARTIAL = re.compile(r"\.(.+)\.(?:[0-9]+|[0-9a-f]{8})\.partial", re.DOTALL)
 _OLD = re.compile(r"\.(.+)-old-[0-9a-z_]{8}", re.DOTALL)
@@ -148,6 +150,13 @@ def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 def _named(path: Path) -> Path:
     """A path that ends in a name, as `.` and `..` do not, and the place that a link stands for."""
     return Path(os.path.realpath(path)) if path.name in ("", "..") or path.is_symlink() else path
+
+
+def writing(
+    path: str | Path, what: str = "output_dir", error: type[LLMRecError] = ConfigError
+) -> AbstractContextManager[None]:
+    """Turn what writing an output raises, as on a full disk, into one line; `what` names the output before its path."""
+    return output_errors(error, f"{what} {path}", "make room or choose another")
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

@@ -5,6 +5,7 @@ The environment is set before Transformers is imported, so that a test that woul
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -303,3 +304,9 @@ def exported(tiny_base, tmp_path_factory) -> tuple[Path, Path, dict[str, object]
     merge_bundle(place / "bundle", place / "merged")
     measured = export_onnx(place / "merged", place / "onnx")
     return place / "merged", place / "onnx", measured
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep what the imports made out of garbage collection: libraries call full collections often."""
+    gc.collect()
+    gc.freeze()

@@ -13,7 +13,7 @@ import pytest
 from llmrec_peft import Domain
 from llmrec_peft.data.layout import PREFIX
 from llmrec_peft.models.base import load_config, load_tokenizer
-from llmrec_peft.runs.split_streams import build_splits
+from llmrec_peft.runs.split_streams import build_split_streams
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DOMAIN = BENCHMARKS.parent / "recipes" / "configs" / "movies" / "domain.yaml"
@@ -141,7 +141,7 @@ def test_attention_counts_the_pairs_that_the_mask_allows(curves, small_log, tiny
     rules = {"simultaneous": "isolate", "stream": {"context": 3, "targets": 4, "max_length": 2048},
              "negatives": {"per_positive": 2, "sampling": "popularity", "label": "dislike"}}  # fmt: skip
     domain, base = Domain.from_dict({**Domain.from_yaml(DOMAIN).to_dict(), **rules}), str(tiny_base(kind))
-    streams, config = build_splits(small_log(), domain, load_tokenizer(base)).train, load_config(base)
+    streams, config = build_split_streams(small_log(), domain, load_tokenizer(base)).train, load_config(base)
     windows = [streams[number] for number in range(len(streams))]
     assert max(stream.segment.max() for stream in windows) > 4
     for stream in windows:
@@ -156,7 +156,7 @@ def test_windows_have_just_the_history_and_the_events_asked_for(curves, small_lo
     rule = {"stream": {"context": 3, "targets": 4, "max_length": 2048}}
     domain = Domain.from_dict({**Domain.from_yaml(DOMAIN).to_dict(), **rule})
     log = small_log()
-    streams = build_splits(log, domain, load_tokenizer(str(tiny_base("llama")))).train
+    streams = build_split_streams(log, domain, load_tokenizer(str(tiny_base("llama")))).train
     chosen = curves.fitting(streams, 3, 4)
     assert 0 < len(chosen) < len(streams)
     for number in range(len(streams)):

@@ -11,7 +11,7 @@ import torch
 
 from llmrec_peft import Domain
 from llmrec_peft.data.streams import IndependentPrompts, StreamSubset
-from llmrec_peft.runs.split_streams import build_splits
+from llmrec_peft.runs.split_streams import build_split_streams
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DOMAIN = BENCHMARKS.parent / "recipes" / "configs" / "movies" / "domain.yaml"
@@ -33,7 +33,7 @@ def streams(small_log, tiny_tokenizer):
     def build(**changes):
         domain = Domain.from_yaml(DOMAIN).to_dict()
         domain |= {"stream": {**domain["stream"], "context": 2, "targets": 4}, **changes}
-        return build_splits(small_log(), Domain.from_dict(domain), tiny_tokenizer)
+        return build_split_streams(small_log(), Domain.from_dict(domain), tiny_tokenizer)
 
     return build
 

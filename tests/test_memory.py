@@ -11,11 +11,15 @@ import torch
 
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.memory.__main__ import main
-from llmrec_peft.memory.estimate import estimate_memory, tensors_in
+from llmrec_peft.memory.estimate import estimate_memory, model_tensors
 from llmrec_peft.memory.memory_options import MemoryConfig
-from llmrec_peft.memory.meta_model import bytes_of, empty_classifier, weights
-from llmrec_peft.memory.trace import StorageMeter, segment_of, trace_optimizer, trace_passes
-from llmrec_peft.memory.zero_partitioning import Tensors, part_of, share_out
+from llmrec_peft.memory.meta_model import meta_classifier
+from llmrec_peft.memory.optimizer_trace import trace_optimizer
+from llmrec_peft.memory.storage_meter import StorageMeter
+from llmrec_peft.memory.tensor_bytes import bytes_of, weights
+from llmrec_peft.memory.trace import trace_passes
+from llmrec_peft.memory.trace_patches import synthetic_segment
+from llmrec_peft.memory.zero_partitioning import ModelTensors, partition, partition_size
 from llmrec_peft.models import attention
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.training.losses import BehaviorLoss
@@ -42,7 +46,7 @@ def loaded(base, **settings):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_weights_are_those_of_the_loaded_classifier(tiny_base, kind, method):
     base = tiny_base(kind)
-    empty, real = empty_classifier(config_of(base, method=method)), loaded(base, method=method)
+    empty, real = meta_classifier(config_of(base, method=method)), loaded(base, method=method)
     listed = [
         {(name, p.shape, p.dtype, p.requires_grad) for name, p in found.named_parameters()} for found in (empty, real)
     ]
@@ -53,7 +57,7 @@ def test_weights_are_those_of_the_loaded_classifier(tiny_base, kind, method):
 
 def test_packed_weights_count_with_their_constants(tiny_base):
     """QLoRA's double quantisation: blocks of 64 weights and of 256 constants (Dettmers et al. 2023, section 3)."""
-    packed, plain = (empty_classifier(config_of(tiny_base("llama"), method=name)) for name in ("qlora", "lora"))
+    packed, plain = (meta_classifier(config_of(tiny_base("llama"), method=name)) for name in ("qlora", "lora"))
     sizes = [p.numel() for name, p in plain.named_parameters() if "base_layer.weight" in name]
     assert len(sizes) == 14
     blocks = [-(-size // 64) for size in sizes]
@@ -66,7 +70,7 @@ def test_packed_weights_count_with_their_constants(tiny_base):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_only_the_base_is_in_the_dtype_of_the_base(tiny_base, dtype):
     empty, real = (make(tiny_base("llama"), dtype) for make in (
-        lambda base, dtype: empty_classifier(config_of(base, dtype=dtype)),
+        lambda base, dtype: meta_classifier(config_of(base, dtype=dtype)),
         lambda base, dtype: loaded(base, method="lora", dtype=dtype),
     ))  # fmt: skip
     for trained in (True, False):
@@ -74,28 +78,28 @@ def test_only_the_base_is_in_the_dtype_of_the_base(tiny_base, dtype):
 
 
 def test_an_encoder_trains_its_pooler_too(tiny_base):
-    empty, real = empty_classifier(config_of(tiny_base("bert"))), loaded(tiny_base("bert"), method="lora")
+    empty, real = meta_classifier(config_of(tiny_base("bert"))), loaded(tiny_base("bert"), method="lora")
     assert bytes_of(weights(empty, True)) == bytes_of(weights(real, True))
     assert trace_passes(empty, config_of(tiny_base("bert"))) > 0
 
 
 def real_pass(classifier, candidates: bool) -> tuple[int, int]:
-    """(peak bytes of a real pass beyond weights and gradients, bytes that autograd's hooks see kept), on the CPU."""
+    """(peak bytes of a real pass beyond weights and gradients, bytes that autograd's hooks see saved), on the CPU."""
     for parameter in classifier.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batch = {"input_ids": torch.zeros(ROWS, LENGTH, dtype=torch.int64), "markers": torch.arange(ROWS * TARGETS)}
     if candidates:
         batch["position_ids"] = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
-        batch["segment"] = torch.from_numpy(segment_of(LENGTH, TARGETS)).repeat(ROWS, 1)
+        batch["segment"] = torch.from_numpy(synthetic_segment(LENGTH, TARGETS)).repeat(ROWS, 1)
     labels = torch.zeros(ROWS * TARGETS, dtype=torch.int64)
     own = [*weights(classifier, True), *weights(classifier, False)]
     there = {tensor.untyped_storage().data_ptr() for tensor in [*own, *batch.values(), labels]}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def keep(value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
         if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
@@ -105,7 +109,7 @@ def real_pass(classifier, candidates: bool) -> tuple[int, int]:
         static = meter.live
         meter.add([*batch.values(), labels])  # the estimator's micro-batch is new too
         BehaviorLoss()(classifier(**batch), labels, labels).backward()
-    return meter.peak - static, sum(kept.values())
+    return meter.peak - static, sum(saved.values())
 
 
 @pytest.mark.parametrize("candidates", [False, True])
@@ -117,31 +121,31 @@ def test_activations_are_those_of_a_real_pass(tiny_base, method, attn, candidate
     config = config_of(tiny_base("llama"), candidates=candidates, **settings)
     classifier = loaded(tiny_base("llama"), **settings)
     peak, saved = real_pass(classifier, candidates)
-    traced = trace_passes(empty_classifier(config), config)
+    traced = trace_passes(meta_classifier(config), config)
     assert traced == pytest.approx(peak, abs=64)
     assert saved < traced
     if candidates and attn == "sdpa":  # on a CPU they go through in blocks, on a GPU by the kernel
         config = config_of(tiny_base("llama"), candidates=candidates, **{**settings, "device": "gpu"})
         classifier.stock.set_attn_implementation("sdpa")
         peak, _ = real_pass(classifier, candidates)
-        assert trace_passes(empty_classifier(config), config) == pytest.approx(peak, abs=64)
+        assert trace_passes(meta_classifier(config), config) == pytest.approx(peak, abs=64)
         assert abs(peak - traced) > 1000
 
 
 def test_checkpointing_leaves_less_to_keep(tiny_base):
     settings = {"method": "lora", "activation_checkpointing": True}
     config = config_of(tiny_base("llama"), **settings)
-    traced = trace_passes(empty_classifier(config), config)
+    traced = trace_passes(meta_classifier(config), config)
     peak, saved = real_pass(loaded(tiny_base("llama"), **settings), candidates=False)
     # The real pass keeps the state of the random numbers of each of the two layers: 5,056 bytes.
     assert traced == pytest.approx(peak, rel=0.03)
     whole = config_of(tiny_base("llama"), method="lora")
-    assert saved < traced < trace_passes(empty_classifier(whole), whole) / 1.3
+    assert saved < traced < trace_passes(meta_classifier(whole), whole) / 1.3
 
 
 def test_zero3_keeps_the_inputs_of_frozen_layers(tiny_base):
     configs = [config_of(tiny_base("llama"), method="adapter", zero=zero, gpus=2) for zero in (2, 3)]
-    plain, split = (trace_passes(empty_classifier(config), config) for config in configs)
+    plain, split = (trace_passes(meta_classifier(config), config) for config in configs)
     assert split > 1.05 * plain
 
 
@@ -165,7 +169,7 @@ def test_optimiser_states_are_those_of_a_real_optimiser(tiny_base, name):
     states = bytes_of(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     found = trace_optimizer([p.numel() for p in trained], config, "cpu")
     assert found[0] == states
-    assert sum(p.grad.nbytes for p in trained) == tensors_in(empty_classifier(config)).trained_bytes
+    assert sum(p.grad.nbytes for p in trained) == model_tensors(meta_classifier(config)).trained_bytes
     if name != "adamw_8bit":  # whose kernel allocates out of sight
         norms = 8 * len(trained) + 64  # of clipping, which the real steps here leave out
         assert found[1] == pytest.approx(temporaries, rel=0.02, abs=norms)
@@ -182,16 +186,16 @@ def test_a_gpu_updates_all_tensors_at_once():
     [(10, 1, 1, 10), (10, 4, 1, 3), (12, 4, 1, 3), (10, 4, 2, 4), (16, 4, 2, 4), (17, 4, 2, 6), (1, 8, 1, 1)],
 )
 def test_a_part_is_padded(elements, processes, alignment, part):
-    assert part_of(elements, processes, alignment) == part
+    assert partition_size(elements, processes, alignment) == part
 
 
-TENSORS = Tensors(
+TENSORS = ModelTensors(
     frozen_bytes=2 * (1000 + 31) + 100, frozen=[(1000, 2), (31, 2)], trained=[(101, 4), (70, 4)], hidden=7
 )
 
 
 def shared(**settings):
-    return share_out(TENSORS, MemoryConfig(**settings))
+    return partition(TENSORS, MemoryConfig(**settings))
 
 
 def test_ddp_keeps_a_copy_of_all_gradients_in_its_buckets():
@@ -203,28 +207,28 @@ def test_ddp_keeps_a_copy_of_all_gradients_in_its_buckets():
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_stages_1_and_2_share_out_what_trains(zero):
-    shares = shared(zero=zero, gpus=4)
+    held = shared(zero=zero, gpus=4)
     # 171 elements are padded to 176, a multiple of 2 x 4; a part has 44.
-    assert (shares.frozen, shares.trained, shares.master) == (2162, 704, 176)
-    assert shares.gradients == {1: 684, 2: 176}[zero]
-    assert (shares.updates, shares.flattened, shares.buffers) == ((44,), 176, 4 * 49)
+    assert (held.frozen, held.trained, held.master) == (2162, 704, 176)
+    assert held.gradients == {1: 684, 2: 176}[zero]
+    assert (held.updates, held.flattened, held.buffers) == ((44,), 176, 4 * 49)
 
 
 def test_stage_3_shares_out_every_tensor():
-    shares = shared(zero=3, gpus=4)
+    held = shared(zero=3, gpus=4)
     # Each tensor by itself: 250 + 8 frozen elements of 2 bytes, 26 + 18 trained ones of 4.
-    assert (shares.frozen, shares.trained, shares.master, shares.gradients) == (516, 176, 176, 176)
+    assert (held.frozen, held.trained, held.master, held.gradients) == (516, 176, 176, 176)
     # Of at most 70 elements, two stay whole; the others are gathered until the backward pass.
-    assert shares.gathered == 2 * 31 + 4 * 70 + 2 * 1000 + 4 * 101
-    assert shares.updates == (44,)
+    assert held.gathered == 2 * 31 + 4 * 70 + 2 * 1000 + 4 * 101
+    assert held.updates == (44,)
 
 
 def test_stage_3_gathers_no_more_than_is_used_again_soon():
-    tensors = Tensors(frozen_bytes=0, frozen=[(10**9, 2)] * 8, trained=[(10**9, 4)], hidden=10)
-    shares = share_out(tensors, MemoryConfig(zero=3, gpus=8))
+    tensors = ModelTensors(frozen_bytes=0, frozen=[(10**9, 2)] * 8, trained=[(10**9, 4)], hidden=10)
+    held = partition(tensors, MemoryConfig(zero=3, gpus=8))
     # 5e8 of 9e9 elements of 20e9 bytes, and the largest tensor.
-    assert shares.gathered == pytest.approx(20e9 / 18 + 4e9)
-    assert shares.updates == (125_000_000,)
+    assert held.gathered == pytest.approx(20e9 / 18 + 4e9)
+    assert held.updates == (125_000_000,)
 
 
 def test_what_is_offloaded_is_in_the_host(tiny_base):

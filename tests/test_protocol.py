@@ -12,7 +12,7 @@ from llmrec_peft import BehaviorLog, Domain
 from llmrec_peft.evaluation.baselines import past_rates
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.retrieval.histories import feedback
-from llmrec_peft.runs.split_streams import build_splits
+from llmrec_peft.runs.split_streams import build_split_streams
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DOMAIN = {
@@ -51,7 +51,7 @@ def test_features_are_counts_of_what_may_be_known(by, negatives, module, small_l
     domain = Domain.from_dict({**DOMAIN, "split": {"by": by, "valid": 0.2, "test": 0.2},
                                "negatives": {"per_positive": negatives}})  # fmt: skip
     log = small_log()
-    streams, marks = build_splits(log, domain, tiny_tokenizer), feedback(log, domain)
+    streams, marks = build_split_streams(log, domain, tiny_tokenizer), feedback(log, domain)
     train = streams.splits.train.rows
     counts = features.CountFeatures(log, domain, train, by)
     rates = past_rates(log.user_codes, log.item_codes, log.timestamps, marks, train_rows=train, by=by)
@@ -102,7 +102,7 @@ def test_the_protocol_compares_on_the_same_targets(
     protocol = module("protocol")
     domain = tmp_path / "domain.yaml"
     domain.write_text(json.dumps(DOMAIN))
-    streams = build_splits(BehaviorLog.read(log_directory), Domain.from_yaml(domain), tiny_tokenizer)
+    streams = build_split_streams(BehaviorLog.read(log_directory), Domain.from_yaml(domain), tiny_tokenizer)
     test, rng = streams.test, np.random.default_rng(0)
     truth = (test.target_labels == 1).astype(float)
     p = np.clip(0.5 + 0.2 * (truth - 0.5) + 0.2 * rng.normal(size=len(truth)), 0.01, 0.99)

@@ -14,7 +14,7 @@ from llmrec_peft.data.streams import StreamDataset, StreamSubset
 from llmrec_peft.models.base import load_tokenizer
 from llmrec_peft.models.classifier import load_classifier
 from llmrec_peft.models.predict import predict
-from llmrec_peft.runs.split_streams import SplitStreams, build_splits
+from llmrec_peft.runs.split_streams import SplitStreams, build_split_streams
 from llmrec_peft.training.trainer import BehaviorTrainer
 
 from .curves import Recorder
@@ -52,7 +52,9 @@ def read_domain(path: str, context: int | None, targets: int | None) -> Domain:
 
 def read_splits(job: dict[str, Any]) -> SplitStreams:
     """The streams of a job's log: the same in every process."""
-    return build_splits(BehaviorLog.read(job["data"]), Domain.from_dict(job["domain"]), load_tokenizer(job["base"]))
+    return build_split_streams(
+        BehaviorLog.read(job["data"]), Domain.from_dict(job["domain"]), load_tokenizer(job["base"])
+    )
 
 
 def train_streams(job: dict[str, Any], scratch: str) -> tuple[Recorder, dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Behaviour logs: reading, validation, splits, negatives and the streams made of them."""
+"""Behaviour logs: reading, validation, splits, negatives, and token streams."""

@@ -1,4 +1,4 @@
-"""Rows of tokens in groups of like length, so that little of them is padding."""
+"""Group rows of tokens by length, so that batches hold little padding."""
 
 import numpy as np
 
@@ -8,14 +8,14 @@ PAD = -1  # segment of padding: no token sees it
 def plan_micro_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Group rows so that each group, padded to its longest, holds at most `max_tokens` tokens.
 
-    Rows of like length come together, longest first. A row longer than `max_tokens` is a group by itself.
+    Rows of similar length are grouped, longest first. A row longer than `max_tokens` is a group by itself.
 
     Args:
-        lengths: int [rows], tokens of each.
+        lengths: int [rows], tokens of each row.
         max_tokens: tokens of a padded group.
 
     Returns:
-        Row numbers of each group; every row is in exactly one.
+        Row numbers of each group; every row is in exactly one group.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     groups, start = [], 0

@@ -1,4 +1,4 @@
-"""From streams to micro-batches of tensors, formed by length so that little of them is padding."""
+"""Collate streams into micro-batches of tensors, grouped by length so that little of them is padding."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ MicroBatch = dict[str, Any]
 
 
 def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "right", mask: bool = False) -> MicroBatch:
-    """One micro-batch of B streams, padded to the longest of L tokens, with T answers in all.
+    """Collate B streams, padded to the longest of L tokens, with T targets in all.
 
     Args:
         streams: at least one.
-        pad_token_id: id that fills up.
-        padding_side: right needs no mask under causal attention; left does.
-        mask: give the 2-D mask always, as bidirectional models need it.
+        pad_token_id: id of padding.
+        padding_side: under causal attention, right padding needs no mask and left padding does.
+        mask: always give the 2-D mask, which bidirectional models need.
 
     Returns:
-        input_ids, position_ids int64 [B, L]; attention_mask int64 [B, L] or None; segment int64 [B, L], or None where
-        no stream has a candidate, so that plain causal attention serves; markers (flat index b * L + l), labels, groups
-        (list numbers, from 0), targets int64 [T].
+        input_ids, position_ids int64 [B, L]; attention_mask int64 [B, L] or None; segment int64 [B, L], or None if no
+        stream has a candidate and plain causal attention suffices; markers (flat index b * L + l), labels, groups (list
+        numbers from 0) and targets, each int64 [T].
     """
     length = max(len(stream) for stream in streams)
     shape = (len(streams), length)
@@ -37,7 +37,7 @@ def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "ri
         ids[row, span], positions[row, span] = stream.input_ids, stream.position_ids
         segment[row, span], seen[row, span] = stream.segment, 1
         markers.append(stream.markers + row * length + begin)
-        # One list of a log may be cut over two windows; within a batch each window's part is its own.
+        # A list may be divided between two windows; within a batch, each window's part is a group of its own.
         lists.append(np.stack([np.full_like(stream.lists, row), stream.lists]))
     keyed = np.concatenate(lists, axis=1)
     groups = np.unique(keyed, axis=1, return_inverse=True)[1].reshape(-1) if keyed.size else np.empty(0, np.int64)
@@ -57,8 +57,8 @@ def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "ri
 class StreamCollator:
     """Turns a list of streams into micro-batches that each hold at most `max_tokens` tokens.
 
-    Called with streams, it returns {"micro_batches": [see :func:`collate`]}; the Trainer runs them one by one and steps
-    after the last, so memory is bounded by tokens while the batch stays as asked.
+    Called with streams, it returns {"micro_batches": [see :func:`collate`]}. The Trainer runs them one by one and steps
+    after the last: tokens bound the memory, and the batch size stays as configured.
     """
 
     def __init__(self, pad_token_id: int, max_tokens: int, *, padding_side: str = "right", mask: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""What the texts of a csv file stand for: one rule for training and serving, without Arrow.
+"""Types of csv columns, inferred by one rule for training and serving, without Arrow.
 
-A column is numeric only where that loses nothing: `0012`, `+5`, `0x1F`, `12E4` and whole numbers beyond 64 bits keep
-their column text, since an article number is no quantity. Ids and titles are always text. So are dates and times, but
-for `timestamp`.
+A column is numeric only if no value loses information: `0012`, `+5`, `0x1F`, `12E4` and whole numbers of more than 18
+digits make their column text, since an article number is not a quantity. Ids and titles are always text. Dates and
+times are text too, except in `timestamp`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NULLS = frozenset(
     ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "N/A", "NA", "NULL")
     + ("NaN", "n/a", "nan", "null", "None", "NaT", "<NA>", r"\N")
 )
-"""Spellings of a missing value in a column of numbers or truths; in a column of texts each is a text as it stands."""
+"""Spellings of a missing value in a numeric or boolean column; in a text column each is a text."""
 
 WHOLE = r"0|-?[1-9][0-9]{0,17}"
 TRUTH = r"true|True|TRUE|false|False|FALSE"
@@ -31,9 +31,9 @@ DELIMITERS = (",", ";", "\t", "|")
 
 
 def delimiter_of(header: str) -> str:
-    """The character that separates the fields of a csv file, told from its header.
+    """The delimiter of a csv file, inferred from its header.
 
-    It is a comma, unless the header has none and its names end at another of `DELIMITERS`.
+    It is a comma, unless the header has no comma and contains another of `DELIMITERS`.
     """
     if "," in header:
         return ","
@@ -41,7 +41,7 @@ def delimiter_of(header: str) -> str:
 
 
 def typed_values(values: Sequence[str | None]) -> list[Any]:
-    """The values of one column: whole numbers, truths or numbers if all but the missing ones are such, else texts."""
+    """The values of one column as integers, booleans or floats if all but the missing ones fit, else as texts."""
     texts = [(value or "").strip() for value in values]
     found = {text for text in texts if text not in NULLS}
     if not found:

@@ -1,4 +1,4 @@
-"""A domain: how one kind of behaviour log is put into words, labelled, split and cut into windows."""
+"""A domain: how one kind of behaviour log becomes text, labels, splits and windows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ITEM_EVENT = "item {item_id}"
 
 @dataclass
 class Domain:
-    """One domain's words and rules, as its YAML file says them.
+    """The templates and rules of one domain, as in its YAML file.
 
     Raises:
         DomainError: a template, label or rule that cannot be used.
@@ -48,30 +48,30 @@ class Domain:
     event: str = field(metadata={"most": MAX_TEMPLATE})  # required: mypy sees a default in `of_text`
     """Text of an event; {columns} of the items and of the interactions."""
     outcomes: dict[str, str]
-    """From label to the word that follows the marker, in class order."""
+    """From label to the text that follows the marker, in class order."""
     header: str = of_text("", most=MAX_TEMPLATE)
-    """Text before the first event; {columns} of the interactions that describe the user."""
+    """Text before the first event; {columns} of the interactions, which describe the user."""
     marker: str = " ->"
-    """Text that closes an event; the answer is read at its last token."""
+    """Text that closes an event; the prediction is made at its last token."""
     label: LabelRule = field(default_factory=LabelRule)
     """Where labels come from."""
     simultaneous: Literal["order", "isolate"] = "order"
-    """Events of one moment see each other in row order, or not at all."""
+    """Events of one moment see earlier rows of that moment (order), or none of them (isolate)."""
     duplicates: Literal["keep", "drop"] | None = None
-    """Of rows with one user, item and moment, keep all or drop all but one; by default drop with order, else keep."""
+    """Rows with equal user, item and moment: keep all, or drop all but one; drop by default with order, else keep."""
     split: SplitRule = field(default_factory=SplitRule)
-    """How targets are divided."""
+    """Train, valid and test."""
     negatives: NegativeRule = field(default_factory=NegativeRule)
     """Sampled negatives."""
     stream: StreamRule = field(default_factory=StreamRule)
     """Windows."""
     recommend: RecommendRule = field(default_factory=RecommendRule)
-    """Lists of items."""
+    """Recommended items."""
 
     def __post_init__(self) -> None:
         _check_parts(self)
         if self.duplicates is None:
-            # In order a row sees the outcome of the row that it repeats; isolated rows see nothing of each other.
+            # With `order` a row sees the outcome of the row that it repeats; isolated rows do not see each other.
             self.duplicates = "keep" if self.simultaneous == "isolate" else "drop"
         _check_texts(self)
         _check_rules(self)
@@ -99,7 +99,7 @@ class Domain:
     def of_manifest(cls, content: dict[str, Any], *, source: str = "domain") -> Domain:
         """Build the domain of a bundle, a merged model or a student from its manifest.
 
-        Manifests from before the key `duplicates` are of models that were trained and measured with every row kept.
+        A manifest without the key `duplicates` describes a model that was trained and evaluated with all rows.
         """
         return cls.from_dict({"duplicates": "keep", **content} if isinstance(content, dict) else content, source=source)
 
@@ -120,7 +120,7 @@ class Domain:
         return self.labels.index(self.negatives.label) if self.negatives.label else 0
 
     def classes(self, log: BehaviorLog) -> np.ndarray:
-        """Class number of each interaction, int32 [rows]; -1 where the label rule or `duplicates` leaves the row out.
+        """Class number of each row, int32 [rows]; -1 where the label rule or `duplicates` leaves the row out.
 
         Raises:
             DataError: no such column, a missing value (unless they are left out), or a value outside the labels.
@@ -131,7 +131,7 @@ class Domain:
         return classes
 
     def row_labels(self, log: BehaviorLog) -> np.ndarray:
-        """Class number of each interaction by the label rule alone, duplicates included; otherwise as `classes`."""
+        """As `classes`, but by the label rule alone: duplicates have their class too."""
         from llmrec_peft.data.labels import label_classes  # needs Arrow, which reading a configuration must not
 
         return label_classes(log, self.label, self.labels)
@@ -140,15 +140,16 @@ class Domain:
 
     @property
     def reads_ids(self) -> bool:
-        """Whether an event is the item's id alone, one token by a tokenizer for it; then the marker may be empty."""
+        """Whether an event is only the item's id, which is one token; then the marker may be empty."""
         return self.event == ITEM_EVENT
 
     def of_ids(self, context: int, targets: int) -> Domain:
-        """This domain for a model that reads item ids: the same labels, rules and splits; an event is its item's token.
+        """This domain for a model that reads item ids: the same labels, rules and splits, but only item ids.
 
-        context, targets: its windows. There is no header, and no column beside the item.
+        Args:
+            context, targets: of its windows.
         """
-        # An event stands as a candidate and once more on the prefix, with its outcome; its negatives stand once.
+        # Tokens: an event as a candidate (1) and again on the prefix with its outcome (2); each negative (1).
         most = 1 + 2 * context + targets * (3 + self.negatives.per_positive)
         stream = dataclasses.replace(self.stream, context=context, targets=targets, max_length=max(8, most))
         return dataclasses.replace(self, event=ITEM_EVENT, header="", marker="", stream=stream)
@@ -164,7 +165,7 @@ class Domain:
         return template_columns(self.header)
 
     def forbidden(self, special_tokens: list[str]) -> list[str]:
-        """Texts that no column's value may spell: the marker and the tokenizer's special tokens."""
+        """Texts that no column's value may contain: the marker and the tokenizer's special tokens."""
         return [text.strip() for text in [self.marker, *special_tokens] if text.strip()]
 
 
@@ -206,7 +207,7 @@ def _text_keys(content: Any, where: str, only_bool: bool = False) -> dict[str, A
 
 
 def _check_parts(domain: Domain) -> None:
-    """What the rules below take for granted."""
+    """Check the types that the other checks rely on."""
     where = f"domain {quoted(domain.name, 100)}"
     for name, (kind, _) in annotations_of(Domain).items():
         part = getattr(domain, name)
@@ -233,10 +234,12 @@ def _check_texts(domain: Domain) -> None:
         check_template(getattr(domain, key), f"{where}: {key}")
         columns = template_columns(getattr(domain, key))
         if domain.marker and any(domain.marker.strip() in text for text in template_literals(getattr(domain, key))):
-            raise DomainError(f"{where}: {key} contains the marker {domain.marker!r}, which only closes events; reword")
+            raise DomainError(
+                f"{where}: {key} contains the marker {domain.marker!r}, which only closes events; reword it"
+            )
         shown = [name for name in columns if name in (domain.label.column, *OUTCOME_COLUMNS)]
         if shown:
-            raise DomainError(f"{where}: {key} shows the column '{shown[0]}', which tells the answer; remove it")
+            raise DomainError(f"{where}: {key} shows the column '{shown[0]}', which reveals the label; remove it")
     if not domain.event_columns:
         raise DomainError(f"{where}: event {domain.event!r} names no column; use at least one, such as {{title}}")
     texts = [domain.name, domain.marker, *domain.outcomes, *domain.outcomes.values()]
@@ -254,7 +257,7 @@ def _check_texts(domain: Domain) -> None:
             )
         if domain.marker and domain.marker.strip() in word:
             raise DomainError(
-                f"{where}: the outcome {word!r} of '{label}' contains the marker {domain.marker!r}; reword"
+                f"{where}: the outcome {word!r} of '{label}' contains the marker {domain.marker!r}; reword it"
             )
     if len(set(domain.outcomes.values())) < len(domain.outcomes):
         raise DomainError(f"{where}: two labels have one outcome word in {domain.outcomes}; give each its own")
@@ -271,10 +274,10 @@ def _check_rules(domain: Domain) -> None:
         raise DomainError(f"{where}: label.above needs two outcomes and no map; got {len(labels)} and {label.map}")
     for spelling, name in (label.map or {}).items():
         if name is not None and name not in labels:
-            raise DomainError(f"{where}: label.map sends '{spelling}' to '{name}'; the labels are {', '.join(labels)}")
+            raise DomainError(f"{where}: label.map maps '{spelling}' to '{name}'; the labels are {', '.join(labels)}")
     if domain.negatives.label is not None and domain.negatives.label not in labels:
         raise DomainError(
-            f"{where}: negatives.label '{domain.negatives.label}' is none of the labels {', '.join(labels)}"
+            f"{where}: negatives.label '{domain.negatives.label}' is not among the labels {', '.join(labels)}"
         )
     lists = {"stream.history_labels": domain.stream.history_labels, "recommend.exclude": domain.recommend.exclude}
     for key, named in lists.items():
@@ -295,7 +298,7 @@ def _check_rules(domain: Domain) -> None:
 
 
 def _check_fields(domain: Domain) -> None:
-    """Types and bounds, as the fields say them."""
+    """Check the types and bounds that the fields declare."""
     rules = {item.name: getattr(domain, item.name) for item in dataclasses.fields(domain)}
     parts = {f"{name}.": rule for name, rule in rules.items() if dataclasses.is_dataclass(rule)}
     for prefix, part in {"": domain, **parts}.items():

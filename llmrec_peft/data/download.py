@@ -1,4 +1,4 @@
-"""Download of MovieLens: resumed where it broke off, verified before it counts, unpacked whole or not at all.
+"""Download MovieLens: resume what broke off, verify the checksum, unpack all files or none.
 
 python -m llmrec_peft.data.download ml-latest-small
 """
@@ -6,29 +6,29 @@ python -m llmrec_peft.data.download ml-latest-small
 from __future__ import annotations
 
 import argparse
-import hashlib
-import http.client
 import os
+import re
 import shutil
 import stat
 import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import pooch
+import requests
+import urllib3
 from tqdm.auto import tqdm
 
 from llmrec_peft.boundary import exit_on_error
-from llmrec_peft.errors import DataError
+from llmrec_peft.errors import DataError, LLMRecError, one_line
 from llmrec_peft.files import scratch_directory
 from llmrec_peft.messages import listed
 
 BLOCK = 1 << 18
 ATTEMPTS = 5
-"""Connections made for one file: each goes on from where the last broke off."""
+"""Connections without progress before a download fails; each resumes where the last broke off."""
 WAIT = 1.0
 """Seconds before another connection, times the failures in a row."""
 TIMEOUT = 30.0
@@ -74,8 +74,7 @@ def download_movielens(
 ) -> Path:
     """Download and unpack a MovieLens archive, and return the directory that `BehaviorLog.read` reads.
 
-    An archive that is unpacked already is not downloaded again. A partial download is kept, and the next call resumes
-    it.
+    An archive that is unpacked already is not downloaded again. The next call resumes a partial download.
 
     Args:
         name: one of `ARCHIVES`.
@@ -108,117 +107,107 @@ def download_movielens(
 def fetch(url: str, path: Path, checksum: str) -> Path:
     """Download a file to `path`, which appears only when its checksum is right.
 
-    Bytes go to `<path>.part`. A connection that breaks, now or in an earlier call, is taken up with an HTTP Range
-    request; if the server ignores it, the file starts anew.
+    Pooch verifies the checksum and moves the file into place. Pooch does not resume, so that our own downloader does:
+    bytes go to `<path>.part`, and after a connection that breaks, now or in an earlier call, an HTTP Range request asks
+    for the rest. If the server ignores it, the file starts anew.
 
     Args:
         checksum: `sha256:hex` or `md5:hex`.
 
     Raises:
-        DataError: the server refuses, the transfer breaks `ATTEMPTS` times without getting anywhere, or the checksum
-            is wrong, in which case the bytes are removed.
+        DataError: the server refuses, the transfer breaks `ATTEMPTS` times without progress, or the checksum is wrong,
+            in which case the bytes are removed.
     """
     algorithm, _, expected = checksum.partition(":")
     if algorithm not in ("sha256", "md5") or not expected:
         raise DataError(f"checksum {checksum!r} must be sha256:<hex> or md5:<hex>")
-    if path.is_file() and _digest(path, algorithm) == expected.lower():
-        return path
     part = path.with_name(path.name + ".part")
-    failures, most = 0, part.stat().st_size if part.exists() else 0
-    while True:
-        try:
-            if _transfer(url, part):
-                break
-            reason = "the connection closed early"
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code not in (408, 429):
-                raise DataError(
-                    f"{url} answers {error.code} {error.reason}; check the URL or download by hand"
-                ) from error
-            reason = f"{error.code} {error.reason}"
-        except ValueError as error:
-            raise DataError(f"{url!r} is not a URL that can be fetched: {error}; give http:// or https://") from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
-        after = part.stat().st_size if part.exists() else 0
+
+    def download(url: str, output: str, _: pooch.Pooch | None) -> None:
+        _download_part(url, part)
+        os.replace(part, output)
+
+    try:
+        return Path(pooch.retrieve(url, checksum.lower(), path.name, path.parent, downloader=download))
+    except LLMRecError:
+        raise
+    except ValueError as error:  # pooch has removed the file
+        found = re.search(r"but got (\w+)", str(error))
+        raise DataError(
+            f"{url} has {algorithm} {found[1] if found else 'unknown'}, expected {expected}; the file was removed: try "
+            "again, or pass checksum= if a new edition was published"
+        ) from error
+
+
+def _download_part(url: str, part: Path) -> None:
+    """Download all bytes to `part`, over several connections if need be."""
+    failures, most = 0, _size(part)
+    while (fault := _transfer(url, part)) is not None:
+        after = _size(part)
         # Only bytes beyond all that came before count as progress: a server that makes us start anew does not.
         failures = 1 if after > most else failures + 1
         most = max(most, after)
         if failures >= ATTEMPTS:
             raise DataError(
-                f"{url} broke off {failures} times at {after} bytes ({reason}); run again to resume from {part}"
+                f"{url} broke off {failures} times at {after} bytes ({fault}); run again to resume from {part}"
             )
         time.sleep(WAIT * failures)
-    found = _digest(part, algorithm)
-    if found != expected.lower():
-        part.unlink()
-        raise DataError(
-            f"{url} has {algorithm} {found}, expected {expected}; the file was removed: try again, or pass "
-            "checksum= if a new edition was published"
-        )
-    os.replace(part, path)
-    return path
 
 
-def _transfer(url: str, part: Path) -> bool:
-    """One connection; True when all bytes that the server announced are in `part`."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "llmrec_peft", "Accept-Encoding": "identity"})
-    if request.type not in ("http", "https"):
-        raise ValueError(f"scheme {request.type}")
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _transfer(url: str, part: Path) -> str | None:
+    """Make one connection and append to `part`; returns None when all bytes are there, else why it broke off.
+
+    Raises:
+        DataError: the server refuses for good, or the URL cannot be fetched.
+    """
+    have = _size(part)
+    headers = {"User-Agent": "llmrec_peft", "Accept-Encoding": "identity"}
     if have:
-        request.add_header("Range", f"bytes={have}-")
+        headers["Range"] = f"bytes={have}-"
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code != 416 or not have:
-                raise
-            # Nothing lies beyond what we have: either it is whole, or it is not this file. The checksum or a new start
-            # decides.
-            if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
-                return True
-            part.unlink()
-            return False
-    with response:
-        start, total = have, None
-        if response.status == 206:
-            start, total = _content_range(response.headers.get("Content-Range", ""))
-            if start != have:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            if response.status_code == 416 and have:
+                # Nothing lies beyond what we have. Either it is whole and the checksum decides, or it is another file.
+                if response.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
+                    return None
                 part.unlink()
-                return False
-        else:
-            start = 0
-            if response.headers.get("Content-Length"):
-                total = int(response.headers["Content-Length"])
-        with (
-            open(part, "ab" if start else "wb") as file,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=f"downloading {Path(part).stem}") as bar,
-        ):
-            done = start
-            while block := response.read(BLOCK):
-                file.write(block)
-                done += len(block)
-                bar.update(len(block))
-    return total is None or done == total
+            elif 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+                raise DataError(
+                    f"{url} answers {response.status_code} {response.reason}; check the URL or download by hand"
+                )
+            if response.status_code not in (200, 206):
+                return f"{response.status_code} {response.reason}"
+            start = have if response.status_code == 206 else 0
+            if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                part.unlink()
+                return "the server sent another range"
+            return _append(response, part, start)
+    except LLMRecError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{url!r} is not a URL that can be fetched: {error}; give http:// or https://") from error
+    except (OSError, urllib3.exceptions.HTTPError) as error:
+        return one_line(error)
 
 
-def _content_range(header: str) -> tuple[int, int | None]:
-    """`bytes 100-199/200` as (100, 200); (-1, None) if it cannot be read."""
-    unit, _, rest = header.partition(" ")
-    span, _, total = rest.partition("/")
-    first = span.partition("-")[0]
-    if unit != "bytes" or not first.isdigit():
-        return -1, None
-    return int(first), int(total) if total.isdigit() else None
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _append(response: requests.Response, part: Path, start: int) -> str | None:
+    """Write the body of a response to `part` from byte `start` on; returns why it is not whole, or None."""
+    length = response.headers.get("Content-Length")
+    total = start + int(length) if length else None
+    with (
+        open(part, "ab" if start else "wb") as file,
+        tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=f"downloading {part.stem}") as bar,
+    ):
+        # `iter_content` would lose the last block of a connection that breaks.
+        while block := response.raw.read1(BLOCK):
+            file.write(block)
+            bar.update(len(block))
+        done = file.tell()
+    return None if total in (None, done) else "the connection closed early"
 
 
 def unpack(archive: Path, target: Path) -> Path:

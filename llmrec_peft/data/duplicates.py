@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RULES = ("keep", "drop")
-"""What a domain can do with duplicates."""
+"""Values of a domain's `duplicates`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One window as tokens: the prefix, and the candidates that hang off it."""
+"""One window as tokens: the prefix, and the candidates attached to it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Stream:
 
     Attributes:
         input_ids: int32 [L].
-        position_ids: int32 [L]; a candidate's positions go on from the prefix point that it hangs off.
+        position_ids: int32 [L]; a candidate's positions continue from the prefix token that it is attached to.
         segment: int32 [L]; 0 for the prefix, a new number for each candidate.
-        markers: int64 [T]; index of each answer's token.
+        markers: int64 [T]; index of the token at which each target is predicted.
         labels: int64 [T]; class numbers.
-        lists: int64 [T]; targets with one number are alternatives at one moment.
+        lists: int64 [T]; targets with equal numbers are alternatives at one moment.
         targets: int64 [T]; row numbers of `StreamDataset.targets`.
     """
 
@@ -36,7 +36,7 @@ class Stream:
         return len(self.input_ids)
 
     def independent(self, number: int, suffix: np.ndarray) -> Stream:
-        """The prompt of one target by itself: what it sees of this stream, and nothing else."""
+        """The prompt of one target alone: only the tokens that it sees of this stream."""
         end, segment = self.markers[number], self.segment[self.markers[number]]
         seen = np.flatnonzero((self.segment[: end + 1] == PREFIX) | (self.segment[: end + 1] == segment))
         one = slice(number, number + 1)
@@ -71,7 +71,7 @@ class StreamBuilder:
             self.prefix(ids)
 
     def prefix(self, *parts: np.ndarray) -> int:
-        """Lay parts on the prefix; returns the index of the last token."""
+        """Append parts to the prefix; returns the index of the last token."""
         for ids in parts:
             self.pieces.append(ids)
             self.segments.append(PREFIX)
@@ -81,7 +81,7 @@ class StreamBuilder:
         return self.length - 1
 
     def candidate(self, event: np.ndarray, marker: np.ndarray) -> int:
-        """Hang an event with its marker off the prefix as it is now; returns the index of the last token."""
+        """Attach an event with its marker to the present end of the prefix; returns the index of the last token."""
         self.candidates += 1
         position = self.point
         for ids in (event, marker):
@@ -102,10 +102,10 @@ class StreamBuilder:
 
 
 def window_start(events: int, window: int, stride: int) -> int:
-    """The first of `events` history events that is used: at most `window` of them are.
+    """Index of the first of `events` history events that is used, at most `window` of them.
 
-    It moves on by `stride` at a time, so that a history that grows keeps its beginning, and with it what was computed
-    for it, for `stride` events: between `window - stride + 1` and `window` events of a long history are used.
+    The start advances in steps of `stride`, so that a growing history keeps its beginning (and its prefix cache)
+    for `stride` events. Of a long history, between `window - stride + 1` and `window` events are used.
     """
     over = max(0, events - window)
     return -(-over // stride) * stride

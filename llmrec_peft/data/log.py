@@ -24,20 +24,20 @@ from llmrec_peft.messages import listed, quoted, shortened
 class BehaviorLog:
     """Interactions of users with items, in the order that the streams need.
 
-    Rows are sorted by user, then by time, then as they came. Users are in the order of their sorted ids. Integer codes
-    stand for users and items, so that what follows is array work; text stays in the item table.
+    Rows are sorted by user, then by time; rows of one moment keep their order. Users are in the order of their sorted
+    ids. Users and items have integer codes, so that later steps work on arrays; text stays in the item table.
 
     Attributes:
         name: what messages call the log.
         interactions: Arrow table [rows] with `user_id`, `item_id`, `timestamp` (seconds), at least one of `label`,
             `rating` and `behaviour`, and the log's own columns. Logs above a million rows are memory-mapped.
-        items: Arrow table [items] with `item_id`, `title` and the log's own columns, in its given order.
+        items: Arrow table [items] with `item_id`, `title` and other columns, in the given order.
         user_ids: Arrow strings [users], sorted.
         user_codes: int32 [rows], position in `user_ids`, non-decreasing.
         user_offsets: int64 [users + 1]; the rows of user u are `user_offsets[u]:user_offsets[u + 1]`.
         item_codes: int32 [rows], row in `items`.
-        timestamps: int64 or float64 [rows], seconds since 1970 where the log is `dated`; otherwise numbers that only
-            put events in order.
+        timestamps: int64 or float64 [rows], seconds since 1970 if the log is `dated`; otherwise numbers that only
+            define an order.
     """
 
     def __init__(self, interactions: pa.Table, items: pa.Table | None = None, *, name: str = "log") -> None:
@@ -47,8 +47,8 @@ class BehaviorLog:
             interactions: `user_id`, `item_id`, `timestamp` (seconds, datetimes or row numbers) and at least one of
                 `label`, `rating` and `behaviour`. A boolean column `context_only` marks rows that are history and never
                 targets.
-            items: `item_id`, `title` and any other columns. Without it the interactions need a `title` column, and
-                each item takes the title of its first row.
+            items: `item_id`, `title` and any other columns. Without this table the interactions need a `title` column,
+                and each item takes the title of its first row.
             name: what messages call the log.
 
         Raises:
@@ -71,7 +71,7 @@ class BehaviorLog:
         counts = np.bincount(self.user_codes, minlength=len(self.user_ids))
         self.user_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if len(self) > MAPPED_ROWS:
-            pa.default_memory_pool().release_unused()  # what sorting took; the table itself is in a mapped file
+            pa.default_memory_pool().release_unused()  # memory of the sort; the table itself is memory-mapped
         self._item_rows: dict[str, int] | None = None
 
     @classmethod
@@ -79,12 +79,13 @@ class BehaviorLog:
         """Read a log from a directory, a file or a Hub data set.
 
         Args:
-            path: where the log is.
-            format: a name from `llmrec_peft.data.readers.READERS`, or "auto" to find it from what is there.
-            null_times: "drop" to leave out interactions without a timestamp, with a warning that counts them.
+            path: directory, file or Hub data set (`hf://owner/name`).
+            format: a name from `llmrec_peft.data.readers.READERS`, or "auto" to detect it from the files.
+            null_times: "drop" leaves out interactions without a timestamp, with a warning that counts them; "refuse"
+                raises an error.
 
         Raises:
-            DataError: nothing there can be read, or the log breaks a rule.
+            DataError: the log cannot be read, or it breaks a rule.
         """
         with input_errors(DataError, f"log {shortened(path)}", "correct its files or name others"):
             raw = read_raw_log(path, format=format, null_times=null_times)
@@ -101,17 +102,17 @@ class BehaviorLog:
 
     @property
     def dated(self) -> bool:
-        """Whether timestamps are seconds since 1970, from 1990 to 2100; False where they only order, as row numbers."""
+        """Whether timestamps are seconds since 1970, from 1990 to 2100; False if they only define an order."""
         return are_dated(self.timestamps)
 
     @property
     def num_users(self) -> int:
-        """Users that have at least one row."""
+        """Number of users; each has at least one row."""
         return len(self.user_ids)
 
     @property
     def num_items(self) -> int:
-        """Rows of the item table, whether or not a user met them."""
+        """Rows of the item table, with or without interactions."""
         return self.items.num_rows
 
     @cached_property

@@ -48,7 +48,7 @@ def map_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Tabl
 
 
 def collect(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
-    """The batches as one table: in memory up to `MAPPED_ROWS` rows, in a memory-mapped file beyond."""
+    """The batches as one table: in memory up to `MAPPED_ROWS` rows, else memory-mapped."""
     held: list[pa.RecordBatch] = []
     rows = 0
     source = iter(batches)
@@ -61,7 +61,7 @@ def collect(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
 
 
 def _chain(held: list[pa.RecordBatch], rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    # Pops what was held, so that each batch is freed as soon as it is written.
+    # Pop the batches, so that each is freed as soon as it is written.
     while held:
         yield held.pop(0)
     yield from rest

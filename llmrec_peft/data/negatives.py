@@ -1,10 +1,10 @@
-"""Sampled negatives for logs of positives: items that were there and that the user had not taken, from the past only.
+"""Sampled negatives for logs that hold only positives, drawn from the past of each positive.
 
-One rule for every split: no negative of a positive at time t is an item that its user has in the log at t or before, in
-any split. An item that the user takes later may be one, since excluding it would tell of the future.
+The rule is the same in every split: a negative of a positive at time t is never an item that its user has in the log at
+t or before, in any split. An item that the user takes later may be a negative: excluding it would leak the future.
 
-Every positive gets a list of its own. The draw is exact: each slot follows the popularity (or the uniform) distribution
-over the items known strictly before the positive's time, given that neither the user nor the list has the item.
+Each positive gets its own list. The sampling is exact: each slot follows the popularity (or uniform) distribution over
+the items known strictly before the positive's time, conditioned on neither the user nor the list having the item.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llmrec_peft.errors import DataError
 SAMPLING = ("popularity", "uniform")
 """The distributions that negatives can be drawn from."""
 
-ROUNDS = 16  # rejections of one slot before its list is finished by the exact, slower way
-CELLS = 4_000_000  # of the exact way's (positive, item) matrix at a time, 32 MB an array
+ROUNDS = 16  # rejections of one slot before the exact, slower method finishes its list
+CELLS = 4_000_000  # of the exact method's (positive, item) matrix at a time: 32 MB an array
 
 NONE = -1
-"""Stands where no item was available."""
+"""Fills a slot for which no item is available."""
 
 
 def sample_negatives(
@@ -36,19 +36,19 @@ def sample_negatives(
     source: np.ndarray | None = None,
     past_only: bool = True,
 ) -> np.ndarray:
-    """Draw items that the users had not taken.
+    """Draw items that the users had not taken before.
 
     Args:
-        split: the log, and the rows that negatives are drawn for. No list holds an item that any row of the log, with
-            any label and in any split, has for the list's user at the positive's time or before.
+        split: the log, and the rows that negatives are drawn for. A list never has an item that its user has in the
+            log at the positive's time or before, with any label and in any split.
         per_positive: items in each list, at least 1.
-        sampling: `popularity` (by how many source rows an item has so far) or `uniform` (over items with any so far).
-        seed: same arguments and seed, same lists.
+        sampling: `popularity` (in proportion to an item's earlier source rows) or `uniform` (items that have any).
+        seed: of the random generator.
         positives: row numbers to draw for; by default `split.rows`.
-        source: row numbers of which popularity and the known items are made; by default every row of the log. For a
-            split by user give the training rows.
-        past_only: count only source rows strictly earlier than the positive. Give False where time means nothing: then
-            all source rows count, and no list holds an item that any row of the log has for its user.
+        source: row numbers that define popularity and the known items; by default every row of the log. For a split by
+            user give the training rows.
+        past_only: count only source rows strictly earlier than the positive. With False all source rows count, and a
+            list never has an item that its user has anywhere in the log.
 
     Returns:
         int32 [len(positives), per_positive] item codes, no item twice in a row of it; -1 where fewer were available.
@@ -94,7 +94,7 @@ def _rows(rows: np.ndarray, size: int, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Known:
-    """What was known at each positive's time: [n] counts of source rows, and of items, strictly before it."""
+    """Counts of source rows, and of items, strictly before each positive; int64 [n] each."""
 
     rows: np.ndarray
     items: np.ndarray
@@ -102,11 +102,13 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Past:
-    """The source in time order, so that "before t" is a prefix of it.
+    """The source rows in time order, so that "before t" is a prefix of the arrays; S rows of I items.
 
-    items: [s] item codes of the source rows; times: [s]; first_items, first_times: [i] the items in order of their
-    first row, and its time; by_item: [s] sorted codes `rank * s + position`, where rank is an item's place in
-    first_items, to count an item's rows in any prefix by two binary searches.
+    Attributes:
+        items, times: [S], item code and time of each source row.
+        first_items, first_times: [I], the items in order of their first row, and its time.
+        by_item: int64 [S], sorted codes `rank * S + position`, where rank is an item's place in `first_items`; two
+            binary searches count an item's rows in any prefix.
     """
 
     items: np.ndarray
@@ -131,7 +133,7 @@ class _Past:
         return _Known(np.searchsorted(self.times, moments), np.searchsorted(self.first_times, moments))
 
     def counts(self, prefixes: np.ndarray, items: int) -> np.ndarray:
-        """Return int64 [len(prefixes), items]: rows of each of the first `items` items in each prefix of the source."""
+        """Rows of each of the first `items` items in each prefix of the source, int64 [len(prefixes), items]."""
         starts = np.arange(items, dtype=np.int64) * len(self.items)
         ends = np.searchsorted(self.by_item, starts[None, :] + prefixes[:, None])
         return ends - np.searchsorted(self.by_item, starts)[None, :]
@@ -139,10 +141,12 @@ class _Past:
 
 @dataclass(frozen=True)
 class _Taken:
-    """What the positives' users had taken by the positives' times.
+    """The items that the users had taken by the times of their positives.
 
-    users, moments: [n] user code and time of each positive. keys: [pairs] sorted codes `user * num_items + item` of the
-    log's rows, each once; since: [pairs] the time of the first such row.
+    Attributes:
+        users, moments: [n], user code and time of each positive.
+        keys: int64 [pairs], sorted distinct codes `user * num_items + item` of the log's rows.
+        since: [pairs], the time of the first such row.
     """
 
     users: np.ndarray
@@ -158,7 +162,7 @@ class _Taken:
         return cls(users, moments, keys, log.timestamps[first], log.num_items)
 
     def holds(self, positives: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether users had items: bool, of positive numbers and item codes that broadcast together."""
+        """Whether the users of `positives` had taken `items`, bool; the two arrays broadcast together."""
         wanted = self.users[positives] * self.num_items + items
         places = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return (self.keys[places] == wanted) & (self.since[places] <= self.moments[positives])
@@ -169,8 +173,8 @@ def _fill_by_rejection(
 ) -> np.ndarray:
     """Fill `out` slot by slot by drawing until a draw is allowed; return the positives that ROUNDS did not finish.
 
-    How often a draw was refused says nothing about which item is drawn in the end, so that handing the unlucky over to
-    the exact way leaves the distribution as it is.
+    The number of rejections is independent of the item that is accepted in the end, so finishing the rest by the exact
+    method does not change the distribution.
     """
     size = known.rows if sampling == "popularity" else known.items
     pool = past.items if sampling == "popularity" else past.first_items
@@ -200,12 +204,12 @@ def _fill_exactly(
     sampling: str,
     rng: np.random.Generator,
 ) -> None:
-    """Finish the lists of `unfinished` by weighing every known item.
+    """Finish the lists of `unfinished` by weighting every known item.
 
-    Taking the largest of log(weight) + Gumbel noise draws without replacement in proportion to the weights
-    (Efraimidis & Spirakis 2006; Gumbel-top-k, Kool et al. 2019), which is what the slot-by-slot rejection does.
+    The k largest of log(weight) + Gumbel noise are a draw without replacement in proportion to the weights (Efraimidis
+    & Spirakis 2006; Gumbel-top-k, Kool et al. 2019): the same distribution as slot-by-slot rejection.
     """
-    # In order of the items known, so that a chunk's matrix is only as wide as its own past.
+    # Sorted by the number of known items, so that a chunk's matrix is only as wide as its own past.
     unfinished = unfinished[np.argsort(known.items[unfinished], kind="stable")]
     start = 0
     while start < len(unfinished):

@@ -37,8 +37,8 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
     if not any(isinstance(part, pa.Array) for part in parts):
         raise DomainError(f"template {template!r} names no column; use at least one {{column}}")
     texts = pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
-    # Two harmless values side by side can still spell a forbidden text: "-" and ">". What the template itself spells,
-    # such as a chat's special tokens, is the domain's own wish.
+    # Two harmless values side by side can still form a forbidden text: "-" and ">". Forbidden texts in the template's
+    # own literals, such as a chat's special tokens, are intended.
     for word in forbidden:
         spelled = pc.greater(pc.count_substring(texts, word), sum(literal.count(word) for literal in literals))
         if pc.any(spelled).as_py():
@@ -48,7 +48,7 @@ def render(template: str, columns: dict[str, pa.Array], forbidden: list[str]) ->
 
 
 def _as_text(name: str, values: pa.Array, spec: str, forbidden: list[str]) -> pa.Array:
-    """Format and neutralise distinct values once, then spread them over the rows."""
+    """Format and neutralise each distinct value once, then expand to the rows."""
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
         values = _joined(name, values)
     encoded = _encoded(name, values)
@@ -75,7 +75,7 @@ def python_values(values: pa.Array, name: str) -> list[Any]:
 
 
 def _encoded(name: str, values: pa.Array) -> pa.DictionaryArray:
-    """Values as a dictionary of those that differ. Raises DomainError for a type that is no text, number or date."""
+    """Values as a dictionary array. Raises DomainError for a type that is not text, number or date."""
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or isinstance(kind, pa.BaseExtensionType)):
         try:
@@ -88,7 +88,7 @@ def _encoded(name: str, values: pa.Array) -> pa.DictionaryArray:
 
 
 def _joined(name: str, values: pa.Array) -> pa.Array:
-    """Lists as text, their parts separated by commas; null where a list or one of its parts is."""
+    """Lists as text, their parts separated by commas; null where the list or one of its parts is null."""
     values = values.cast(pa.large_list(values.type.value_type))
     parts = _encoded(name, values.flatten())
     texts = pa.array([part_text(plain(name, value)) for value in python_values(parts.dictionary, name)], ID_TYPE)

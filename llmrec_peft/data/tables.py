@@ -1,6 +1,6 @@
-"""Checks and normal forms of the two tables of a log: interactions and items.
+"""Validate and normalise the two tables of a log: interactions and items.
 
-Everything here is a vectorised Arrow or NumPy call; no function visits rows one by one.
+All functions are vectorised Arrow or NumPy calls; none loops over rows in Python.
 """
 
 import numpy as np
@@ -15,11 +15,11 @@ from llmrec_peft.messages import listed, quoted
 
 ID_TYPE = pa.large_string()
 SHOWN = 5
-"""How many offenders a message names."""
+"""Rows or ids that a message names, at most."""
 
 
 def offenders(mask: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many entries of a boolean array are set, and the positions of the first `SHOWN`."""
+    """The number of true entries of a boolean array, and the positions of the first `SHOWN`."""
     rows = np.flatnonzero(mask)
     return len(rows), rows[:SHOWN]
 
@@ -73,18 +73,16 @@ def _whole(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     return column.cast(pa.int64())
 
 
-def check_texts(table: pa.Table, where: str) -> None:
+def check_texts(table: pa.Table | pa.RecordBatch, where: str, advice: str = "write the texts as UTF-8") -> None:
     """Raise DataError if a column of texts, or of lists of texts, holds bytes that are not UTF-8."""
-    for name in dict.fromkeys(table.column_names):
-        column = table.column(name)
+    for place, name in enumerate(table.schema.names):
+        column = table.column(place)
         if pa.types.is_primitive(column.type) or pa.types.is_binary(column.type):
             continue
         try:
             column.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise DataError(
-                f"column {quoted(name)} of {where} is damaged ({one_line(error)}); write the texts as UTF-8"
-            ) from None
+            raise DataError(f"column {quoted(name)} of {where} is damaged ({one_line(error)}); {advice}") from None
 
 
 def check_columns(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
@@ -100,7 +98,7 @@ def check_columns(table: pa.Table, needed: tuple[str, ...], where: str) -> None:
 
 
 def is_blank(texts: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    """Which texts are null, empty, or only white space and other characters that nobody sees; see `text.is_unseen`."""
+    """Which texts are null or have no visible character; see `titles.is_unseen`."""
     return pc.invert(pc.fill_null(pc.match_substring_regex(texts, SEEN), False))
 
 
@@ -109,7 +107,7 @@ def check_ids(ids: pa.ChunkedArray, where: str) -> None:
     if ids.null_count:
         count, rows = offenders(bool_numpy(ids.is_null()))
         raise DataError(f"{where} is null in {count} rows ({numbered(rows, count)}); drop or fill these rows")
-    # Asked of the distinct ids first: a log has far fewer of them than rows.
+    # The distinct ids first: a log has far fewer of them than rows.
     if pc.any(is_blank(pc.unique(ids))).as_py():
         blank = is_blank(ids)
         count, rows = offenders(bool_numpy(blank))
@@ -165,8 +163,8 @@ def prepare_interactions(table: pa.Table, name: str) -> tuple[pa.Table, np.ndarr
     """The interactions with string ids, and their timestamps as seconds.
 
     Returns:
-        The table in its given order, its `timestamp` column in seconds (or in numbers that only order, see
-        `data.times`), and the same numbers as an array [rows], int64 or float64.
+        The table in its given order, its `timestamp` column in seconds (or in numbers that only define an
+        order, see `data.times`), and the same numbers as an array [rows], int64 or float64.
 
     Raises:
         DataError: a missing column, an empty log, a null or empty id, a bad timestamp (see `times.to_seconds`), bytes

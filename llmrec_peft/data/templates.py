@@ -19,16 +19,16 @@ MAX_TEMPLATE, MAX_FIELDS = 100_000, 200
 MAX_WIDTH, MAX_SPEC = 1_000, 100
 """Largest number in a format, such as its width, and characters of a format, at most."""
 
-# Everything that could end a line or hide in one; runs become one space.
+# Characters that end a line or are invisible in one; a run of them becomes one space.
 _BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200b\u2028\u2029\ufeff]+")
 
 
 def check_template(template: str, what: str) -> None:
-    """Raise DomainError unless a template names plain columns in formats of a bounded size.
+    """Raise DomainError unless a template has only plain column names and formats of a bounded size.
 
     Args:
         template: text with {column} or {column:format} fields.
-        what: names it in messages.
+        what: name of the template in messages.
     """
     if len(template) > MAX_TEMPLATE:
         raise DomainError(f"{what} has {len(template):,} characters, and {MAX_TEMPLATE:,} are the most; shorten it")
@@ -67,17 +67,17 @@ def template_literals(template: str) -> list[str]:
 
 
 def neutralise(text: str, forbidden: list[str]) -> str:
-    """A column's value as plain data: one line, without any text that the stream gives a meaning to.
+    """A column's value as plain data: one line, without any text that has a meaning in a stream.
 
-    Line breaks and control characters become one space, and half a surrogate pair U+FFFD. A forbidden text is broken
-    up by a space (a single character is replaced by one), again and again until none is left, since taking one out can
-    spell another.
+    Line breaks and control characters become one space, half a surrogate pair becomes U+FFFD. A space is inserted into
+    each forbidden text (a single character is replaced by a space). This repeats until none is left, since breaking up
+    one can form another.
     """
     return broken_up(_BREAKS.sub(" ", replace_surrogates(text)).strip(), forbidden)
 
 
 def broken_up(text: str, forbidden: list[str]) -> str:
-    """A text whose forbidden words are each broken up by a space."""
+    """A text with a space inserted into each forbidden word."""
     # With a space at its edge a text could never be broken up.
     forbidden = [word.strip() for word in forbidden if word.strip()]
     while any(word in text for word in forbidden):
@@ -106,8 +106,8 @@ def fill(template: str, columns: Mapping[str, Any], forbidden: list[str]) -> str
             parts.append(value_text(name, columns[name], spec or "", forbidden))
     text = "".join(parts)
     literals = template_literals(template)
-    # Two harmless values side by side can still spell a forbidden text: "-" and ">". What the template itself spells,
-    # such as a chat's special tokens, is the domain's own wish.
+    # Two harmless values side by side can still form a forbidden text: "-" and ">". Forbidden texts in the template's
+    # own literals, such as a chat's special tokens, are intended.
     for word in forbidden:
         if text.count(word) > sum(literal.count(word) for literal in literals):
             text = broken_up(text, forbidden)
@@ -115,9 +115,10 @@ def fill(template: str, columns: Mapping[str, Any], forbidden: list[str]) -> str
 
 
 def value_text(name: str, value: Any, spec: str, forbidden: list[str], column: str = "") -> str:
-    """One value of the column `name`, formatted and neutralised: all that either `fill` or `render` writes of it.
+    """One value of the column `name`, formatted and neutralised, for both `fill` and `render`.
 
-    column: what messages say of the whole column, ahead of the value.
+    Args:
+        column: description of the column that messages put before the value.
     """
     value = plain(name, value)
     if isinstance(value, list):
@@ -135,7 +136,7 @@ def value_text(name: str, value: Any, spec: str, forbidden: list[str], column: s
 
 
 def part_text(part: Any) -> str | None:
-    """A plain value in a list, as text; None if it is missing."""
+    """A plain value of a list as text; None if it is missing."""
     if isinstance(part, bool):
         return str(part).lower()
     if isinstance(part, float | np.floating) and part.is_integer() and abs(float(part)) < 1e15:

@@ -18,7 +18,7 @@ class TokenTable:
     """Tokens of texts numbered 0..n-1.
 
     Attributes:
-        tokens: int32 [all tokens], on disk when they are many.
+        tokens: int32 [all tokens], memory-mapped.
         offsets: int64 [n + 1]; text i is tokens[offsets[i]:offsets[i + 1]].
     """
 
@@ -31,13 +31,13 @@ class TokenTable:
         """Tokenise chunks of texts; equal texts of a chunk are tokenised once.
 
         Args:
-            vocabulary: tokenises, and takes out what no text may hold.
+            vocabulary: tokenises, and removes the tokens that no text may contain.
             chunks: Arrow string arrays, `total` texts in all.
             total: for the progress bar.
             what: name on the progress bar.
         """
         lengths = []
-        # A map keeps its own hold on the file, so that the file can be closed at once.
+        # The memory map keeps the file open, so that the file object can be closed at once.
         place = f"a file of tokens in {tempfile.gettempdir()}"
         full = output_errors(DataError, place, "make room, or set TMPDIR to a directory with free space")
         with full, tempfile.TemporaryFile(prefix="llmrec-tokens-") as file:

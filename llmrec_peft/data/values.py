@@ -1,4 +1,4 @@
-"""One value of a column as plain Python, whether it comes from a table, a request or the items of an exported student.
+"""One value of a column as plain Python, from a table, a request or the items of an exported student.
 
 Without Arrow. `rendering.render` (training) and `templates.fill` (serving) both convert values by `plain`, so that a
 value becomes the same text in both.
@@ -32,8 +32,8 @@ def replace_surrogates(text: str) -> str:
 def plain(name: str, value: Any) -> Any:
     """A value of the column `name` as None, bool, int, float, Decimal, str, a date or time, or a list of these.
 
-    NaN and NaT are None: pandas writes them where a value is missing. Halves of surrogate pairs are replaced. Floats of
-    NumPy that are not double stay what they are, since they print shorter: 2.55, not 2.549999952316284.
+    NaN and NaT are None: pandas writes them where a value is missing. Halves of surrogate pairs are replaced. NumPy's
+    float32 and float16 stay what they are, since they print shorter: 2.55, not 2.549999952316284.
 
     Raises:
         DataError: a number that is infinite, or beyond 64 bits.
@@ -47,7 +47,7 @@ def plain(name: str, value: Any) -> Any:
 
 
 def value_key(value: Any) -> tuple[str, str]:
-    """What tells plain values apart: 1 from "1" and True."""
+    """A key that distinguishes plain values: 1 from "1" and True."""
     return (type(value).__name__, repr(value))
 
 

@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNKNOWN_ITEM = "<unknown item>"
-"""Unknown token of tokenizers that have one token an item: texts that they do not have are refused."""
+"""Unknown token of tokenizers with one token for each item: a text without a token is refused."""
 
 
 class Vocabulary:
     """A domain's fixed tokens under one tokenizer.
 
     Attributes:
-        prefix, suffix: what the tokenizer puts around one text (BOS, or CLS and SEP).
+        prefix, suffix: int32 tokens that the tokenizer puts around a text (BOS, or CLS and SEP).
         marker: int32 tokens of the marker.
         outcomes: int32 tokens of each label's word, in class order.
-        forbidden: texts that data may not spell.
-        reserved: int64, sorted; special and added tokens that no text of an item may become.
+        forbidden: texts that a column's value must not contain.
+        reserved: int64, sorted; special and added tokens that must not appear in the tokens of an item's text.
 
     Raises:
         StreamError: the marker or an outcome has no tokens, or two outcomes have the same. Where each item is one
-            token, the marker may be empty: no item's text can then spell an outcome.
+            token, the marker may be empty: no item's text can then become an outcome.
     """
 
     def __init__(self, domain: Domain, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,12 +53,12 @@ class Vocabulary:
                 raise StreamError(f"outcome {domain.outcomes[label]!r} of '{label}' {rule}; choose another word")
             seen[key] = label
         known = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
-        # Longest first, so that breaking up a short one does not hide a longer one that contains it.
+        # Longest first: breaking up a short one must not hide a longer one that contains it.
         self.forbidden = domain.forbidden(sorted(known, key=lambda text: (-len(text), text)))
         literals = [part for text in (domain.event, domain.header) for part in template_literals(text)]
         spelled = tokenise(tokenizer, literals)[0]
         ids = np.array([*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids], np.int32)
-        # A text of a base's vocabulary may be unknown to it; that token stands for data.
+        # A tokenizer may not know some texts; its unknown token stands for data and is allowed.
         self.reserved = np.setdiff1d(
             ids, [*spelled, *([] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id])]
         )
@@ -66,8 +66,8 @@ class Vocabulary:
     def tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of events or headers, flat int32, and their offsets int64 [texts + 1].
 
-        Neutralising works on texts as they are written, and a tokenizer that normalises them can still bring a marker
-        or a special token out of another spelling, such as a full-width arrow. Such tokens are taken out here.
+        `neutralise` works on the text as written. A tokenizer that normalises texts can still produce a marker or a
+        special token from another spelling, such as a full-width arrow. Such tokens are removed here.
         """
         flat, offsets = tokenise(self.tokenizer, texts)
         if self.reads_ids:
@@ -82,7 +82,7 @@ class Vocabulary:
             bad[starts[:, None] + np.arange(width)] = True
         if not bad.any():
             return flat, offsets
-        # Taking one out can bring another together: each text is searched until nothing is left.
+        # Removing one run can form another: each text is searched until none is left.
         rows = [flat[offsets[i] : offsets[i + 1]] for i in range(len(texts))]
         for i in np.unique(np.searchsorted(offsets, np.flatnonzero(bad), "right") - 1):
             rows[i] = self._without(rows[i])
@@ -90,7 +90,7 @@ class Vocabulary:
         return np.concatenate(rows), offsets
 
     def _only_known(self, texts: list[str], flat: np.ndarray) -> np.ndarray:
-        """Tokens of item ids, one each. Raises DataError for one that the tokenizer does not have."""
+        """Tokens of item ids, one each. Raises DataError for an id that the tokenizer does not know."""
         unknown = np.flatnonzero(flat == self.tokenizer.unk_token_id)
         if len(unknown):
             raise DataError(
@@ -100,14 +100,14 @@ class Vocabulary:
         return flat
 
     def _without(self, ids: np.ndarray) -> np.ndarray:
-        """Tokens of one text without reserved tokens and runs that spell the marker."""
+        """Tokens of one text without reserved tokens and without runs equal to the marker."""
         ids, width, marker = ids[~np.isin(ids, self.reserved)], len(self.marker), self.marker.tolist()
-        kept: list[int] = []
+        remaining: list[int] = []
         for token in ids.tolist():
-            kept.append(token)
-            if kept[-width:] == marker:
-                del kept[-width:]
-        return np.array(kept, np.int32)
+            remaining.append(token)
+            if remaining[-width:] == marker:
+                del remaining[-width:]
+        return np.array(remaining, np.int32)
 
     def events(self, columns: dict[str, pa.Array]) -> pa.Array:
         """Texts of events, neutralised, from their columns [rows]."""
@@ -127,7 +127,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.n
     """
     if not texts:
         return np.empty(0, np.int32), np.zeros(1, np.int64)
-    # A pattern of the tokenizer's that takes too long ends in a panic of its library.
+    # The tokenizers library panics when a pattern of the tokenizer takes too long.
     with input_errors(StreamError, f"tokenizer {type(tokenizer).__name__}", "use tokenizer files that you trust"):
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
                         verbose=False)["input_ids"]  # fmt: skip

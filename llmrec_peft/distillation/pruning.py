@@ -1,15 +1,23 @@
 """Structured pruning of a stock decoder: fewer neurons in each MLP, fewer groups of attention heads in each layer.
 
-What is cut goes as whole rows and columns, so that a stock model of a smaller configuration is left. Every layer keeps
-equally many, those of the largest weights: a gated neuron counts the product of the lengths of its three weight
-vectors, a group of heads the length of its values' weights times that of its part of the output projection.
+Whole rows and columns are removed, so the result is a stock model of a smaller configuration. Every layer keeps equally
+many units, those with the largest score:
+
+    neuron n of a gated MLP:    s_n = ||gate[n, :]|| * ||up[n, :]|| * ||down[:, n]||
+    group g of attention heads: s_g = ||v[rows of g, :]|| * ||o[:, columns of g]||
+
+with Euclidean norms. These are products of weight magnitudes along the path through a unit, the magnitude criterion of
+Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), for units with several weight matrices. A group is one
+key-value head with the query heads that read it (Ainslie et al., "GQA", EMNLP 2023).
+
+Shape letters: H hidden width, N neurons, G groups, Q query heads of a group, D width of a head.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.bottleneck import transformer_layers
@@ -19,13 +27,13 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @torch.no_grad()
-def prune(model: nn.Module, mlp: float = 1.0, heads: float = 1.0) -> None:
-    """Cut a stock classifier in place, and its configuration with it.
+def prune(model: PreTrainedModel, mlp: float = 1.0, heads: float = 1.0) -> None:
+    """Prune a stock classifier in place, and change its configuration to match.
 
     Args:
-        model: on the CPU, with layers as Llama, Qwen2 and Mistral have them.
-        mlp: share of each MLP's neurons that stays.
-        heads: share of each layer's groups of heads (a key head and the query heads that read it) that stays.
+        model: on the CPU, with layers like those of Llama, Qwen2 or Mistral.
+        mlp: share of each MLP's neurons to keep.
+        heads: share of each layer's groups of heads to keep.
 
     Raises:
         ModelError: layers of another form.
@@ -35,25 +43,24 @@ def prune(model: nn.Module, mlp: float = 1.0, heads: float = 1.0) -> None:
         if not 0 < share <= 1:
             raise ConfigError(f"{name} must be above 0 and at most 1; got {share}")
     config = model.config.get_text_config()
-    layers = transformer_layers(model)
     check_form(model)
     if mlp < 1:
         width = max(1, round(config.intermediate_size * mlp))
-        for layer in layers:
-            _prune_mlp(layer.mlp, width)
+        for layer in transformer_layers(model):
+            _prune_mlp(layer.get_submodule("mlp"), width)
         config.intermediate_size = width
     if heads < 1:
-        _prune_heads(layers, config, heads)
+        _prune_heads(transformer_layers(model), config, heads)
 
 
 def check_prunable(config: PretrainedConfig, trust_remote_code: bool = False) -> None:
-    """As `check_form`, of the model that a configuration describes; no weight is read or made."""
+    """`check_form` for the model that a configuration describes; no weight is read or allocated."""
     with torch.device("meta"):
         check_form(AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def check_form(model: nn.Module) -> None:
-    """Raise ModelError unless every layer has a gated MLP and projections that can be cut."""
+    """Raise ModelError unless every layer has a gated MLP and separate q, k, v and o projections."""
     for layer in transformer_layers(model):
         parts = [(getattr(layer, "mlp", None), _MLP), (getattr(layer, "self_attn", None), _ATTENTION)]
         if any(not isinstance(getattr(part, name, None), nn.Linear) for part, names in parts for name in names):
@@ -64,47 +71,55 @@ def check_form(model: nn.Module) -> None:
 
 
 def _prune_mlp(mlp: nn.Module, width: int) -> None:
-    gate, up, down = (getattr(mlp, name) for name in _MLP)
-    score = gate.weight.norm(dim=1) * up.weight.norm(dim=1) * down.weight.norm(dim=0)
-    kept = score.topk(width).indices.sort().values
+    """Keep the `width` best of N neurons: rows of gate and up [N, H], columns of down [H, N]."""
+    gate, up, down = _projections(mlp, _MLP)
+    score_N = gate.weight.norm(dim=1) * up.weight.norm(dim=1) * down.weight.norm(dim=0)
+    kept = score_N.topk(width).indices.sort().values
     _keep(gate, rows=kept)
     _keep(up, rows=kept)
     _keep(down, columns=kept)
     if hasattr(mlp, "intermediate_size"):
-        mlp.intermediate_size = width
+        setattr(mlp, "intermediate_size", width)  # noqa: B010 (nn.Module declares no such attribute)
 
 
-def _prune_heads(layers: nn.ModuleList, config: object, share: float) -> None:
+def _prune_heads(layers: nn.ModuleList, config: PretrainedConfig, share: float) -> None:
+    """Keep the best groups: rows of q [G * Q * D, H], k and v [G * D, H], columns of o [H, G * Q * D]."""
     groups = config.num_key_value_heads
     queries = config.num_attention_heads // groups
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     count = max(1, round(groups * share))
     for layer in layers:
-        attention = layer.self_attn
-        q, k, v, o = (getattr(attention, name) for name in _ATTENTION)
-        values = v.weight.view(groups, -1).norm(dim=1)
-        outputs = o.weight.t().reshape(groups, -1).norm(dim=1)
-        kept = (values * outputs).topk(count).indices.sort().values
-        of_keys, of_queries = _spread(kept, width), _spread(kept, queries * width)
-        _keep(q, rows=of_queries)
-        _keep(k, rows=of_keys)
-        _keep(v, rows=of_keys)
-        _keep(o, columns=of_queries)
+        attention = layer.get_submodule("self_attn")
+        q, k, v, o = _projections(attention, _ATTENTION)
+        values_G = v.weight.view(groups, -1).norm(dim=1)
+        outputs_G = o.weight.t().reshape(groups, -1).norm(dim=1)
+        kept = (values_G * outputs_G).topk(count).indices.sort().values
+        key_rows, query_rows = _rows_of(kept, width), _rows_of(kept, queries * width)
+        _keep(q, rows=query_rows)
+        _keep(k, rows=key_rows)
+        _keep(v, rows=key_rows)
+        _keep(o, columns=query_rows)
         for name, value in (("num_heads", count * queries), ("num_key_value_heads", count)):
             if hasattr(attention, name):
                 setattr(attention, name, value)
-    # The width of a head no longer follows from the number of heads.
+    # Without head_dim, Transformers would derive it from the new number of heads.
     config.head_dim = width
     config.num_key_value_heads, config.num_attention_heads = count, count * queries
 
 
-def _spread(kept: torch.Tensor, width: int) -> torch.Tensor:
-    """Rows of whole blocks of `width`."""
-    return (kept[:, None] * width + torch.arange(width)).flatten()
+def _projections(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
+    """The linear layers of these names; `check_form` has found them all."""
+    found = [module.get_submodule(name) for name in names]
+    return [layer for layer in found if isinstance(layer, nn.Linear)]
+
+
+def _rows_of(blocks: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows of whole blocks of `width` rows each, int64 [blocks * width]."""
+    return (blocks[:, None] * width + torch.arange(width)).flatten()
 
 
 def _keep(layer: nn.Linear, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
-    """Keep some outputs (rows) or inputs (columns) of a linear layer."""
+    """Keep some outputs (rows) or inputs (columns) of a linear layer; its weight is [outputs, inputs]."""
     if rows is not None:
         layer.weight = nn.Parameter(layer.weight[rows].clone(), requires_grad=layer.weight.requires_grad)
         if layer.bias is not None:

@@ -1,4 +1,4 @@
-"""Writing a trained student: a stock checkpoint with the behavior.json of a merged model, which says who taught it."""
+"""Saving a trained student: a stock checkpoint with the behavior.json of a merged model, which names the teacher."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from llmrec_peft.checkpoints.merged import (
 )
 from llmrec_peft.checkpoints.model_card import CARD, student_card
 from llmrec_peft.checkpoints.stock_loading import prepare_tokenizer
+from llmrec_peft.distillation.content_embedding import merge_content
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
-from llmrec_peft.distillation.students import fold_content
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.models.head import outcomes_of
 
@@ -32,9 +32,10 @@ class StudentMetadata:
     """How a student was made.
 
     Attributes:
-        options, loss: its settings.
-        teacher: `method`, `base`, `weights` (fingerprint), `targets` (how many it answered); None if it was not asked.
-        layers: of a shallow student, the teacher's layers that it kept.
+        options, loss: settings of the student and of its loss.
+        teacher: `method`, `base`, `weights` (fingerprint), `targets` (number of targets that it predicted), as
+            `TeacherOutputs.describe` gives it; None if no teacher ran.
+        layers: numbers of the teacher's layers that a shallow student consists of; None for other kinds.
     """
 
     options: StudentOptions
@@ -47,28 +48,32 @@ def save_student(
     directory: str | Path,
     classifier: BehaviorClassifier,
     domain: Mapping[str, Any],
-    lesson: StudentMetadata,
+    metadata: StudentMetadata,
     *,
     calibration: Mapping[str, Any] | None = None,
     counts: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a student as a merged model, whole or not at all; returns its behavior.json. An earlier one is replaced.
+    """Write a student as a merged model, whole or not at all, and return its behavior.json. An earlier one is replaced.
 
-    What `give_content` added is folded into the embeddings first, which leaves the answers as they are.
+    Item content is first merged into the embeddings, which leaves the logits as they are.
+
+    Args:
+        domain: the student's domain, as a mapping.
+        calibration, counts, metrics: entries of the manifest, as `save_bundle` takes them.
 
     Raises:
-        BundleError: the directory holds something else, or cannot be written; or a tokenizer that stock classes would
-            read at another token than the marker.
+        BundleError: the directory holds something else or cannot be written, or the tokenizer makes stock classes pool
+            at another token than the marker.
     """
     directory = check_output(directory)
-    fold_content(classifier)
+    merge_content(classifier)
     prepare_tokenizer(classifier.tokenizer, classifier.config, domain, encoder=classifier.encoder)
     outcomes = outcomes_of(domain)
     content = {
         "merged_from": [],
         "combination": None,
-        "base": {"name": lesson.options.base or lesson.options.kind},
+        "base": {"name": metadata.options.base or metadata.options.kind},
         "dtype": "float32",
         **loading_notes(classifier, classifier.tokenizer),
         "domain": dict(domain),
@@ -81,10 +86,10 @@ def save_student(
         "measured": {},
         "versions": installed(*PACKAGES),
         "student": {
-            "options": dataclasses.asdict(lesson.options),
-            "loss": dataclasses.asdict(lesson.loss),
-            "teacher": None if lesson.teacher is None else dict(lesson.teacher),
-            "layers": lesson.layers,
+            "options": dataclasses.asdict(metadata.options),
+            "loss": dataclasses.asdict(metadata.loss),
+            "teacher": None if metadata.teacher is None else dict(metadata.teacher),
+            "layers": metadata.layers,
         },
     }
     with scratch_beside(directory) as scratch, writing(directory):

@@ -1,35 +1,28 @@
-"""A classifier without memory: on the meta device, with the modules and tensors that loading the base would give."""
+"""A classifier on the meta device: the modules and tensors of a loaded one, without memory."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from llmrec_peft.memory.memory_options import MemoryConfig
 from llmrec_peft.models import attention
-from llmrec_peft.models.base import (
-    UNTRAINED,
-    base_errors,
-    bnb_config,
-    check_layout,
-    head_name,
-    is_encoder,
-    load_config,
-    modules_named,
-)
+from llmrec_peft.models.base import UNTRAINED, base_errors, bnb_config, load_config
 from llmrec_peft.models.classifier import BehaviorClassifier, check_precision, quantization_of, with_method
+from llmrec_peft.models.requirements import check_layout
+from llmrec_peft.models.stock_parts import head_name, is_encoder, modules_named
 
 
-def empty_classifier(config: MemoryConfig) -> BehaviorClassifier:
-    """The classifier that `build_classifier` would make, on the meta device, in training mode.
+def meta_classifier(config: MemoryConfig) -> BehaviorClassifier:
+    """The classifier that `build_classifier` would build, on the meta device and in training mode.
 
-    Raises ModelError for a base without config.json, or one that the method cannot take, ConfigError for a dtype that
-    the method does not serve.
+    Raises:
+        ModelError: a base without config.json, or one that the method cannot tune.
+        ConfigError: a dtype that the method does not support.
     """
     tuning = config.tuning
     check_precision(config, tuning)
@@ -37,36 +30,38 @@ def empty_classifier(config: MemoryConfig) -> BehaviorClassifier:
     model_config = copy.deepcopy(load_config(source, trust_remote_code=config.trust_remote_code))
     model_config.num_labels = config.labels
     text = model_config.get_text_config()
-    if text.pad_token_id is None:  # Transformers asks for one; which it is has no bearing on memory
+    if text.pad_token_id is None:  # Transformers requires one; its number does not change the memory
         model_config.pad_token_id = text.pad_token_id = 0
-    model = _stock(config, model_config)
+    model, fresh = _stock(config, model_config)
     quantization = bnb_config(quantization_of(tuning, config))
     if quantization is not None:
         _quantize(model, quantization)
-    for name in model.fresh_modules:
+    for name in fresh:
         for module in modules_named(model, name):
             module.float()
     if config.activation_checkpointing:
-        # The state of the random numbers is nothing that a meta tensor has; it takes 5 KiB a layer.
+        # A meta device has no random state to preserve; a real pass keeps 5 KiB a layer.
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     with torch.device("meta"):
         labels = [str(number) for number in range(config.labels)]
         classifier = with_method(model, tuning, labels, source, trained=True).train()
-    # Probes are answered in blocks on a CPU alone.
+    # Block attention for candidates runs on a CPU only.
     if config.device == "gpu" and classifier.config._attn_implementation == attention.NAME:
-        classifier.stock.set_attn_implementation("sdpa")
+        stock = classifier.stock
+        assert isinstance(stock, PreTrainedModel)
+        stock.set_attn_implementation("sdpa")
     return classifier
 
 
 def _directory(base: str) -> str:
+    """The base, or the directory of a config.json that was named in its place."""
     path = Path(base).expanduser()
     return str(path.parent) if path.name == "config.json" and path.is_file() else base
 
 
-def _stock(config: MemoryConfig, model_config: Any) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
-
-    # Flash attention keeps what sdpa keeps: q, k, v, the output and one number a query and head (Dao et al. 2022).
+def _stock(config: MemoryConfig, model_config: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The stock model, and the names of its modules that a language model's checkpoint lacks, which stay float32."""
+    # Flash attention saves what sdpa saves: q, k, v, the output and one number a query and head (Dao et al., 2022).
     attn = "sdpa" if config.attn == "flash_attention_2" else config.attn
     with base_errors(config.base), torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(
@@ -77,42 +72,26 @@ def _stock(config: MemoryConfig, model_config: Any) -> nn.Module:
         )
     check_layout(config.base, model)
     untrained = {name.split(".")[-1] for name, _ in model.named_modules()} & set(UNTRAINED)
-    model.fresh_modules = sorted({head_name(model), *(untrained if is_encoder(model_config) else ())})
-    return model
+    fresh = sorted({head_name(model), *(untrained if is_encoder(model_config) else ())})
+    # As `load_model` leaves it; `with_method` reads it.
+    setattr(model, "fresh_modules", fresh)  # noqa: B010 (PreTrainedModel declares no such attribute)
+    return model, fresh
 
 
-def _quantize(model: nn.Module, quantization: Any) -> None:
-    """Put 4-bit layers where the loader would, and pack them: bitsandbytes knows the shapes of meta tensors."""
+def _quantize(model: PreTrainedModel, quantization: Any) -> None:
+    """Replace linear layers by 4-bit ones where the loader would, and pack them; shapes are enough for bitsandbytes."""
     import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    # The table of 8-bit numbers is made at its first use and kept: it must not be made on the meta device.
+    # bitsandbytes makes its table of 8-bit numbers at the first use and keeps it: that must not be a meta tensor.
     bitsandbytes.functional.quantize_blockwise(torch.zeros(1))
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map=None)
     quantizer.postprocess_model(model)
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.weight.data = module.weight.data.to(model.dtype)
-            module.weight._quantize("meta")
-
-
-def tensors_of(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What holds a parameter: itself, and for a packed 4-bit weight its quantisation constants."""
-    yield parameter
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        yield from (value for value in (state.absmax, state.code, state.offset) if value is not None)
-        state = state.state2
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors' storages, each counted once."""
-    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def weights(model: nn.Module, trained: bool) -> list[torch.Tensor]:
-    """Tensors of all trained parameters, or of all frozen ones and the buffers."""
-    found = [held for p in model.parameters() if p.requires_grad == trained for held in tensors_of(p)]
-    return found if trained else [*found, *model.buffers()]
+        if isinstance(module, Linear4bit):
+            weight = module.weight
+            assert isinstance(weight, Params4bit)
+            weight.data = weight.data.to(model.dtype)
+            weight._quantize("meta")

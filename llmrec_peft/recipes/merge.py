@@ -1,23 +1,36 @@
-"""Merging a bundle, or several, and what is printed of it."""
+"""Merging a bundle, or several, into a stock checkpoint."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from llmrec_peft.checkpoints.manifest import MANIFEST
 from llmrec_peft.checkpoints.merged import check_output
 from llmrec_peft.config.schema import DataConfig, MergeConfig
 from llmrec_peft.data.domain import Domain
+from llmrec_peft.data.streams import Streams
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.merging.merging import merge_bundle, mergeable
+from llmrec_peft.merging.merging import Dtype, merge_bundle, mergeable
 from llmrec_peft.merging.weighted import combine_bundles
 from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.runs import output_paths as places
-from llmrec_peft.runs.split_streams import check_split, read_log, split_of, streams_of
+from llmrec_peft.runs.output_paths import check_output_directory, check_writable
+from llmrec_peft.runs.split_streams import check_split, read_log, split_by_domain, streams_for_split
 from llmrec_peft.training.distributed import distributed_session
 
 
+class MergeOptions(TypedDict):
+    """Options that `merge_bundle` and `combine_bundles` share."""
+
+    dtype: Dtype | None
+    base: str | None
+    streams: Streams | None
+    tolerance: float | None
+    max_shard_size: str | int
+    batch_tokens: int
+    trust_remote_code: bool
+
+
 def merge(config: MergeConfig) -> dict[str, Any]:
-    """Write a merged model and print how far its answers are from its bundle's.
+    """Write a merged model and print how far its predictions are from those of its bundle.
 
     Returns:
         What `merge_bundle` measured.
@@ -26,57 +39,64 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         LLMRecError: with one line on what cannot be merged.
     """
     with distributed_session() as state:
+        # Settings.
         if state.num_processes > 1:
             raise ConfigError(f"merging takes one process, not {state.num_processes}; launch it with --num_processes 1")
-        return _merge(config)
-
-
-def _merge(config: MergeConfig) -> dict[str, Any]:
-    many = isinstance(config.bundle, list)
-    bundles = config.bundle if many else [config.bundle]
-    first = mergeable(bundles[0])
-    places.check_place(Path(config.output_dir))
-    check_output(config.output_dir, *bundles)
-    inputs = {f"bundle {number}" if many else "bundle": path for number, path in enumerate(bundles)}
-    inputs |= {"data.path": config.data.path, "base": config.base}
-    places.check_output(config.output_dir, inputs, own=lambda path: path == Path(config.output_dir))
-    settings = {
-        "dtype": config.dtype,
-        "base": config.base,
-        "streams": None if config.data.path is None else _streams(config, bundles[0], first),
-        "tolerance": config.tolerance,
-        "max_shard_size": config.max_shard_size,
-        "batch_tokens": config.batch_tokens,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    print(f"merging {', '.join(bundles)}", flush=True)
-    if many:
-        found = combine_bundles(
-            bundles, config.weights, config.output_dir, combination=config.combination, density=config.density,
-            **settings,
+        out = Path(config.output_dir)
+        many = isinstance(config.bundle, list)
+        bundles = config.bundle if isinstance(config.bundle, list) else [config.bundle]
+        manifest = mergeable(bundles[0])
+        check_writable(out)
+        check_output(out, *bundles)
+        inputs = {f"bundle {number}" if many else "bundle": path for number, path in enumerate(bundles)}
+        check_output_directory(
+            out, inputs | {"data.path": config.data.path, "base": config.base}, own=lambda path: path == out
         )  # fmt: skip
-    else:
-        found = merge_bundle(bundles[0], config.output_dir, **settings)
-    _print(found, Path(config.output_dir))
-    return found
+
+        # Streams of the log that is measured on; without one, the merge is measured on synthetic inputs.
+        streams = None if config.data.path is None else _streams(config, config.data.path, bundles[0], manifest)
+
+        # Merge, measure and save.
+        options: MergeOptions = {
+            "dtype": config.dtype,
+            "base": config.base,
+            "streams": streams,
+            "tolerance": config.tolerance,
+            "max_shard_size": config.max_shard_size,
+            "batch_tokens": config.batch_tokens,
+            "trust_remote_code": config.trust_remote_code,
+        }
+        print(f"merging {', '.join(bundles)}", flush=True)
+        if many:
+            found = combine_bundles(
+                bundles, config.weights or [], out, combination=config.combination, density=config.density, **options
+            )
+        else:
+            found = merge_bundle(bundles[0], out, **options)
+
+        # Report.
+        _print(found, out)
+        return found
 
 
-def _streams(config: MergeConfig, bundle: str, manifest: dict[str, Any]):
+def _streams(
+    config: MergeConfig, path: str, bundle: str, manifest: dict[str, Any]
+) -> Streams:  # fmt: skip
     """Streams of the log's split, by the first bundle's domain."""
     domain = Domain.of_manifest(manifest["domain"], source=f"{bundle}/{MANIFEST}")
-    print(f"reading {config.data.path}", flush=True)
-    data = DataConfig(path=config.data.path, format=config.data.format, null_times=config.data.null_times)
-    splits = split_of(read_log(data), domain)
+    print(f"reading {path}", flush=True)
+    data = DataConfig(path=path, format=config.data.format, null_times=config.data.null_times)
+    splits = split_by_domain(read_log(data), domain)
     check_split(splits, config.split, manifest["counts"].get("split"))
     options = manifest["model_options"]
     base = resolve_base(config.base) if config.base else resolve_base(options["base"], options.get("gguf_file"))
     tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-    return streams_of(splits, config.split, domain, tokenizer).limited(config.limit)
+    return streams_for_split(splits, config.split, domain, tokenizer).limited(config.limit)
 
 
 def _print(found: dict[str, Any], directory: Path) -> None:
-    on = "made-up samples" if found["streams"] == "samples" else found["streams"]
-    print(f"{found['answers']:,} answers on {on}; adapted and merged differ by")
+    on = "synthetic inputs" if found["streams"] == "samples" else found["streams"]
+    print(f"{found['answers']:,} predictions on {on}; adapted and merged differ by")
     print(f"  {found['max_difference']:.3g} in a logit at most (tolerance {found['tolerance']:.3g})")
     print(f"  {found['mean_difference']:.3g} in the mean; the logits' standard deviation is {found['spread']:.3g}")
     if found["auc_adapted"] is not None and found["auc_merged"] is not None:
@@ -86,11 +106,12 @@ def _print(found: dict[str, Any], directory: Path) -> None:
 
 
 def _print_stock(found: dict[str, Any]) -> None:
-    """What stock classes answer, where `found` says so."""
+    """Print how far the predictions of stock classes are."""
     count, same = found["stock_prompts"], found["text_same_tokens"]
     print(f"{count} prompts in stock classes: {found['stock_difference']:.3g} in a logit at most on the same tokens")
     if same is None:
         return
-    print(f"  {found['text_difference']:.3g} where whole texts are tokenised; {same} of {count} give the same tokens")
+    text = f"{found['text_difference']:.3g} where each text is tokenised as a whole"
+    print(f"  {text}; {same} of {count} prompts then have the same tokens")
     if found["text_left_difference"] > max(found["text_difference"], found["tolerance"]):
-        print(f"  {found['text_left_difference']:.3g} where they are padded on the left: pad on the right")
+        print(f"  {found['text_left_difference']:.3g} with padding on the left: pad on the right")

@@ -1,4 +1,4 @@
-"""The users of a batch job: who they are, and what is asked for each."""
+"""The users of a batch job, and the request of each to a recommender."""
 
 import hashlib
 import logging
@@ -13,40 +13,43 @@ import pyarrow.compute as pc
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.readers.mending import ids_as_known
-from llmrec_peft.data.readers.tabular import SUFFIXES, read_tables, suffix_of
-from llmrec_peft.data.tables import ID_TYPE, as_ids, bool_numpy, check_columns, check_texts, is_blank
+from llmrec_peft.data.tables import bool_numpy, is_blank
 from llmrec_peft.data.times import check_moment
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.messages import listed, quoted
+from llmrec_peft.runs.id_files import read_ids, table_fingerprint
 from llmrec_peft.runs.logged_events import LoggedEvents, cells
-from llmrec_peft.scoring.prompts import Event
+from llmrec_peft.serving.request_rules import Event
 
 _log = logging.getLogger(__name__)
 
-HASHED_AT_ONCE = 65_536  # rows
-
 
 @dataclass(frozen=True)
-class Request:
-    """What a recommender is told of one user: the history, the header's columns, and the candidates' columns."""
+class UserRequest:
+    """A request to a recommender for one user.
+
+    Attributes:
+        history: (event, label) in time order.
+        user: columns that the domain's header names.
+        context: columns of the moment that the domain's event names, for all candidates.
+    """
 
     history: list[tuple[Event, str]]
     user: dict[str, Any]
     context: dict[str, Any]
 
 
-class Users:
-    """Users in the order of the input.
+class JobUsers:
+    """The users of a batch job, in the order of the input.
 
-    The history of a user is what the log has of the user before `until`, in time order, without the rows that the
+    The history of a user is the user's rows of the log before `until`, in time order, without the rows that the
     domain's label rule leaves out. The header's columns come from the input, or else from the user's first row of the
     log, as in training.
 
     Attributes:
-        name: what messages call the input.
+        name: of the input, for messages.
         ids: Arrow large strings [n].
-        refused: why a row (from 0) cannot be answered, for rows without an id and for repeats.
+        refused: reason by row (from 0), for rows without an id and for repeated ids.
     """
 
     def __init__(
@@ -58,11 +61,11 @@ class Users:
         until: float | None = None,
         context: Mapping[str, Any] | None = None,
     ) -> None:
-        """Read the input and look its users up.
+        """Read the input and find its users in the log.
 
         Args:
             log: histories and items.
-            domain: words and labels.
+            domain: its templates and labels.
             path: file of users (parquet, csv, jsonl), or None for all users of the log.
             until: seconds since 1970, or one of the log's own numbers where it is not `dated`; rows from this moment on
                 are no history.
@@ -94,8 +97,8 @@ class Users:
         self.refused = _refused(self.ids)
         if path is not None and not self.known and len(log.user_ids):
             _log.warning(
-                "none of the %d users of %s is in log %r (%s there, and %s in the log): all are answered without a "
-                "history", len(self.ids), self.name, log.name, *(_first(ids) for ids in (self.ids, log.user_ids)),
+                "none of the %d users of %s is in log %r (%s there, and %s in the log): all get predictions without "
+                "a history", len(self.ids), self.name, log.name, *(_first(ids) for ids in (self.ids, log.user_ids)),
             )  # fmt: skip
 
     def _check_columns(self) -> None:
@@ -129,42 +132,49 @@ class Users:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def describe(self, row: int) -> str:
+        """A user and the row of the input, for messages."""
+        return f"user {self.ids[row].as_py()!r} (row {row} of {self.name})"
+
     @property
     def known(self) -> int:
-        """How many of them the log knows."""
+        """Number of users that are in the log."""
         return int((self._codes >= 0).sum())
 
-    def request(self, row: int) -> Request:
-        """What is asked for the user of one row.
+    def request(self, row: int) -> UserRequest:
+        """The request for the user of one row.
 
         Raises:
-            DataError: a row without an id, a repeat, or a header's column that nothing says of this user.
+            DataError: a row without an id, a repeated id, or no value of a header's column for this user.
         """
         if row in self.refused:
             raise DataError(self.refused[row])
         code, own = int(self._codes[row]), self._columns.slice(row, 1)
         given = {name: cells(own.column(name), name)[0] for name in own.column_names}
-        user = {name: given[name] if name in given else self._said(name, code) for name in self._domain.header_columns}
+        user = {
+            name: given[name] if name in given else self._first_value(name, code)
+            for name in self._domain.header_columns
+        }
         history = self._logged.history(code, self._until) if code >= 0 else []
         context = self._context | {name: given[name] for name in self._logged.moment if name in given}
-        return Request(history, user, context)
+        return UserRequest(history, user, context)
 
-    def _said(self, name: str, code: int) -> Any:
+    def _first_value(self, name: str, code: int) -> Any:
         if code < 0:
             raise DataError(
-                f"the header names {name!r}, which the log cannot say of a user it does not know; add a column "
-                f"{name!r} to users"
+                f"the header names {name!r}, which the log does not have for a user it does not know; add a "
+                f"column {name!r} to users"
             )
         return self._logged.first(code, name)
 
-    # -- what the answers depend on ------------------------------------------------------------
+    # -- fingerprints --------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Hash of who is asked for, and of the columns that the input has of them."""
+        """Hash of the users and of the columns that the input has for them."""
         return table_fingerprint(self._columns.append_column("user_id", self.ids))
 
     def log_fingerprint(self) -> str:
-        """Hash of the items' texts and of all histories."""
+        """Hash of the items' columns that templates read, and of all histories."""
         log, digest = self._log, hashlib.sha256()
         columns = [name for name in self._domain.event_columns if name in log.items.column_names]
         digest.update(table_fingerprint(log.items.select(list(dict.fromkeys(["item_id", *columns])))).encode())
@@ -178,43 +188,6 @@ class Users:
         ]
         digest.update(table_fingerprint(log.interactions.select(list(dict.fromkeys(named)))).encode())
         return digest.hexdigest()
-
-
-def read_ids(path: str, what: str, column: str, known: pa.Array | pa.ChunkedArray, of: str) -> pa.Table:
-    """A file whose `column` holds ids, as text, spelled as the `known` ids are.
-
-    Args:
-        path: of the file.
-        what: the setting that names the file.
-        column: of the ids.
-        known: ids to be met.
-        of: what holds the known ids, for messages.
-
-    Raises:
-        DataError: no such file, no such column, no row, or ids that pandas wrote with .0 in some rows only.
-    """
-    place = Path(path)
-    if not place.is_file() or suffix_of(place) is None:
-        raise DataError(f"{what} must be an existing file ({listed(list(SUFFIXES))}), not {path!r}; give one")
-    table = read_tables([place])
-    check_columns(table, (column,), f"{what} {path}")
-    check_texts(table, f"{what} {path}")
-    if not table.num_rows:
-        raise DataError(f"{what} {path} has no rows; give at least one {column}")
-    table = ids_as_known(table, column, known, f"{what} {path}", of)
-    values = table.column(column)
-    ids = values.cast(ID_TYPE) if pa.types.is_null(values.type) else as_ids(values, f"{column} in {what} {path}")
-    return table.set_column(table.column_names.index(column), column, ids)
-
-
-def table_fingerprint(table: pa.Table) -> str:
-    """Hash of a table's values, whatever their types, files or chunks."""
-    digest = hashlib.sha256(repr(table.column_names).encode())
-    for name in table.column_names:
-        for start in range(0, table.num_rows, HASHED_AT_ONCE):
-            values = table.column(name).slice(start, HASHED_AT_ONCE).to_pylist()
-            digest.update(repr(values).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
 
 
 def _first(ids: pa.Array | pa.ChunkedArray) -> str:

@@ -1,4 +1,4 @@
-"""Rows of a log as the events that a scorer is given, in the words that training had for them."""
+"""Rows of a log as the events of requests to a scorer, rendered as in training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ import pyarrow as pa
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.rendering import python_values
-from llmrec_peft.scoring.prompts import Event
+from llmrec_peft.serving.request_rules import Event
 
 
 class LoggedEvents:
     """Histories and candidates of one log for one domain.
 
     Attributes:
-        moment: columns that the event names and the item table lacks: they are of the moment of a row.
+        moment: columns that the event names and the item table lacks: they belong to a row of the interactions.
         classes: int [rows], the class of each row, -1 where the domain's label rule leaves it out.
     """
 
@@ -27,7 +27,7 @@ class LoggedEvents:
         self.classes: np.ndarray = domain.classes(log)
 
     def history(self, user: int, until: float | None = None) -> list[tuple[Event, str]]:
-        """(event, label) of a user (by code), strictly before a moment, in time order; rows without a label go."""
+        """(event, label) of a user (by code), strictly before a moment, in time order, without unlabelled rows."""
         rows = np.arange(self._log.user_offsets[user], self._log.user_offsets[user + 1])
         rows = rows[self.classes[rows] >= 0]
         if until is not None:
@@ -36,7 +36,7 @@ class LoggedEvents:
         return [(event, self._labels[number]) for event, number in zip(events, self.classes[rows], strict=True)]
 
     def moments(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        """The moment's columns of rows of the log; known of rows without any, too."""
+        """The columns `moment` of rows of the log; empty mappings where the event names no such column."""
         if not self.moment:
             return [{}] * len(rows)
         taken = self._log.interactions.select(self.moment).take(pa.array(rows)).combine_chunks()
@@ -44,13 +44,13 @@ class LoggedEvents:
         return [dict(zip(self.moment, own, strict=True)) for own in zip(*columns, strict=True)]
 
     def events(self, codes: np.ndarray, moments: Sequence[Mapping[str, Any]]) -> list[Event]:
-        """Items (codes [n]) at their moments [n]; an id alone says all where the event names no such column."""
+        """Events of items (codes [n]) at their moments [n]; an id is enough where the event names no such column."""
         if not self.moment:
             return [self._ids[code] for code in codes]
         return [{"item_id": self._ids[code], **own} for code, own in zip(codes, moments, strict=True)]
 
     def first(self, user: int, column: str) -> Any:
-        """What a user's first row has in a column of the interactions: what training writes into the header."""
+        """Value of the user's first row in a column of the interactions, which training writes into the header."""
         return cells(self._log.column(column).slice(int(self._log.user_offsets[user]), 1), column)[0]
 
 

@@ -1,13 +1,12 @@
-"""Where a recipe may write: never into what it reads, nor into what is whole and somebody's."""
+"""Where a recipe may write: not into its inputs, and not into a complete artifact of another kind."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-from llmrec_peft.errors import ConfigError, output_errors
+from llmrec_peft.errors import ConfigError
 from llmrec_peft.messages import shortened
 
 _KINDS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
@@ -21,17 +20,17 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
 )
 
 
-def check_place(directory: Path, what: str = "output_dir") -> None:
+def check_writable(directory: Path, what: str = "output_dir") -> None:
     """Raise ConfigError unless `directory` can be made and written."""
     place = directory.absolute()
-    while not _stands(place, what) and place != place.parent:
+    while not _exists_or_is_link(place, what) and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         reason = "is no directory" if not place.is_dir() else "may not be written"
         raise ConfigError(f"{what} {directory} cannot be written ({place} {reason}); choose another")
 
 
-def check_output(
+def check_output_directory(
     directory: str | Path,
     inputs: Mapping[str, str | None],
     *,
@@ -39,22 +38,22 @@ def check_output(
     writes: Sequence[str] = (),
     own: Callable[[Path], bool] = lambda path: False,
 ) -> None:
-    """Before the minutes of work: a directory can be written, and nothing that is read or whole would be lost by it.
+    """Check, before the minutes of work, that a directory can be written and that no input or artifact would be lost.
 
     Links and `..` are followed.
 
     Args:
         directory: to write into.
-        inputs: what the recipe reads, by the key that names it; names that are no paths, and None, are passed over.
+        inputs: paths that the recipe reads, by the key that names them; None and names that are no paths are ignored.
         what: the key that names the directory.
         writes: names in the directory that the recipe writes or clears.
-        own: whether a directory that is whole is what this recipe itself may replace or add to.
+        own: whether this recipe may replace, or add to, a directory that holds a complete artifact.
 
     Raises:
-        ConfigError: naming the two places.
+        ConfigError: naming both paths.
     """
     out = Path(directory)
-    check_place(out, what)
+    check_writable(out, what)
     for key, value in inputs.items():
         if value is None or not _exists(value):
             continue
@@ -79,44 +78,38 @@ def check_output_file(
     what: str = "output",
     own: Callable[[Path], bool] = lambda path: False,
 ) -> None:
-    """`check_output` for one file: it is none of what is read, lies in nothing that is whole, and replaces its like
-    alone.
+    """Check one output file: it is no input, does not lie in an artifact, and replaces only a file of its own kind.
 
-    own: whether a regular file that is there is what this recipe itself may replace.
+    own: whether this recipe may replace a regular file that exists there.
     """
     if os.path.isdir(path):
         raise ConfigError(f"{what} {path} is a directory; name a file")
     place = Path(os.path.realpath(path))
-    check_place(place.parent, what)
+    check_writable(place.parent, what)
     for key, value in inputs.items():
         if value is not None and _exists(value) and (_same(place, Path(value)) or _lies_in(place, Path(value))):
             raise ConfigError(f"{what} {path} is {key} {value}, or lies in it; choose another file")
-    check_output(place.parent, {}, what=what)
-    if _stands(Path(path), what) and not (is_plain(Path(path)) and own(Path(path))):
+    check_output_directory(place.parent, {}, what=what)
+    if _exists_or_is_link(Path(path), what) and not (is_plain(Path(path)) and own(Path(path))):
         kind = "a file that this recipe did not write" if is_plain(Path(path)) else "a link, a device or a pipe"
         raise ConfigError(f"{what} {path} is {kind}, so it is not replaced; choose another file, or remove it")
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a path is a regular file, and no link to one."""
+    """Whether a path is a regular file and not a link."""
     return path.is_file() and not path.is_symlink()
 
 
-def writing(directory: str | Path, what: str = "output_dir") -> AbstractContextManager[None]:
-    """Turn what writing an output raises, as on a full disk, into one line."""
-    return output_errors(ConfigError, f"{what} {directory}", "make room or choose another")
-
-
 def kind_of(directory: Path) -> str | None:
-    """What is whole in a directory, in words; None for anything else."""
+    """The artifact that a directory holds, in words; None for anything else."""
     try:
         return next((kind for kind, is_one in _KINDS if is_one(directory)), None)
     except OSError:
         return None
 
 
-def _stands(place: Path, what: str) -> bool:
-    """Whether something lies at a path, a link that leads nowhere too."""
+def _exists_or_is_link(place: Path, what: str) -> bool:
+    """Whether a path exists, even as a broken link; ConfigError where it cannot be used at all."""
     try:
         place.lstat()
     except (FileNotFoundError, NotADirectoryError):

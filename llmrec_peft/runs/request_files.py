@@ -1,7 +1,8 @@
-"""Requests to a bank from a file of JSON lines, and its answers into one."""
+"""Files of JSON lines: requests to a bank, and its predictions."""
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,27 @@ KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 }
 OPTIONAL = ("user", "id")
 MAX_LINE = 50_000_000
-"""Characters that are read of the first line of a file to tell what it is."""
+"""Characters of a file's first line that are read to recognise the file."""
 
 
-def read_requests(path: str) -> Iterator[tuple[Any, ...]]:
-    """(domain, history, candidates, user) of each line, and the line's id or its number as a fifth part.
+@dataclass(frozen=True)
+class FileRequest:
+    """One line of a file of requests; `id` is its number where the line has none."""
+
+    domain: str
+    history: list[Any]
+    candidates: list[Any]
+    user: dict[str, Any] | None
+    id: str | int
+
+    @property
+    def for_bank(self) -> tuple[str, list[Any], list[Any], dict[str, Any] | None]:
+        """The request as `DomainBank.score` takes it."""
+        return self.domain, self.history, self.candidates, self.user
+
+
+def read_requests(path: str) -> Iterator[FileRequest]:
+    """Read the requests of a file one by one.
 
     Raises:
         DataError: no such file, not JSON lines, or an entry that is missing, unknown or of another type.
@@ -41,17 +58,19 @@ def read_requests(path: str) -> Iterator[tuple[Any, ...]]:
             fits = isinstance(value, kind) and not isinstance(value, bool)
             if not fits and (key in record or key not in OPTIONAL):
                 raise DataError(f"request {number} of {path} has {key} {quoted(value)}; it must be {text}")
-        yield (record["domain"], record["history"], record["candidates"], record.get("user"), record.get("id", number))
+        yield FileRequest(
+            record["domain"], record["history"], record["candidates"], record.get("user"), record.get("id", number)
+        )
 
 
-def answer_line(request: tuple[Any, ...], labels: list[str], probabilities: np.ndarray) -> str:
-    """One answer as JSON: id, domain, labels, and the probabilities of each candidate in the labels' order."""
+def prediction_line(request: FileRequest, labels: list[str], probabilities: np.ndarray) -> str:
+    """Predictions for one request as JSON: id, domain, labels, and probabilities [candidates][labels]."""
     values = [[round(float(value), 6) for value in row] for row in probabilities]
-    return json.dumps({"id": request[4], "domain": request[0], "labels": labels, "probabilities": values})
+    return json.dumps({"id": request.id, "domain": request.domain, "labels": labels, "probabilities": values})
 
 
-def are_answers(path: Path) -> bool:
-    """Whether the first line of a file is an answer by `answer_line`."""
+def holds_predictions(path: Path) -> bool:
+    """Whether the first line of a file is one of `prediction_line`."""
     try:
         with path.open(encoding="utf-8") as file:
             found = parse_json(file.readline(MAX_LINE), str(path))
@@ -60,9 +79,9 @@ def are_answers(path: Path) -> bool:
     return isinstance(found, dict) and found.keys() == {"id", "domain", "labels", "probabilities"}
 
 
-def in_batches(requests: Iterable[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
-    """Lists of `size` requests; the last may be shorter."""
-    batch: list[tuple[Any, ...]] = []
+def in_batches(requests: Iterable[FileRequest], size: int) -> Iterator[list[FileRequest]]:
+    """Lists of `size` requests; the last one may be shorter."""
+    batch: list[FileRequest] = []
     for request in requests:
         batch.append(request)
         if len(batch) == size:

@@ -1,4 +1,4 @@
-"""A run's directory: what it holds, how it starts, and how it goes on."""
+"""A run's directory: what it holds, how a run starts in it, and how a run is resumed."""
 
 import os
 import shutil
@@ -6,37 +6,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from llmrec_peft.config.renamed_keys import with_new_names
-from llmrec_peft.config.schema import RunConfig, TrainRecipeConfig, config_to_yaml
-from llmrec_peft.documents import parse_yaml, read_mapping, read_yaml
+from llmrec_peft.config.schema import DistillConfig, RunConfig, config_to_yaml
+from llmrec_peft.documents import read_mapping, read_yaml
 from llmrec_peft.errors import ConfigError, DataError
-from llmrec_peft.files import sweep, write_json, write_text
-from llmrec_peft.runs.launch_checks import check_shared, flatten
-from llmrec_peft.runs.output_paths import check_output, writing
+from llmrec_peft.files import sweep, write_json, write_text, writing
+from llmrec_peft.runs.launch_checks import check_shared
+from llmrec_peft.runs.output_paths import check_output_directory
+from llmrec_peft.runs.settings import flat_settings, flatten
 from llmrec_peft.training.distributed import partial_state, raise_on_all_ranks
 from llmrec_peft.training.resume import check_checkpoint, last_checkpoint, unfinished_checkpoints
 
-# What a training recipe leaves in its output directory, and nothing else of it is ever deleted.
+# What a training recipe leaves in its output directory. It deletes nothing else there.
 RESULTS = ("metrics.json", "predictions.parquet", "report.md", "reliability.png", "learning_curve.png")
 DIRECTORIES = ("bundle", "student", "checkpoints", "logs")
 SETTINGS = "config.yaml"
 
-# Settings that decide the trained weights, by their first words; a run is resumed with these as they were.
+# Prefixes of the settings that decide the trained weights: a resumed run must have the same values.
 WEIGHTS = (
     "domain.", "method.", "train.", "model.dtype", "model.attn", "model.head_init", "model.head_scale", "student.",
     "loss.", "teacher_outputs.targets", "teacher_outputs.only",
 )  # fmt: skip
 ELSEWHERE = ("train.report_to", "train.logging_steps", "train.resume")
-# These choose the best checkpoint, where one is chosen.
+# These settings decide which checkpoint is the best, where one is selected.
 SELECTION = ("evaluation.valid_targets", "evaluation.batch_tokens")
 NO_SELECTION = ("train.select_metric", "train.save_steps")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run; `checkpoint` is where it goes on from."""
+    """A run; `checkpoint` is the checkpoint that it resumes, None for a new run."""
 
     config: RunConfig
     directory: Path
@@ -48,7 +49,7 @@ class Run:
 
 
 def prepare_run(config: RunConfig) -> Run:
-    """Check what can be checked before the log is read; nothing is written yet.
+    """Check what can be checked before the log is read; write nothing yet.
 
     Raises:
         ConfigError: the batch does not divide over the ranks, a tracker does not exist, the output directory cannot be
@@ -66,29 +67,29 @@ def prepare_run(config: RunConfig) -> Run:
     except ValueError as error:
         raise ConfigError(f"train.report_to {config.train.report_to}: {' '.join(str(error).split())}") from None
     directory = Path(config.output_dir)
-    check_output(directory, _inputs(config), writes=(*RESULTS, *DIRECTORIES, SETTINGS))
+    check_output_directory(directory, _inputs(config), writes=(*RESULTS, *DIRECTORIES, SETTINGS))
     checkpoint = None
     if config.train.resume:
         checkpoint = _checkpoint_of(directory, config)
         if checkpoint is None and state.is_main_process:
-            print(f"train.resume: {directory} holds no whole checkpoint; training starts from the beginning")
+            print(f"train.resume: {directory} holds no complete checkpoint; training starts from the beginning")
     elif not holds_run(directory):
         _refuse_foreign(directory)
-    # The callback of TensorBoard reads its place from here alone.
+    # The callback of TensorBoard reads its directory from this variable only.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory / "logs")
     return Run(config, directory, checkpoint)
 
 
 def _inputs(config: RunConfig) -> dict[str, str | None]:
-    """What a run reads, by key."""
-    found = {"data.path": config.data.path}
-    if isinstance(config, TrainRecipeConfig):
-        return found | {"model.base": config.model.base}
-    return found | {"teacher": config.teacher, "base": config.base, "student.base": config.student.base}
+    """Paths that a run reads, by the key that names them."""
+    found: dict[str, str | None] = {"data.path": config.data.path}
+    if isinstance(config, DistillConfig):
+        return found | {"teacher": config.teacher, "base": config.base, "student.base": config.student.base}
+    return found | {"model.base": config.model.base}
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a training recipe has written here: its configuration, or the note beside its checkpoints."""
+    """Whether a training recipe wrote this directory: it has its configuration, or the note beside its checkpoints."""
     try:
         found = read_yaml(directory / SETTINGS, error=ConfigError)
         if isinstance(found, dict) and {"data", "train", "evaluation", "output_dir"} <= found.keys():
@@ -99,7 +100,7 @@ def holds_run(directory: Path) -> bool:
 
 
 def _record(directory: Path) -> dict[str, Any]:
-    """What the run in `directory` trains on (`streams`) and how it was split (`launch`); empty where unknown."""
+    """Fingerprint of the run's data and base (`streams`) and its launch (`launch`); empty where unknown."""
     try:
         return read_mapping(directory / "checkpoints" / "streams.json")
     except DataError:
@@ -116,9 +117,9 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 def begin_run(run: Run, fingerprint: str, launch: str) -> None:
-    """Make the output directory ready and write down the settings, what the run trains on, and on how many processes.
+    """Prepare the output directory, and write the settings, the fingerprint of the data and base, and the launch.
 
-    A new run takes the place of an old one in the same directory; one that resumes keeps its whole checkpoints.
+    A new run replaces an old one in the same directory; a resumed run keeps its complete checkpoints.
 
     Raises:
         ConfigError: on every process, if the directory cannot be written or is not shared by all, or if a resumed run
@@ -157,7 +158,7 @@ def _check_resumed(run: Run, checkpoints: Path, fingerprint: str, launch: str) -
 def _make_ready(run: Run, checkpoints: Path) -> None:
     run.directory.mkdir(parents=True, exist_ok=True)
     sweep(run.directory)
-    # Its presence says that all the rest is there.
+    # Its presence says that the run is complete.
     run.path("metrics.json").unlink(missing_ok=True)
     if run.config.train.resume:
         for path in unfinished_checkpoints(checkpoints):
@@ -168,21 +169,18 @@ def _make_ready(run: Run, checkpoints: Path) -> None:
 
 
 def _settings(config: RunConfig) -> RunConfig:
-    """The configuration that a run is known by: resuming it does not change it."""
+    """The configuration that is written down: `train.resume` is left out, since it does not change the run."""
     return replace(config, train=replace(config.train, resume=False))
 
 
 def _checkpoint_of(directory: Path, config: RunConfig) -> str | None:
-    """The checkpoint to go on from, None if none is whole; refuses other settings than the run's."""
+    """The checkpoint to resume, None if none is complete; ConfigError for other settings than the run's."""
     if not holds_run(directory) or not (directory / SETTINGS).is_file():
         raise ConfigError(f"train.resume: {directory} holds no run (no {SETTINGS}); start one without train.resume")
     found = read_yaml(directory / SETTINGS, error=ConfigError, what=f"train.resume: {directory / SETTINGS}")
     if not isinstance(found, dict):
         raise ConfigError(f"train.resume: {directory / SETTINGS} is no mapping of keys; start a new run")
-    old, new = (
-        flatten(with_new_names(found)),
-        flatten(parse_yaml(config_to_yaml(config), "the configuration", error=ConfigError)),
-    )
+    old, new = flatten(with_new_names(found)), flat_settings(config)
     for key in sorted(old.keys() | new.keys()):
         if _decides(key, config) and old.get(key) != new.get(key):
             raise ConfigError(
@@ -196,7 +194,7 @@ def _checkpoint_of(directory: Path, config: RunConfig) -> str | None:
 
 
 def _decides(key: str, config: RunConfig) -> bool:
-    """Whether a setting has a say in the weights that a run ends with."""
+    """Whether a setting changes the weights that a run ends with."""
     if key in SELECTION:
         return config.train.eval_steps > 0
     if key in NO_SELECTION and not config.train.eval_steps:

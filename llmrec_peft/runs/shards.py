@@ -1,7 +1,8 @@
-"""A batch job in parts on disk, so that one that was broken off goes on where it stopped.
+"""A batch job in shards on disk, so that an interrupted job can be resumed.
 
-Users are cut into parts by their places in the input. A part is one parquet file, written whole or not at all, with the
-digest of all that its answers depend on. When all parts are there they are joined, checked and removed.
+A shard holds the recommendations of consecutive users of the input. It is one parquet file, written completely or not
+at all, with a digest of everything that the recommendations depend on. When all shards are there, they are checked,
+concatenated and removed.
 """
 
 import json
@@ -20,30 +21,31 @@ import pyarrow.parquet as pq
 from llmrec_peft.checkpoints.manifest import digest
 from llmrec_peft.documents import parse_json, read_mapping
 from llmrec_peft.errors import ConfigError, LLMRecError
-from llmrec_peft.files import replacing, sweep, write_json
+from llmrec_peft.files import replacing, sweep, write_json, writing
 from llmrec_peft.messages import quoted
-from llmrec_peft.runs.output_paths import is_plain, writing
+from llmrec_peft.runs.output_paths import is_plain
 
+# The names on disk are those of version 0.1.0, whose unfinished jobs can so be recognised.
 RESULT, ERRORS, DIRECTORY = "recommendations.parquet", "errors.jsonl", "parts"
 NOTE = b"llmrec_peft"
 ROWS_AT_ONCE = 1 << 17
 
 
-class Parts:
-    """Parts of one job in an output directory.
+class JobShards:
+    """Shards of one job in an output directory.
 
     Args:
         out: the output directory.
-        facts: all that the answers depend on, by names that messages use.
+        metadata: everything that the recommendations depend on, by the names that messages use.
         ids: of the users, Arrow large strings [n].
-        size: users of a part; the last may have fewer.
+        size: users of a shard; the last one may have fewer.
     """
 
-    def __init__(self, out: Path, facts: Mapping[str, str], ids: pa.Array, size: int) -> None:
-        self.out, self._facts, self._ids, self._size = out, dict(facts), ids, size
+    def __init__(self, out: Path, metadata: Mapping[str, str], ids: pa.Array, size: int) -> None:
+        self.out, self._metadata, self._ids, self._size = out, dict(metadata), ids, size
         self.directory = out / DIRECTORY
         self.settings = self.directory / "settings.json"
-        self._digest = digest(self._facts)
+        self._digest = digest(self._metadata)
         self._stop = self.directory / "stop"
         self._done = out / f".{DIRECTORY}.done"
 
@@ -51,19 +53,19 @@ class Parts:
         return -(-len(self._ids) // self._size)
 
     def rows(self, number: int) -> range:
-        """Rows of the input that a part answers."""
+        """Rows of the input whose users are in a shard."""
         return range(number * self._size, min((number + 1) * self._size, len(self._ids)))
 
     def _path(self, number: int) -> Path:
         return self.directory / f"{number:06d}.parquet"
 
-    # -- beginning, and going on ---------------------------------------------------------------
+    # -- starting and resuming -----------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Make the directory, or check that what it holds belongs to this job; what an earlier end left half done goes.
+        """Make the directory, or check that its shards belong to this job; remove unfinished files of an earlier end.
 
         Raises:
-            ConfigError: the parts there were made with other settings or data, or are no parts.
+            ConfigError: the shards there were made with other settings or data, or the files are no shards.
         """
         with self._writing():
             shutil.rmtree(self._done, ignore_errors=True)
@@ -73,7 +75,7 @@ class Parts:
                 self._check_settings()
             self.directory.mkdir(parents=True, exist_ok=True)
             self._stop.unlink(missing_ok=True)
-            write_json(self._facts, self.settings)
+            write_json(self._metadata, self.settings)
 
     def _check_settings(self) -> None:
         own = (self.settings.name, self._stop.name)
@@ -87,18 +89,19 @@ class Parts:
                 f"{self.directory} holds {min(found)} and no {self.settings.name} of a recommend job; choose "
                 "another output_dir, or remove it"
             ) from None
-        for name in sorted(old.keys() | self._facts.keys()):
-            if old.get(name) != self._facts.get(name):
+        for name in sorted(old.keys() | self._metadata.keys()):
+            if old.get(name) != self._metadata.get(name):
                 raise ConfigError(
-                    f"the parts in {self.directory} were made with {name} {quoted(old.get(name))}, and now it is "
-                    f"{quoted(self._facts.get(name))}; use the same to go on, or remove {self.directory} to begin anew"
+                    f"the shards in {self.directory} were made with {name} {quoted(old.get(name))}, and now it is "
+                    f"{quoted(self._metadata.get(name))}; use the same to resume, or remove {self.directory} to start "
+                    "again"
                 )
 
     def pending(self, *, errors: bool) -> list[int]:
-        """Parts that are not there yet; without `errors` also those in which users were left out."""
-        return [number for number in range(len(self)) if not self._whole(number, errors)]
+        """Numbers of the shards that are still to be written; without `errors`, also of those that left users out."""
+        return [number for number in range(len(self)) if not self._complete(number, errors)]
 
-    def _whole(self, number: int, errors: bool) -> bool:
+    def _complete(self, number: int, errors: bool) -> bool:
         try:
             note = _note(pq.read_schema(self._path(number)))
         except (OSError, pa.ArrowException, ValueError):
@@ -106,13 +109,13 @@ class Parts:
         return note.get("digest") == self._digest and note.get("part") == number and (errors or not note["errors"])
 
     def write(self, number: int, table: pa.Table, errors: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the answers of a part, and the users that it left out."""
+        """Write the recommendations of a shard, and the users that it left out."""
         note = json.dumps({"digest": self._digest, "part": number, "errors": list(errors)})
         with self._writing(), replacing(self._path(number)) as partial:
             pq.write_table(table.replace_schema_metadata({NOTE: note.encode()}), partial, write_page_checksum=True)
 
     def stop(self) -> None:
-        """Let no process begin another part."""
+        """Let no process start another shard."""
         with self._writing():
             self._stop.touch()
 
@@ -123,14 +126,14 @@ class Parts:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def join(self, schema: pa.Schema) -> tuple[int, list[dict[str, Any]]]:
-        """Move all answers into place as one file, and the users left out into another; then remove the parts.
+    def concatenate(self, schema: pa.Schema) -> tuple[int, list[dict[str, Any]]]:
+        """Write all recommendations as one file and the users left out as another; then remove the shards.
 
         Returns:
-            Rows of the file, and what was written of users left out.
+            Number of rows of the file, and the entries for users left out.
 
         Raises:
-            ConfigError: a part is gone or does not answer its users, each once and in order.
+            ConfigError: a shard is missing, or does not hold each of its users once and in order.
         """
         errors: list[dict[str, Any]] = []
         rows = 0
@@ -160,11 +163,13 @@ class Parts:
             errors = _note(table.schema)["errors"]
         except (OSError, pa.ArrowException, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise ConfigError(f"part {path} cannot be read ({reason}); remove it and start again to go on") from None
+            raise ConfigError(f"shard {path} cannot be read ({reason}); remove it, and start again to resume") from None
         out = {entry["row"] for entry in errors}
         expected = self._ids.take(pa.array([row for row in self.rows(number) if row not in out], pa.int64()))
-        if not _answers(table, expected):
-            raise ConfigError(f"part {path} does not answer its users once each; remove it and start again to go on")
+        if not _holds_users(table, expected):
+            raise ConfigError(
+                f"shard {path} does not hold each of its users once; remove it, and start again to resume"
+            )
         return table.replace_schema_metadata(None), errors
 
     def _write_errors(self, errors: list[dict[str, Any]]) -> None:
@@ -180,7 +185,7 @@ class Parts:
             yield
 
 
-def check_results(out: Path) -> None:
+def check_job_results(out: Path) -> None:
     """Raise ConfigError where the results of a job would replace a file that no such job wrote."""
     for name, own in ((RESULT, _is_result), (ERRORS, _is_errors)):
         if os.path.lexists(out / name) and not (is_plain(out / name) and own(out / name)):
@@ -216,12 +221,13 @@ def _note(schema: pa.Schema) -> dict[str, Any]:
     return note
 
 
-def _answers(table: pa.Table, expected: pa.Array) -> bool:
-    """Whether a part's rows are of the expected users in their order, ranked from 1 on."""
+def _holds_users(table: pa.Table, expected: pa.Array) -> bool:
+    """Whether a shard's rows are of the expected users in their order, with ranks 1, 2, ... for each."""
     if not len(table):
         return not len(expected)
     runs = pc.run_end_encode(table.column("user_id").combine_chunks().cast(expected.type))
     begins = np.concatenate([[0], runs.run_ends.to_numpy()[:-1]])
     ranks = table.column("rank").to_numpy()
+    # 1, 2, ... within each run of equal users.
     counted = np.arange(len(ranks)) - np.repeat(begins, np.diff(np.append(begins, len(ranks)))) + 1
     return runs.values.equals(expected) and bool((ranks == counted).all())

@@ -1,6 +1,4 @@
-"""From a configuration's log to the streams of its splits."""
-
-from __future__ import annotations
+"""From the log that a configuration names to its splits, and from each split to its streams."""
 
 import hashlib
 from collections.abc import Mapping
@@ -43,9 +41,12 @@ class SplitStreams:
         return {name: _counts(self[name]) for name in self.splits}
 
     def fingerprint(self, base: str, *, valid: bool, trust_remote_code: bool = False) -> str:
-        """Hash of what training sees: windows, targets, every token, and the base's weights.
+        """Hash of what training reads: windows, targets, every token, and the base's weights.
 
-        base: as `resolve_base` gives it. valid: whether validation chooses the checkpoint, and so counts too.
+        Args:
+            base: as `resolve_base` returns it.
+            valid: hash the validation streams too, since they choose the checkpoint.
+            trust_remote_code: allow code that comes with the base to run.
         """
         digest = hashlib.sha256(base_fingerprint(base, trust_remote_code=trust_remote_code).encode())
         for streams in (self.train, self.valid) if valid else (self.train,):
@@ -58,7 +59,7 @@ class SplitStreams:
         return digest.hexdigest()
 
     def split_note(self) -> dict[str, Any]:
-        """How the log was split, for the bundle: `check_split` reads it."""
+        """How the log was split, for the bundle; `check_split` reads it."""
         boundaries = self.splits.boundaries
         return {"by": self.splits.by, "boundaries": None if boundaries is None else list(boundaries)}
 
@@ -80,7 +81,7 @@ def _counts(streams: StreamDataset) -> dict[str, int]:
 
 
 def read_log(data: DataConfig) -> BehaviorLog:
-    """The log that a configuration names; `simulated:shop` draws one, and says so."""
+    """Read the log that a configuration names; `simulated:shop` draws one and prints that it is simulated."""
     if data.path == SIMULATED_SHOP:
         from llmrec_peft.data.simulate import simulate_shop
 
@@ -89,45 +90,64 @@ def read_log(data: DataConfig) -> BehaviorLog:
     return BehaviorLog.read(data.path, format=data.format, null_times=data.null_times)
 
 
-def split_of(log: BehaviorLog, domain: Domain) -> Splits:
-    """Split a log as its domain says, and check for leaks."""
+def split_by_domain(log: BehaviorLog, domain: Domain) -> Splits:
+    """Split a log by the domain's rule, and check that no split leaks into another."""
     splits = log.split(by=domain.split.by, valid=domain.split.valid, test=domain.split.test)
     check_leakage(splits)
     return splits
 
 
-def streams_of(
-    splits: Splits, name: str, domain: Domain, tokenizer: PreTrainedTokenizerBase, *, unlabelled: bool = False
+def streams_for_split(
+    splits: Splits, name: str, domain: Domain, tokenizer: "PreTrainedTokenizerBase", *, unlabelled: bool = False
 ) -> StreamDataset:
     """Cut one split into streams; `unlabelled` as `build_streams` takes it."""
-    # Between users there is no past: only training rows may tell which items are popular.
+    # A split by user has no order in time: only training rows may tell which items are popular.
     source = splits.train.rows if domain.split.by == "user" else None
     return build_streams(splits[name], domain, tokenizer, source=source, unlabelled=unlabelled)
 
 
-def build_splits(
-    log: BehaviorLog, domain: Domain, tokenizer: PreTrainedTokenizerBase, *, unlabelled: bool = False
+def build_split_streams(
+    log: BehaviorLog, domain: Domain, tokenizer: "PreTrainedTokenizerBase", *, unlabelled: bool = False
 ) -> SplitStreams:
-    """Split a log as its domain says, check for leaks, and cut each split into streams.
+    """Split a log by the domain's rule, check for leaks, and cut each split into streams.
 
     Splits and sampled negatives depend on the log and the domain alone, so that runs with different seeds are measured
     on the same targets. With `unlabelled`, training rows that the domain leaves out are targets too, of class -1.
     """
-    splits = split_of(log, domain)
-    asked = {name: unlabelled and name == "train" for name in splits}
+    splits = split_by_domain(log, domain)
     return SplitStreams(
-        log, splits, **{name: streams_of(splits, name, domain, tokenizer, unlabelled=asked[name]) for name in splits}
+        log,
+        splits,
+        train=streams_for_split(splits, "train", domain, tokenizer, unlabelled=unlabelled),
+        valid=streams_for_split(splits, "valid", domain, tokenizer),
+        test=streams_for_split(splits, "test", domain, tokenizer),
     )
 
 
-def check_split(splits: Splits, name: str, note: Mapping[str, Any] | None) -> None:
-    """Refuse to call rows valid or test that training may have learnt from.
+def check_classes(train: StreamDataset) -> None:
+    """Raise DataError where all training targets have one label: a classifier cannot learn from them."""
+    found = np.unique(train.target_labels[train.target_labels >= 0])
+    if len(found) < 2:
+        named = f"all labelled '{train.domain.labels[int(found[0])]}'" if len(found) else "none of them labelled"
+        raise DataError(
+            f"train of log {train.log.name!r} has {train.num_targets} targets, {named}, "
+            "and training needs a second label; check the domain's label, "
+            "give a longer training period, or set negatives"
+        )
 
-    note: `SplitStreams.split_note` of the run that trained, from its bundle; None where the bundle has none. A split by
-    user cannot be checked so: a bundle does not list its users.
+
+def check_split(splits: Splits, name: str, note: Mapping[str, Any] | None) -> None:
+    """Refuse validation or test rows that the run may have trained on.
+
+    A split by user cannot be checked: a bundle does not list its users.
+
+    Args:
+        splits: the splits of the log that is scored now.
+        name: the split that is scored.
+        note: `SplitStreams.split_note` of the run that trained, from its bundle; None where the bundle has none.
 
     Raises:
-        DataError: the split begins before the moment at which that split of the run began.
+        DataError: the split begins earlier than that split of the run.
     """
     boundaries = (note or {}).get("boundaries")
     if boundaries is None or name == "train":
@@ -143,7 +163,7 @@ def check_split(splits: Splits, name: str, note: Mapping[str, Any] | None) -> No
         )
 
 
-def limited(streams: StreamDataset, targets: int | None, classifier: BehaviorClassifier) -> Streams:
-    """At most about so many targets in whole streams; one prompt a target for models that read both ways."""
+def limit_targets(streams: StreamDataset, targets: int | None, classifier: BehaviorClassifier) -> Streams:
+    """About `targets` targets in whole streams; a prompt for each target where the base is a bidirectional encoder."""
     part = streams.limited(targets)
     return IndependentPrompts(part) if classifier.encoder else part

@@ -1,6 +1,5 @@
-"""From a configuration to a trainer, its arguments and its callbacks."""
+"""From a configuration to a trainer, its arguments, its loss and its callbacks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,26 +11,18 @@ from llmrec_peft.evaluation.metrics import higher_is_better
 from llmrec_peft.evaluation.predictions import measure, metric_names
 from llmrec_peft.models.classifier import BehaviorClassifier
 from llmrec_peft.runs.run_directory import Run
-from llmrec_peft.runs.split_streams import SplitStreams, limited
+from llmrec_peft.runs.split_streams import SplitStreams, limit_targets
+from llmrec_peft.training.callbacks import EvaluateLastStep, StopEarly
 from llmrec_peft.training.distributed import device_arguments, partial_state
 from llmrec_peft.training.losses import BehaviorLoss, balanced_weights
-from llmrec_peft.training.trainer import BehaviorTrainer, StopEarly
+from llmrec_peft.training.trainer import BehaviorTrainer
 
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adamw_8bit": "adamw_bnb_8bit"}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-class EvaluateLastStep(TrainerCallback):
-    """Validates after the last step too, so that it can be the best."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Ask for an evaluation at the end."""
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-
 def training_arguments(run: Run) -> TrainingArguments:
-    """Transformers' arguments of a run; made before the base is loaded, since ZeRO-3 splits it while it is."""
+    """Transformers' arguments of a run. Make them before the base is loaded: ZeRO-3 splits it while it loads."""
     train, selects = run.config.train, run.config.train.eval_steps > 0
     save_steps = train.eval_steps or train.save_steps
     return TrainingArguments(
@@ -70,25 +61,33 @@ def build_trainer(
     classifier: BehaviorClassifier,
     streams: SplitStreams,
     loss: BehaviorLoss,
-    on_ready: Callable[[], None] | None = None,
-    kind: type[BehaviorTrainer] = BehaviorTrainer,
+    *,
+    trainer_class: type[BehaviorTrainer] = BehaviorTrainer,
     train: StreamDataset | StreamSubset | None = None,
     **options: Any,
 ) -> BehaviorTrainer:
-    """A trainer on the training streams (or `train`, a part of them) that selects on a part of the validation streams.
+    """Make a trainer.
 
-    `kind` takes `options`.
+    Args:
+        run: for the settings.
+        arguments: from `training_arguments`.
+        classifier: what is trained.
+        streams: `train` is trained on, a part of `valid` selects the checkpoint.
+        loss: from `build_loss`.
+        trainer_class: takes `options` beside the arguments of `BehaviorTrainer`.
+        train: the streams to train on in place of all of `streams.train`.
+        options: further arguments of the class.
     """
     config = run.config
     names = metric_names(streams.train, config.evaluation.metrics)
     if config.train.select_metric not in names:
         names.append(config.train.select_metric)
-    valid = limited(streams.valid, config.evaluation.valid_targets, classifier)
+    valid = limit_targets(streams.valid, config.evaluation.valid_targets, classifier)
     train = streams.train if train is None else train
-    callbacks = [EvaluateLastStep()] if config.train.eval_steps else []
+    callbacks: list[TrainerCallback] = [EvaluateLastStep()] if config.train.eval_steps else []
     if config.train.early_stopping:
         callbacks.append(StopEarly(config.train.early_stopping))
-    return kind(
+    return trainer_class(
         classifier,
         arguments,
         IndependentPrompts(train) if classifier.encoder else train,
@@ -99,13 +98,12 @@ def build_trainer(
         loss=loss,
         compute_metrics=lambda predictions: measure(predictions, streams.valid, names),
         callbacks=callbacks,
-        on_ready=on_ready,
         **options,
     )
 
 
 def build_loss(train: TrainConfig, streams: SplitStreams, num_labels: int) -> BehaviorLoss:
-    """The loss that a configuration names; `balanced` counts the training targets alone."""
+    """The loss that a configuration names; class weights `balanced` come from the counts of the training targets."""
     weights = train.class_weights
     if weights == "balanced":
         labels = streams.train.target_labels

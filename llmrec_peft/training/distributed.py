@@ -1,4 +1,4 @@
-"""The processes of one launch: joining them, failing together, and agreeing on what they work on."""
+"""The processes (ranks) of one launch: their session, errors on all ranks, and comparisons between ranks."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def uses_fsdp() -> bool:
 
 
 def on_cpu() -> bool:
-    """Whether the processes run on the CPU: because they were told to, or because there is nothing else."""
+    """Whether the processes run on the CPU: by the launch configuration, or because there is no accelerator."""
     return _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def device_arguments() -> dict[str, Any]:
-    """Arguments of Transformers that make the processes of this launch find each other, with or without a GPU.
+    """Arguments of Transformers by which the processes of this launch form one group, with or without a GPU.
 
-    Accelerate takes several processes on a machine without a GPU for one each, unless it is told of the CPU; told of
-    the CPU it forgets DeepSpeed, which needs the name of the backend instead.
+    On a machine without a GPU, Accelerate takes several processes for one group each unless `use_cpu` is set. With
+    `use_cpu` it ignores DeepSpeed, which needs the name of the backend instead.
     """
     if uses_deepspeed():
         return {"ddp_backend": "gloo"} if on_cpu() else {}
@@ -48,7 +48,7 @@ def device_arguments() -> dict[str, Any]:
 
 
 def partial_state() -> PartialState:
-    """State of this launch: rank, number of processes, device. The first call joins the processes.
+    """State of this launch: rank, number of processes, device. The first call forms the process group.
 
     Raises:
         ConfigError: DeepSpeed together with the CPU of Accelerate, or without the package.
@@ -62,7 +62,7 @@ def partial_state() -> PartialState:
                 "DS_ACCELERATOR=cpu instead"
             )
         _require_deepspeed()
-        # DeepSpeed calls what torch has renamed, in every exchange.
+        # DeepSpeed calls functions that torch has renamed, in every exchange.
         warnings.filterwarnings("ignore", r"`torch.distributed.\w+_tensor` is deprecated", FutureWarning)
         if on_cpu():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -82,22 +82,22 @@ def _require_deepspeed() -> None:
 
 @contextmanager
 def distributed_session() -> Iterator[PartialState]:
-    """Join the processes, and part from them when all is done.
+    """Form the process group, and end it when all processes have left the block.
 
-    After an error they are left as they are: a process that waits for one that has failed would wait for ever.
+    After an error the group is left as it is: waiting for a process that has failed would never end.
     """
     state = partial_state()
     yield state
     state.wait_for_everyone()
-    _part(state)
+    _end_group(state)
 
 
-def _part(state: PartialState) -> None:
+def _end_group(state: PartialState) -> None:
     """End the process group.
 
-    Threads of gloo outlive it where a model was wrapped by DDP. One that has yet to drop the tensors of the last
-    exchange needs the interpreter's lock for that, and aborts the process if the interpreter has ended: a collection
-    takes long enough, and gives the lock away after it.
+    Threads of gloo outlive the group where DDP wrapped a model. A thread that still holds tensors of the last exchange
+    needs the interpreter's lock to release them, and aborts the process if the interpreter has ended. A garbage
+    collection takes long enough for that, and releases the lock after it.
     """
     state.destroy_process_group()
     gc.collect()
@@ -105,7 +105,7 @@ def _part(state: PartialState) -> None:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """What fails on one process fails on all when the block ends, so that none waits for one that has gone.
+    """Raise the error of one process on all of them when the block ends, so that none waits for one that has ended.
 
     Raises:
         LLMRecError: the process's own error, or else that of the first process that has one, with its rank.
@@ -130,17 +130,18 @@ def raise_on_all_ranks() -> Iterator[None]:
     if len(failed) < state.num_processes:
         text = f"{text} (on process {failed[0]} of {state.num_processes})"
     shared = (kind if issubclass(kind, LLMRecError) else ConfigError)(text)
-    # One line for all of them: the first process speaks.
+    # The first process prints the line for all of them.
     shared.said_elsewhere = state.process_index != 0
-    # They are in step, so they can part when they end; a group that is left to the interpreter's end may abort there.
-    atexit.register(_part, state)
+    # All processes are at this line, so they can end the group at exit. A group that is still there when the
+    # interpreter ends may abort.
+    atexit.register(_end_group, state)
     raise shared from own
 
 
-def check_ranks_equal(facts: Mapping[str, str], advice: str) -> None:
-    """Raise ConfigError, on every process, where a fact is not the same on all of them."""
+def check_ranks_equal(values: Mapping[str, str], advice: str) -> None:
+    """Raise ConfigError, on every process, where a value (by name) is not the same on all of them."""
     with raise_on_all_ranks():
-        found = gather_object([dict(facts)])
+        found = gather_object([dict(values)])
         for rank, other in enumerate(found):
             for name in sorted(found[0].keys() | other.keys()):
                 if found[0].get(name) != other.get(name):

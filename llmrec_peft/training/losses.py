@@ -1,6 +1,9 @@
-"""Losses over answers, as sums that the trainer divides by the global batch's count.
+"""Losses as sums over targets, which the trainer divides by the count of the global batch.
 
-T answers, C labels, G lists.
+A mean inside the loss would weight the targets of a small micro-batch more than those of a large one.
+
+Shape suffixes: T targets, C classes (labels), G groups of candidates that compete at one moment. `groups_T` holds the
+group number of each target.
 """
 
 from collections.abc import Callable
@@ -12,34 +15,47 @@ import torch.nn.functional as F
 from llmrec_peft.errors import ConfigError
 
 LossSum = Callable[["BehaviorLoss", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(options, logits_TC, labels_T, groups_T) to a scalar."""
 
 
-def cross_entropy(loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch.Tensor, _: torch.Tensor):
-    """Sum of w_y * (-log p_y), with label smoothing."""
+def cross_entropy(
+    loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch.Tensor, _: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy with label smoothing.
+
+    Formula, for smoothing e, weights w and label y of target t:
+        sum_t [(1 - e) * w_y * (-log p_ty) + e / C * sum_c w_c * (-log p_tc)]
+    """
     return F.cross_entropy(
         logits_TC, labels_T, weight=loss.weights(logits_TC), label_smoothing=loss.label_smoothing, reduction="sum"
     )
 
 
-def focal(loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch.Tensor, _: torch.Tensor):
-    """Sum of w_y * (1 - p_y)^gamma * (-log p_y) (Lin et al. 2017, arXiv 1708.02002, eq. 4 and 5)."""
+def focal(loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Focal loss: sum_t w_y * (1 - p_ty)^gamma * (-log p_ty) (Lin et al. 2017, arXiv 1708.02002, eq. 4 and 5)."""
     log_p_T = F.log_softmax(logits_TC, dim=-1).gather(1, labels_T[:, None])[:, 0]
-    # Away from zero, where a power below one has no finite slope.
+    # 1 - p_y, by expm1 since p_y is near 1 where it matters. The clamp keeps it off 0, where the derivative of
+    # x^gamma is infinite for gamma < 1.
     miss_T = (-torch.expm1(log_p_T)).clamp(min=torch.finfo(log_p_T.dtype).tiny)
     terms_T = -(miss_T**loss.focal_gamma) * log_p_T
     weights_C = loss.weights(logits_TC)
     return (terms_T if weights_C is None else terms_T * weights_C[labels_T]).sum()
 
 
-def listwise(loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch.Tensor, groups_T: torch.Tensor):
-    """Sum over lists of the mean over positives of -log softmax of the scores within the list.
+def listwise(
+    loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch.Tensor, groups_T: torch.Tensor
+) -> torch.Tensor:
+    """ListNet's top-one cross-entropy (Cao et al. 2007) with equal weight on each positive of a group.
 
-    The score is the log-odds of the last label (ListNet's top-one cross-entropy, Cao et al. 2007, with equal weight on
-    each positive). A list without both a positive and another answer has no order to learn and counts for nothing.
+    Formula, with the score s = log-odds of the last class and P_g the positives of group g:
+        sum_g 1 / |P_g| * sum_{t in P_g} -(s_t - log sum_{u in g} exp(s_u))
+    A group without both a positive and a negative has no order to learn and adds 0.
     """
     scores_T = logits_TC[:, -1] - torch.logsumexp(logits_TC[:, :-1], dim=-1)
     positive_T = labels_T == logits_TC.shape[1] - 1
     positives_G, useful_G = _list_counts(positive_T, groups_T)
+    # A log-softmax within each group. The maximum is subtracted against overflow; no gradient flows through it, since
+    # it cancels in the formula.
     top_G = scores_T.detach().new_full(positives_G.shape, -torch.inf)
     top_G = top_G.scatter_reduce(0, groups_T, scores_T.detach(), "amax")
     shifted_T = scores_T - top_G[groups_T]
@@ -50,7 +66,7 @@ def listwise(loss: "BehaviorLoss", logits_TC: torch.Tensor, labels_T: torch.Tens
 
 
 def _list_counts(positive_T: torch.Tensor, groups_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positives of each list [G], and whether it has both a positive and another answer [G]."""
+    """Number of positives in each group [G], and whether the group has both a positive and a negative [G]."""
     count = int(groups_T.max()) + 1 if len(groups_T) else 0
     sizes_G = torch.bincount(groups_T, minlength=count)
     positives_G = torch.zeros_like(sizes_G).index_add(0, groups_T, positive_T.to(sizes_G.dtype))
@@ -79,7 +95,7 @@ class BehaviorLoss:
         if self.name == "listwise" and self.class_weights is not None:
             raise ConfigError("train.class_weights has no meaning for the listwise loss; leave it out")
         if self.label_smoothing and self.name != "cross_entropy":
-            raise ConfigError(f"train.label_smoothing goes with cross_entropy alone; got loss {self.name!r}")
+            raise ConfigError(f"train.label_smoothing needs the loss cross_entropy; got loss {self.name!r}")
         if not 0 <= self.focal_gamma < float("inf"):
             raise ConfigError(f"train.focal_gamma must be a finite number of at least 0; got {self.focal_gamma}")
         if self.class_weights is not None and not all(0 <= weight < float("inf") for weight in self.class_weights):
@@ -98,21 +114,23 @@ class BehaviorLoss:
         return torch.tensor(self.class_weights, dtype=like.dtype, device=like.device)
 
     def __call__(self, logits_TC: torch.Tensor, labels_T: torch.Tensor, groups_T: torch.Tensor) -> torch.Tensor:
-        """Sum of the loss over answers (over lists, for listwise); a scalar."""
+        """Sum of the loss over targets (over groups, for listwise); a scalar."""
         return LOSSES[self.name](self, logits_TC, labels_T, groups_T)
 
     def count(self, labels_T: torch.Tensor, groups_T: torch.Tensor, num_labels: int) -> int:
-        """What the sum is divided by: answers, or lists that have an order to learn."""
+        """The divisor of the sum: targets, or for listwise the groups that have an order to learn."""
         if self.name != "listwise":
             return len(labels_T)
         return int(_list_counts(labels_T == num_labels - 1, groups_T)[1].sum())
 
 
 def balanced_weights(labels: torch.Tensor, num_labels: int) -> list[float]:
-    """Weight of class c: n / (C n_c), so that classes weigh the same in all and the mean weight is 1.
+    """Class weights [C] from labels [n]: w_c = n / (C * n_c).
+
+    All classes then have the same total weight n / C, and the mean weight of a target is 1.
 
     Raises:
-        ConfigError: a class without any training target.
+        ConfigError: a class has no training target.
     """
     counts = torch.bincount(labels, minlength=num_labels)
     if (counts == 0).any():

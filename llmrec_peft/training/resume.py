@@ -1,4 +1,4 @@
-"""A run's checkpoints on disk: which of them are whole, and whether one can be read."""
+"""A run's checkpoints on disk: which of them are complete, and whether one can be read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,19 +16,19 @@ from llmrec_peft.documents import MAX_JSON_BYTES, parse_json, read_bytes
 from llmrec_peft.errors import ConfigError, input_errors
 
 COMPLETE = "complete"
-"""File that is written last into a checkpoint; without it the checkpoint does not count."""
-_ADVICE = "remove it to go on from the one before, or start a new run"
+"""File that is written last into a checkpoint; a checkpoint without it is ignored."""
+_ADVICE = "remove it to resume from the one before, or start a new run"
 
 
 def last_checkpoint(directory: str | Path) -> str | None:
-    """The newest checkpoint in a run's directory that is whole; unfinished ones are passed over."""
+    """The newest complete checkpoint in a run's directory; unfinished ones are ignored."""
     found = [path.parent for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
     steps = {step: path for path in found if (step := path.name.split("-")[-1]).isascii() and step.isdigit()}
     return str(steps[max(steps, key=int)]) if steps else None
 
 
 def unfinished_checkpoints(directory: str | Path) -> list[Path]:
-    """Checkpoints that were never finished."""
+    """Checkpoints whose saving was cut off."""
     found = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     return [path for path in found if path.is_dir() and not (path / COMPLETE).is_file()]
 
@@ -41,7 +41,7 @@ def reading(directory: str | Path) -> Iterator[None]:
 
 
 def check_checkpoint(directory: str | Path) -> None:
-    """Read the heads of a checkpoint's files, before the run that it belongs to is touched.
+    """Read the headers of a checkpoint's files, before the run that it belongs to is changed.
 
     Raises:
         ConfigError: a file is missing or damaged.
@@ -55,7 +55,7 @@ def check_checkpoint(directory: str | Path) -> None:
     if not isinstance(step, int) or not 0 <= step < 2**63:
         raise ConfigError(f"{what} has global_step {step!r}, which must be a whole number of at least 0; {_ADVICE}")
     weights = place / SAFE_WEIGHTS_NAME
-    if weights.exists():  # DeepSpeed keeps them in files of its own
+    if weights.exists():  # DeepSpeed writes them in files of its own
         with reading(weights), safe_open(weights, "pt") as file:
             file.keys()
     names = (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME)

@@ -165,7 +165,7 @@ def test_parquet_that_is_not_utf8(tmp_path):
     directory = write(tmp_path / "id")
     (directory / "interactions.jsonl").unlink()
     pq.write_table(rows, directory / "interactions.parquet")
-    assert "column user_id of" in refused(directory)
+    assert "column 'user_id' of" in refused(directory)
 
 
 def test_surrogates_as_bytes_are_not_utf8(tmp_path):

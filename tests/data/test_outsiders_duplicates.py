@@ -59,7 +59,7 @@ def domain(**changes) -> Domain:
     return Domain.from_dict({**DOMAIN, "label": {"missing": "leave_out"}, **changes})
 
 
-def streams_of(log, rule: Domain, tokenizer, unlabelled=False):
+def streams_for_split(log, rule: Domain, tokenizer, unlabelled=False):
     splits = log.split(valid=0.1, test=0.1)
     return build_streams(splits.train, rule, tokenizer, unlabelled=unlabelled)
 
@@ -68,7 +68,7 @@ def streams_of(log, rule: Domain, tokenizer, unlabelled=False):
 @pytest.mark.parametrize("case", CASES)
 def test_order_keeps_one_row_of_each_event(tiny_tokenizer, case, unlabelled):
     log, rows = repeating(case)
-    found = streams_of(log, domain(), tiny_tokenizer, unlabelled)
+    found = streams_for_split(log, domain(), tiny_tokenizer, unlabelled)
     answered = found.target_rows[found.target_items == 5].tolist()
     assert sorted(answered) == rows[:, KEPT[case]].tolist()
     for window in range(len(found)):
@@ -95,7 +95,7 @@ def test_the_default_is_drop_for_order_and_keep_for_isolate(tiny_tokenizer, chan
     log, rows = repeating("three times")
     rule = domain(**changes)
     assert rule.duplicates == ("keep" if kept else "drop") and Domain.from_dict(rule.to_dict()) == rule
-    found = streams_of(log, rule, tiny_tokenizer)
+    found = streams_for_split(log, rule, tiny_tokenizer)
     assert (found.target_items == 5).sum() == (rows.size if kept else len(rows))
 
 
@@ -104,9 +104,9 @@ def test_a_warning_counts_them(tiny_tokenizer, caplog, case):
     log, rows = repeating(case)
     surplus = rows.size - len(rows)
     with caplog.at_level(logging.WARNING, "llmrec_peft"):
-        streams_of(log, domain(), tiny_tokenizer)
-        streams_of(log, domain(duplicates="keep"), tiny_tokenizer)
-        streams_of(log, domain(simultaneous="isolate"), tiny_tokenizer)
+        streams_for_split(log, domain(), tiny_tokenizer)
+        streams_for_split(log, domain(duplicates="keep"), tiny_tokenizer)
+        streams_for_split(log, domain(simultaneous="isolate"), tiny_tokenizer)
     dropped, seen = (record.getMessage() for record in caplog.records)
     differing = 4 if case == "another label" else 0
     for message in (dropped, seen):
@@ -122,7 +122,7 @@ def test_near_repeats_are_none(tiny_tokenizer, caplog):
                                         strict=True))), CATALOGUE)  # fmt: skip
     assert not len(log.duplicates.rows) and (domain().classes(log) == 1).all()
     with caplog.at_level(logging.WARNING, "llmrec_peft"):
-        streams_of(log, domain(), tiny_tokenizer)
+        streams_for_split(log, domain(), tiny_tokenizer)
     assert not caplog.records
 
 

@@ -17,7 +17,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog, LogSplit
 from llmrec_peft.data.negatives import NONE, sample_negatives
 from llmrec_peft.data.streams import build_streams
-from llmrec_peft.recipes.ranking import Lists
+from llmrec_peft.runs.candidate_sets import CandidateSets
 
 DOMAIN = {
     "name": "shop",
@@ -132,8 +132,8 @@ def test_an_ordinary_log_warns_of_nothing(log, tiny_tokenizer, caplog):
 def test_ranking_lists_follow_the_same_rule(log):
     """Where items with a label are not recommended again, which is the default."""
     domain = Domain.from_dict({**DOMAIN, "split": {"by": "time", "valid": 0.2, "test": 0.2}})
-    lists = Lists(log.split(valid=0.2, test=0.2), "test", domain, RankingConfig(candidates=8))
+    lists = CandidateSets(log.split(valid=0.2, test=0.2), "test", domain, RankingConfig(candidates=8))
     first = first_taken(log)
     for row in lists.rows:
-        others = lists.codes(int(row))[1:]
+        others = lists.candidates(int(row))[1:]
         assert (first[log.user_codes[row], others] > log.timestamps[row]).all()

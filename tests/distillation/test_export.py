@@ -1,4 +1,4 @@
-"""An export is measured before it counts, and what cannot be exported is said before work starts."""
+"""Verification of an export against torch, and the checks before work starts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation import export as export_module
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
 from llmrec_peft.distillation.export import export_onnx
+from llmrec_peft.distillation.item_id_student import write_item_id_student
+from llmrec_peft.distillation.quantise import quantise
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
-from llmrec_peft.distillation.students import start_ids
 from llmrec_peft.errors import BundleError, DataError, ModelError
 from llmrec_peft.merging.merging import merge_bundle
 from llmrec_peft.models.classifier import load_classifier
@@ -33,13 +34,13 @@ pytestmark = [
 ]
 
 
-def test_what_was_measured_is_written_down(exported):
+def test_serving_json_holds_the_measurements(exported):
     _, onnx, measured = exported
     manifest = json.loads((onnx / "serving.json").read_text("utf-8"))
     assert manifest["measured"] == {key: value for key, value in measured.items() if key != "seconds"}
     assert 0 < measured["float32"]["max_difference"] <= measured["tolerance"] == 1e-4 * max(1, measured["spread"])
     assert measured["float32"]["mean_difference"] < measured["int8"]["mean_difference"]
-    assert measured["auc"] is measured["int8"]["auc"] is None  # the samples' labels are made up
+    assert measured["auc"] is measured["int8"]["auc"] is None  # synthetic labels
     assert manifest["opset"] == 18 and manifest["metrics"] == {"test": {"auc": 0.7}}
     card = (onnx / "README.md").read_text("utf-8")
     assert f"{measured['int8']['max_difference']:.2g}" in card and "auc 0.7000" in card
@@ -50,7 +51,7 @@ def test_what_was_measured_is_written_down(exported):
         assert b".py" not in (onnx / name).read_bytes()
 
 
-def test_int8_is_smaller_and_answers_nearly_the_same(exported, items):  # noqa: F811
+def test_int8_is_smaller_and_predicts_nearly_the_same(exported, items):  # noqa: F811
     _, onnx, measured = exported
     whole, small = (OnnxScorer.load(onnx, items.to_pylist(), precision=name) for name in ("float32", "int8"))
     difference = np.abs(whole.score(HISTORY, MOVIES) - small.score(HISTORY, MOVIES))
@@ -58,8 +59,8 @@ def test_int8_is_smaller_and_answers_nearly_the_same(exported, items):  # noqa: 
     assert measured["int8"]["bytes"] < 0.7 * measured["float32"]["bytes"]
 
 
-def test_one_huge_token_leaves_the_others_their_answers_in_blocks(tmp_path):
-    """What the first token does to a layer of an LLM: one scale a tensor rounds all other tokens to nothing."""
+def test_blocks_keep_one_huge_token_from_ruining_the_others(tmp_path):
+    """The first token of an LLM has huge activations: one scale a tensor rounds all other tokens to zero."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -80,7 +81,7 @@ def test_one_huge_token_leaves_the_others_their_answers_in_blocks(tmp_path):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "a.onnx")
     wanted, error = (x @ inner @ head)[1:], {}
     for blocks in (True, False):
-        export_module.quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", blocks=blocks)
+        quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", blocks=blocks)
         session = onnxruntime.InferenceSession(tmp_path / "b.onnx", providers=["CPUExecutionProvider"])
         error[blocks] = np.abs(session.run(None, {"x": x})[0][1:] - wanted).mean() / wanted.std()
     assert error[True] < 0.02 < 0.5 < error[False]
@@ -90,7 +91,7 @@ def test_one_huge_token_leaves_the_others_their_answers_in_blocks(tmp_path):
 def test_a_student_of_item_ids(tmp_path, items):  # noqa: F811
     domain = Domain.from_dict(DOMAINS["movies"]).of_ids(4, 6)
     options = StudentOptions(kind="ids", width=16, heads=2)
-    start_ids(items.column("item_id"), domain, options, 0, tmp_path / "start")
+    write_item_id_student(items.column("item_id"), domain, options, 0, tmp_path / "start")
     classifier = load_classifier(str(tmp_path / "start"), domain, "full")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -117,17 +118,17 @@ def test_auc_is_stated_where_labels_are_real(exported, small_log, tmp_path):
     streams = build_streams(small_log().split().test, Domain.from_dict(DOMAINS["movies"]), loaded.tokenizer)
     measured = export_onnx(exported[0], tmp_path / "out", streams=streams)
     collator = StreamCollator(loaded.tokenizer.pad_token_id, 500)
-    answers = predict(loaded.classifier, streams, collator, batch_tokens=500)
-    expected = roc_auc_score(answers.labels, answers.logits[:, 1] - answers.logits[:, 0])
+    predictions = predict(loaded.classifier, streams, collator, batch_tokens=500)
+    expected = roc_auc_score(predictions.labels, predictions.logits[:, 1] - predictions.logits[:, 0])
     assert measured["auc"] == pytest.approx(expected, abs=1e-9)
     assert measured["float32"]["auc"] == pytest.approx(expected, abs=1e-3)
     assert measured["int8"]["auc"] == pytest.approx(expected, abs=0.1)
-    assert measured["int8"]["auc"] != measured["auc"]  # of its own answers
+    assert measured["int8"]["auc"] != measured["auc"]  # of its own predictions
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert f"AUC of torch: {expected:.4f}." in card and f"| {measured['int8']['auc']:.4f} |" in card
 
 
-def test_streams_that_the_student_would_misread(exported, small_log, tmp_path):
+def test_streams_of_another_domain_or_tokenizer_are_refused(exported, small_log, tmp_path):
     tokenizer = load_merged(exported[0]).tokenizer
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["brand new"])
@@ -151,25 +152,25 @@ def test_an_opset_that_the_runtime_lacks(exported, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_answers_that_differ_leave_nothing(exported, tmp_path, monkeypatch):
-    """A graph of other weights stands for an exporter that went wrong."""
+def test_an_export_that_differs_leaves_nothing(exported, tmp_path, monkeypatch):
+    """A graph of other weights stands in for a faulty exporter."""
 
     def write(_classifier, path, _opset):
         path.write_bytes((exported[1] / "model.int8.onnx").read_bytes())
 
-    monkeypatch.setattr(export_module, "_write_graph", write)
-    with pytest.raises(BundleError, match="answers otherwise than torch: logits differ by"):
+    monkeypatch.setattr(export_module, "write_graph", write)
+    with pytest.raises(BundleError, match="differs from torch: logits differ by"):
         export_onnx(exported[0], tmp_path / "out", int8=False)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported(exported, bundle_of, tmp_path):
+def test_models_that_cannot_be_exported_are_refused(exported, bundle_of, tmp_path):
     merged = exported[0]
     with pytest.raises(BundleError, match="is no merged model"):
         export_onnx(bundle_of(), tmp_path / "out")
     encoder = tmp_path / "encoder"
     merge_bundle(bundle_of("full", kind="bert"), encoder)
-    with pytest.raises(ModelError, match="reads both ways"):
+    with pytest.raises(ModelError, match="is a bidirectional encoder"):
         export_onnx(encoder, tmp_path / "out")
     with pytest.raises(BundleError, match="the student itself"):
         export_onnx(merged, merged)

@@ -1,4 +1,4 @@
-"""The terms of a student's loss against plain sums."""
+"""The loss terms of distillation against plain sums."""
 
 import math
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from llmrec_peft.distillation.distill_losses import (
-    HiddenMatch,
+    HiddenStateLoss,
     confidence,
     log_odds,
-    soft_targets,
-    sure_pairs,
+    pairwise_margin_loss,
+    soft_target_loss,
     target_weights,
 )
 from llmrec_peft.distillation.distill_options import LossOptions
@@ -19,21 +19,21 @@ from llmrec_peft.errors import ConfigError
 
 
 @pytest.fixture
-def answers():
+def logits():
     torch.manual_seed(1)
     return torch.randn(7, 3, dtype=torch.float64), 2 * torch.randn(7, 3, dtype=torch.float64)
 
 
-def test_soft_targets_are_the_scaled_divergence(answers):
-    student, teacher = answers
+def test_soft_targets_are_the_scaled_divergence(logits):
+    student, teacher = logits
     weights = torch.linspace(0.1, 1, 7, dtype=torch.float64)
     tau, total = 2.5, 0.0
     for s, t, w in zip(student.numpy(), teacher.numpy(), weights.tolist(), strict=True):
         p = np.exp(t / tau) / np.exp(t / tau).sum()
         q = np.exp(s / tau) / np.exp(s / tau).sum()
         total += w * tau**2 * float((p * np.log(p / q)).sum())
-    assert float(soft_targets(student, teacher, tau, weights)) == pytest.approx(total, rel=1e-9)
-    assert float(soft_targets(teacher + 3.0, teacher, tau, weights)) == pytest.approx(0, abs=1e-9)
+    assert float(soft_target_loss(student, teacher, tau, weights)) == pytest.approx(total, rel=1e-9)
+    assert float(soft_target_loss(teacher + 3.0, teacher, tau, weights)) == pytest.approx(0, abs=1e-9)
 
 
 def test_confidence_runs_from_nothing_to_certain():
@@ -42,8 +42,8 @@ def test_confidence_runs_from_nothing_to_certain():
     torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 1 - entropy / math.log(2)]))
 
 
-def test_weights_follow_confidence_and_agreement(answers):
-    teacher = answers[1].float()
+def test_weights_follow_confidence_and_agreement(logits):
+    teacher = logits[1].float()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, -1])
     p = teacher.softmax(-1)
     agreement = torch.cat([p[torch.arange(6), labels[:6]], torch.ones(1)])
@@ -53,8 +53,8 @@ def test_weights_follow_confidence_and_agreement(answers):
     torch.testing.assert_close(target_weights(teacher, labels, "both"), confidence(teacher) * agreement)
 
 
-def test_pairs_are_those_of_one_row_that_the_teacher_orders(answers):
-    student, teacher = answers
+def test_pairs_are_those_of_one_row_that_the_teacher_orders(logits):
+    student, teacher = logits
     rows = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     gap, margin, total, pairs = 0.8, 1.2, 0.0, 0
     s, t = log_odds(student), log_odds(teacher)
@@ -64,21 +64,21 @@ def test_pairs_are_those_of_one_row_that_the_teacher_orders(answers):
         if below:
             total += sum(max(0.0, margin - float(s[i] - s[j])) for j in below) / len(below)
     assert 0 < pairs < 21
-    assert float(sure_pairs(student, teacher, rows, gap, margin)) == pytest.approx(total, rel=1e-9)
-    # No answer is compared with one of another row, and none with itself.
+    assert float(pairwise_margin_loss(student, teacher, rows, gap, margin)) == pytest.approx(total, rel=1e-9)
+    # No target is compared with one of another row, nor with itself.
     apart = torch.arange(7)
-    assert float(sure_pairs(student, teacher, apart, 0.0, margin)) == 0.0
+    assert float(pairwise_margin_loss(student, teacher, apart, 0.0, margin)) == 0.0
 
 
 def test_hidden_states_that_point_the_same_way_cost_nothing():
     torch.manual_seed(0)
     teacher = torch.randn(5, 2, 8)
-    match = HiddenMatch(2, 8, 8)
+    match = HiddenStateLoss(2, 8, 8)
     assert not list(match.parameters())
     assert float(match(3.0 * teacher, teacher)) == pytest.approx(0, abs=1e-5)
     # Opposite: cosine distance 2, and unit vectors 2 apart, squared.
     assert float(match(-teacher, teacher)) == pytest.approx(5 * (2 + 4), rel=1e-4)
-    wider = HiddenMatch(2, 4, 8)
+    wider = HiddenStateLoss(2, 4, 8)
     assert [tuple(value.shape) for value in wider.parameters()] == [(8, 4), (8, 4)]
     assert float(wider(torch.randn(5, 2, 4), teacher).detach()) > 1
 

@@ -1,4 +1,4 @@
-"""Pruning against the whole model with what was cut set to nothing."""
+"""Pruning against the whole model with the pruned units set to zero."""
 
 import copy
 
@@ -9,7 +9,7 @@ from llmrec_peft import load_classifier
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.distillation.pruning import prune
-from llmrec_peft.distillation.students import start_shallow
+from llmrec_peft.distillation.shallow_student import write_shallow_student
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.predict import predict
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def answers(small_log, domains):
-    """`answers(classifier)`: logits on the test streams."""
+def logits_of(small_log, domains):
+    """`logits_of(classifier)`: logits on the test streams."""
 
     def run(classifier):
         streams = build_streams(small_log().split().test, domains["movies"], classifier.tokenizer)
@@ -44,20 +44,20 @@ def silence(classifier, mlp: int, group: int | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
-def test_a_pruned_model_is_the_whole_one_with_the_rest_silent(kind, tiny_base, domains, answers, tmp_path):
+def test_a_pruned_model_is_the_whole_one_with_the_rest_silent(kind, tiny_base, domains, logits_of, tmp_path):
     whole = load_classifier(str(tiny_base(kind)), domains["movies"], "full")
-    before = answers(whole)
+    before = logits_of(whole)
     silent = copy.deepcopy(whole)
     silent.tokenizer = whole.tokenizer
     silence(silent, 16, 0)
-    wanted = answers(silent)
+    wanted = logits_of(silent)
     assert np.abs(wanted - before).max() > 1e-3
     directory = tmp_path / "pruned"
     prune(whole.stock, mlp=0.75, heads=0.5)
     whole.stock.save_pretrained(directory)
     whole.tokenizer.save_pretrained(directory)
     pruned = load_classifier(str(directory), domains["movies"], "full")
-    np.testing.assert_allclose(answers(pruned), wanted, atol=1e-5)
+    np.testing.assert_allclose(logits_of(pruned), wanted, atol=1e-5)
     config = pruned.config
     assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (48, 2, 1)
     assert config.head_dim == 8
@@ -69,7 +69,7 @@ def test_a_pruned_model_is_the_whole_one_with_the_rest_silent(kind, tiny_base, d
 
 def test_a_shallow_student_can_be_pruned_too(tiny_base, domains, tmp_path):
     teacher = load_classifier(str(tiny_base("llama")), domains["movies"], "lora")
-    start_shallow(teacher, [0, 1], tmp_path, mlp=0.5)
+    write_shallow_student(teacher, [0, 1], tmp_path, mlp=0.5)
     student = load_classifier(str(tmp_path), domains["movies"], "full")
     assert (student.config.num_hidden_layers, student.config.intermediate_size) == (2, 32)
 

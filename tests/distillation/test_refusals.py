@@ -1,4 +1,4 @@
-"""What no student can be made of is said before the log is read: here there is none."""
+"""Students that cannot be made are refused before the log is read: here there is no log."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from llmrec_peft import Domain, distill
 from llmrec_peft.config.schema import DistillConfig, read_config
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
+from llmrec_peft.distillation.item_id_student import write_item_id_student
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
-from llmrec_peft.distillation.students import start_ids
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.classifier import load_classifier
 from tests.support.domains import DOMAINS
@@ -34,7 +34,7 @@ def teach(tmp_path, out):
 
 
 def test_a_bottleneck_teacher_has_no_shallow_student(bundle_of, teach, out):
-    with pytest.raises(ModelError, match="bottleneck adapter has no place in a stock student"):
+    with pytest.raises(ModelError, match="a stock student cannot hold a bottleneck adapter"):
         teach(bundle_of("adapter"), **{"student.kind": "shallow"})
     assert not out.exists()
 
@@ -55,7 +55,7 @@ def test_an_encoder_cannot_learn_pairs(bundle_of, tiny_base, teach, out):
 
 def test_a_teacher_of_ids_has_no_student_of_texts(small_log, tiny_base, teach, out, tmp_path):
     domain, options = Domain.from_dict(DOMAINS["movies"]).of_ids(4, 6), StudentOptions(width=16, heads=2)
-    start_ids(small_log().items.column("item_id"), domain, options, 0, tmp_path / "start")
+    write_item_id_student(small_log().items.column("item_id"), domain, options, 0, tmp_path / "start")
     classifier = load_classifier(str(tmp_path / "start"), domain, "full")
     save_student(tmp_path / "student", classifier, domain.to_dict(), StudentMetadata(options, LossOptions()))
     flags = {"student.kind": "small", "student.base": tiny_base()}

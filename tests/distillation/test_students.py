@@ -11,17 +11,11 @@ from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import IndependentPrompts, build_streams
 from llmrec_peft.data.vocabulary import Vocabulary
+from llmrec_peft.distillation.content_embedding import add_content, merge_content
 from llmrec_peft.distillation.distill_options import StudentOptions
-from llmrec_peft.distillation.students import (
-    chosen_layers,
-    first_item,
-    fold_content,
-    give_content,
-    ids_tokenizer,
-    start_ids,
-    start_shallow,
-)
-from llmrec_peft.distillation.teacher_outputs import reduced
+from llmrec_peft.distillation.item_id_student import first_item, item_id_tokenizer, write_item_id_student
+from llmrec_peft.distillation.shallow_student import choose_layers, write_shallow_student
+from llmrec_peft.distillation.teacher_item_embeddings import principal_components
 from llmrec_peft.errors import BundleError, ConfigError, DataError, DomainError, ModelError, StreamError
 from llmrec_peft.merging.merging import merge_bundle
 from llmrec_peft.models.base import load_tokenizer
@@ -44,7 +38,7 @@ IDS = TEACHER.of_ids(4, 5)
 
 
 def make_ids(log, directory, **options):
-    start_ids(log.items.column("item_id"), IDS, StudentOptions(width=16, heads=2, **options), 0, directory)
+    write_item_id_student(log.items.column("item_id"), IDS, StudentOptions(width=16, heads=2, **options), 0, directory)
     return load_classifier(str(directory), IDS, "full")
 
 
@@ -86,7 +80,7 @@ def test_streams_of_ids_equal_independent_prompts(small_log, tmp_path):
     assert whole.logits.std() > 0.01
 
 
-def test_an_item_that_the_student_never_heard_of_is_named(small_log, tmp_path):
+def test_an_unknown_item_is_named(small_log, tmp_path):
     classifier = make_ids(small_log(), tmp_path)
     grown = small_log(items=30)
     with pytest.raises(DataError, match=r"'item i2\d' is unknown to this model of item ids .*distil it again"):
@@ -107,15 +101,15 @@ def test_a_bundle_on_ids_is_merged_with_a_log_alone(small_log, tmp_path):
 
 def test_an_id_cannot_be_an_outcome_or_a_special_token():
     ids = pa.array(["no", "<s>", "<unknown item>", "item", "a\tb"])
-    tokenizer = ids_tokenizer(ids, IDS)
+    tokenizer = item_id_tokenizer(ids, IDS)
     vocabulary = Vocabulary(IDS, tokenizer)
     flat, _ = vocabulary.tokens(vocabulary.events({"item_id": pa.array(["no", "<s>", "<unknown item>"])}).to_pylist())
     assert len(set(flat.tolist())) == 3 and flat.min() >= first_item(IDS)
 
 
-def test_ids_that_line_breaks_made_alike_are_refused():
+def test_ids_that_differ_by_a_tab_are_refused():
     with pytest.raises(DataError, match="stands for two items"):
-        ids_tokenizer(pa.array(["a b", "a\tb"]), IDS)
+        item_id_tokenizer(pa.array(["a b", "a\tb"]), IDS)
 
 
 def test_only_item_ids_may_do_without_a_marker(tiny_tokenizer):
@@ -127,7 +121,7 @@ def test_only_item_ids_may_do_without_a_marker(tiny_tokenizer):
 
 def test_the_tokenizer_survives_its_directory(small_log, tmp_path):
     log = small_log()
-    made = ids_tokenizer(log.items.column("item_id"), IDS)
+    made = item_id_tokenizer(log.items.column("item_id"), IDS)
     made.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     again = load_tokenizer(str(tmp_path))
@@ -135,14 +129,14 @@ def test_the_tokenizer_survives_its_directory(small_log, tmp_path):
     assert again("item i3")["input_ids"] == made("item i3")["input_ids"]
 
 
-def test_content_folds_into_stock_embeddings(small_log, tmp_path):
-    """Answers with the content apart and folded are the same, and items that training never saw live by content."""
+def test_content_merges_into_stock_embeddings(small_log, tmp_path):
+    """Predictions are the same before and after the merge, and items without training rows have their content alone."""
     log = small_log()
     classifier = make_ids(log, tmp_path)
     torch.manual_seed(0)
     content = torch.randn(log.num_items, 6)
     seen = torch.arange(log.num_items) < 20
-    give_content(classifier, content, seen, first_item(IDS), dropout=0.5)
+    add_content(classifier, content, seen, first_item(IDS), dropout=0.5)
     with torch.no_grad():
         classifier.stock.get_input_embeddings().projection.weight.normal_()
     streams = build_streams(log.split().test, IDS, classifier.tokenizer)
@@ -150,10 +144,10 @@ def test_content_folds_into_stock_embeddings(small_log, tmp_path):
     apart = predict(classifier, streams, collator, batch_tokens=200)
     embedding = classifier.stock.get_input_embeddings()
     projected = embedding.projection(content).detach()
-    fold_content(classifier)
-    folded = classifier.stock.get_input_embeddings()
-    assert type(folded) is torch.nn.Embedding
-    rows = folded.weight[first_item(IDS) :].detach()
+    merge_content(classifier)
+    merged = classifier.stock.get_input_embeddings()
+    assert type(merged) is torch.nn.Embedding
+    rows = merged.weight[first_item(IDS) :].detach()
     torch.testing.assert_close(rows[20:], projected[20:])
     assert (rows[:20] - projected[:20]).abs().max() > 1e-4
     np.testing.assert_allclose(predict(classifier, streams, collator, batch_tokens=200).logits, apart.logits, atol=1e-6)
@@ -162,7 +156,7 @@ def test_content_folds_into_stock_embeddings(small_log, tmp_path):
 def test_dropout_leaves_out_items_own_weights_in_training_alone(small_log, tmp_path):
     log = small_log()
     classifier = make_ids(log, tmp_path)
-    give_content(classifier, torch.ones(log.num_items, 2), torch.ones(log.num_items, dtype=bool), first_item(IDS), 0.5)
+    add_content(classifier, torch.ones(log.num_items, 2), torch.ones(log.num_items, dtype=bool), first_item(IDS), 0.5)
     embedding = classifier.stock.get_input_embeddings()
     ids = torch.arange(first_item(IDS), first_item(IDS) + 20)[None].repeat(50, 1)
     embedding.train()
@@ -178,9 +172,9 @@ def test_dropout_leaves_out_items_own_weights_in_training_alone(small_log, tmp_p
 def test_reduced_content_is_white():
     rng = np.random.default_rng(0)
     content = rng.normal(size=(300, 10)) @ rng.normal(size=(10, 12)) + 5
-    found = reduced(content, 4)
+    found = principal_components(content, 4)
     np.testing.assert_allclose(np.cov(found.T, bias=True), np.eye(4), atol=1e-3)
-    assert reduced(content, 100).shape == (300, 12)
+    assert principal_components(content, 100).shape == (300, 12)
 
 
 @pytest.mark.parametrize(
@@ -188,13 +182,13 @@ def test_reduced_content_is_white():
     [(30, 10, "first", list(range(10))), (30, 3, "spread", [0, 14, 29]), (4, 1, "spread", [0])],
 )
 def test_layers_are_chosen(depth, layers, pick, kept):
-    assert chosen_layers(depth, layers, pick) == kept
+    assert choose_layers(depth, layers, pick) == kept
 
 
 def test_more_layers_than_the_teacher_has_are_refused():
     with pytest.raises(ConfigError, match="student.layers must be from 1 to 3, the teacher has 4; got 4"):
-        chosen_layers(4, 4, "first")
-    assert chosen_layers(4, 4, "first", pruned=True) == [0, 1, 2, 3]
+        choose_layers(4, 4, "first")
+    assert choose_layers(4, 4, "first", pruned=True) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -214,7 +208,7 @@ def test_a_shallow_student_computes_what_its_layers_do(method, tiny_base, small_
     wanted = predict(teacher, streams, collator, batch_tokens=400).logits
     layer.forward = forward
     assert np.abs(predict(teacher, streams, collator, batch_tokens=400).logits - wanted).max() > 1e-3
-    start_shallow(teacher, [0], tmp_path)
+    write_shallow_student(teacher, [0], tmp_path)
     student = load_classifier(str(tmp_path), domain, "full")
     assert student.config.num_hidden_layers == len(student.stock.model.layers) == 1
     np.testing.assert_allclose(predict(student, streams, collator, batch_tokens=400).logits, wanted, atol=1e-5)
@@ -222,5 +216,5 @@ def test_a_shallow_student_computes_what_its_layers_do(method, tiny_base, small_
 
 def test_a_bottleneck_teacher_has_no_shallow_student(tiny_base, tmp_path):
     teacher = load_classifier(str(tiny_base("llama")), TEACHER, "adapter")
-    with pytest.raises(ModelError, match="bottleneck adapter has no place in a stock student"):
-        start_shallow(teacher, [0], tmp_path)
+    with pytest.raises(ModelError, match="a stock student cannot hold a bottleneck adapter"):
+        write_shallow_student(teacher, [0], tmp_path)

@@ -74,8 +74,8 @@ def base_of(tmp_path, tiny_tokenizer):
 
 
 @pytest.fixture
-def streams_of(small_log, tiny_tokenizer):
-    """`streams_of(domain)`: a few streams."""
+def streams_for_split(small_log, tiny_tokenizer):
+    """`streams_for_split(domain)`: a few streams."""
     return lambda domain: build_streams(small_log(users=3, events=6).split().train, domain, tiny_tokenizer)
 
 
@@ -113,9 +113,9 @@ def alone(classifier, event: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", marked([f for f in FAMILIES if not f.refused]))
-def test_family(family, base_of, streams_of, tmp_path):
+def test_family(family, base_of, streams_for_split, tmp_path):
     """Trains; stream and bank = prompts alone, also after a swap."""
-    base, streams = base_of(family), streams_of(CANDIDATES)
+    base, streams = base_of(family), streams_for_split(CANDIDATES)
     assert streams.has_candidates
     bundles, classifiers = [], []
     for seed in (0, 1):
@@ -140,10 +140,10 @@ def test_family(family, base_of, streams_of, tmp_path):
 
 
 @pytest.mark.parametrize("family", marked([f for f in FAMILIES if not f.refused]))
-def test_merged(family, base_of, streams_of, tmp_path):
+def test_merged(family, base_of, streams_for_split, tmp_path):
     """Merged = adapted, by stock classes."""
     classifier = load_classifier(str(base_of(family)), CANDIDATES, "lora", attn=family.attn, head_scale=3.0)
-    train(classifier, streams_of(CANDIDATES))
+    train(classifier, streams_for_split(CANDIDATES))
     bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, CANDIDATES.to_dict())
     merge_bundle(bundle, tmp_path / "merged", dtype="float32")
     merged = load_answering(tmp_path / "merged", attn=family.attn).classifier
@@ -152,9 +152,9 @@ def test_merged(family, base_of, streams_of, tmp_path):
 
 
 @pytest.mark.parametrize("family", marked([f for f in FAMILIES if not f.refused]))
-def test_another_method(family, base_of, streams_of, tmp_path):
+def test_another_method(family, base_of, streams_for_split, tmp_path):
     """Bottleneck, full, 4-bit and head-only training, one a family: trains, stream = prompts alone, loads again."""
-    base, streams = base_of(family), streams_of(CANDIDATES)
+    base, streams = base_of(family), streams_for_split(CANDIDATES)
     torch.manual_seed(0)
     classifier = load_classifier(str(base), CANDIDATES, family.second, attn=family.attn)
     train(classifier, streams)
@@ -168,7 +168,7 @@ def test_another_method(family, base_of, streams_of, tmp_path):
 
 
 @pytest.mark.parametrize("family", marked([f for f in FAMILIES if f.refused]))
-def test_refused(family, base_of, streams_of, tmp_path):
+def test_refused(family, base_of, streams_for_split, tmp_path):
     """Refused at load where the domain makes candidates, and by bank and scorer; prefixes alone are exact."""
     base = base_of(family)
     with pytest.raises(ModelError, match=family.says):
@@ -177,13 +177,13 @@ def test_refused(family, base_of, streams_of, tmp_path):
         with pytest.raises(ModelError, match=family.says):
             load_classifier(str(base), PREFIXES, "lora", attn=family.attn)
         return
-    streams = streams_of(PREFIXES)
+    streams = streams_for_split(PREFIXES)
     classifier = load_classifier(str(base), PREFIXES, "head", attn=family.attn)
     train(classifier, streams)
     found = answers(classifier, streams)
     assert np.abs(found - answers(classifier, IndependentPrompts(streams))).max() < TOLERANCE
     with pytest.raises(ModelError, match=family.says):
-        answers(classifier, streams_of(CANDIDATES))
+        answers(classifier, streams_for_split(CANDIDATES))
     bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, PREFIXES.to_dict())
     assert np.abs(answers(load_bundle(bundle).classifier, streams) - found).max() < TOLERANCE
     asking = save_bundle(tmp_path / "asking", classifier, classifier.tokenizer, CANDIDATES.to_dict())
@@ -426,14 +426,14 @@ def test_scorer_and_bank_check_what_the_base_can_read(kind, options, method, dty
             serve(bundle, attn=family.attn)
 
 
-def test_the_library_path_checks_windows(base_of, streams_of, tmp_path):
+def test_the_library_path_checks_windows(base_of, streams_for_split, tmp_path):
     """`load_classifier` + `build_streams` + `BehaviorTrainer`, and `predict`, refuse as the recipes do."""
     from transformers import TrainingArguments
 
     family = next(f for f in FAMILIES if f.kind == "gpt_neo")
     short = Family(family.kind, {**family.options, "window_size": 64}, attn="eager")
     classifier = load_classifier(str(base_of(short)), CANDIDATES, "head", attn="eager")
-    streams = streams_of(CANDIDATES)
+    streams = streams_for_split(CANDIDATES)
     arguments = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True)
     with pytest.raises(ModelError, match="window size of 64 tokens but max_length is 256"):
         BehaviorTrainer(classifier, arguments, streams, tokenizer=classifier.tokenizer)

@@ -104,12 +104,12 @@ def test_settings_are_checked_before_the_log_is_read(flag, named, recipe, argume
 
 
 def test_a_report_that_fails_loses_neither_bundle_nor_predictions(recipe, arguments, tmp_path, monkeypatch):
-    from llmrec_peft.runs import outputs
+    from llmrec_peft.runs import run_report
 
     def fail(*args, **kwargs):
         raise DataError("no report")
 
-    monkeypatch.setattr(outputs, "write_report", fail)
+    monkeypatch.setattr(run_report, "write_report", fail)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # put back what this run changes
     out = tmp_path / "out"
     with pytest.raises(SystemExit):

@@ -101,18 +101,18 @@ def test_the_configuration_that_is_left_gives_the_same_student(students, recipe,
     assert first["weights"] == again["weights"]
 
 
-def test_kept_answers_serve_another_student(students, recipe, flags, tmp_path):
-    """The second student's run has the teacher's directory at hand, and adds no part to it."""
-    kept = students("ids") / "teacher"
-    parts = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+def test_cached_predictions_serve_another_student(students, recipe, flags, tmp_path):
+    """The second student's run reads the cache of the first, and adds no shard to it."""
+    cache = students("ids") / "teacher"
+    shards = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     recipe("distill")(
-        flags(tmp_path / "other", **{"teacher_outputs.path": kept, "student.kind": "shallow", "student.layers": 1})
+        flags(tmp_path / "other", **{"teacher_outputs.path": cache, "student.kind": "shallow", "student.layers": 1})
     )
-    assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == parts
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == shards
     assert not (tmp_path / "other" / "teacher").exists()
 
 
-def test_a_run_without_a_teacher_asks_nothing_of_it(recipe, flags, tmp_path):
+def test_a_run_without_a_teacher_caches_nothing(recipe, flags, tmp_path):
     out = tmp_path / "alone"
     changes = {"loss.soft": 0, "loss.pairs": 0, "student.content": "false"}
     recipe("distill")(flags(out, **changes))
@@ -137,7 +137,7 @@ def gaps(data, tmp_path) -> Path:
 
 
 def test_rows_without_a_label_are_learnt_from_the_teacher(recipe, flags, gaps, tmp_path):
-    """Targets without a label are asked about and change the student; without the option they are an error."""
+    """Targets without a label get predictions and change the student; without the option they are an error."""
     from llmrec_peft.config.schema import DistillConfig, read_config
 
     with pytest.raises(DataError, match="has None, .*; give it a label, or set label.missing to leave_out"):
@@ -244,7 +244,7 @@ def test_a_base_that_cannot_hold_the_window_is_named(flags, tiny_base, tmp_path)
         distill(read_config(DistillConfig, flags(tmp_path / "out", **changes)))
 
 
-def test_a_log_that_the_student_cannot_read_is_refused_before_the_teacher_answers(flags, data, tmp_path):
+def test_a_log_that_the_student_cannot_read_is_refused_before_the_teacher_runs(flags, data, tmp_path):
     """Ids that differ by a tab alone are two items for the teacher, and one token for a student of ids."""
     from llmrec_peft.config.schema import DistillConfig, read_config
 
@@ -260,12 +260,12 @@ def test_a_log_that_the_student_cannot_read_is_refused_before_the_teacher_answer
     assert not (tmp_path / "out").exists()
 
 
-def test_stale_answers_are_refused_before_any_work(students, trained, flags, tmp_path):
+def test_stale_predictions_are_refused_before_any_work(students, trained, flags, tmp_path):
     from llmrec_peft.config.schema import DistillConfig, read_config
 
-    kept = students("ids") / "teacher"
-    changes = {"teacher_outputs.path": kept, "teacher": trained("head") / "bundle"}
-    with pytest.raises(DataError, match="stale answers: they are another teacher's"):
+    cache = students("ids") / "teacher"
+    changes = {"teacher_outputs.path": cache, "teacher": trained("head") / "bundle"}
+    with pytest.raises(DataError, match="stale teacher outputs: they are another teacher's"):
         distill(read_config(DistillConfig, flags(tmp_path / "out", **changes)))
     assert not (tmp_path / "out").exists()
 

@@ -22,8 +22,8 @@ from llmrec_peft.checkpoints.bundle import load_bundle, save_bundle
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.files import move_into_place, replacing, scratch_directory, sweep, write_text
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
-from llmrec_peft.runs.output_paths import check_output, check_output_file
-from llmrec_peft.runs.results import check_results, write_results
+from llmrec_peft.runs.output_paths import check_output_directory, check_output_file
+from llmrec_peft.runs.result_files import check_results, write_results
 from llmrec_peft.scoring.bank import DomainBank
 from tests.conftest import ROOT
 from tests.recipes.test_directories import contents, refused
@@ -61,16 +61,16 @@ def places(tmp_path, monkeypatch) -> Path:
 )  # fmt: skip
 def test_outputs_over_what_is_read_are_refused(out, places):
     with pytest.raises(ConfigError, match="choose") as caught:
-        check_output(out, {"data.path": "log"})
+        check_output_directory(out, {"data.path": "log"})
     assert "\n" not in str(caught.value)
     for inner in ("free", "free/new", "new/../new2", "logs"):
-        check_output(inner, {"data.path": "log", "base": "smollm2-135m", "bundle": None})
+        check_output_directory(inner, {"data.path": "log", "base": "smollm2-135m", "bundle": None})
 
 
 def test_an_input_that_the_output_would_replace_is_refused(places):
-    check_output("run", {"teacher": "bundle"}, writes=("bundle",))
+    check_output_directory("run", {"teacher": "bundle"}, writes=("bundle",))
     with pytest.raises(ConfigError, match=r"teacher bundle would be replaced by bundle of output_dir \."):
-        check_output(".", {"teacher": "bundle"}, writes=("bundle",))
+        check_output_directory(".", {"teacher": "bundle"}, writes=("bundle",))
     for path in ("log", "log/interactions.csv", "link/interactions.csv", "log/answers.jsonl", "bundle/answers.jsonl"):
         with pytest.raises(ConfigError, match="choose|name a file"):
             check_output_file(path, {"requests": "log/interactions.csv", "items.a": "log"})
@@ -210,6 +210,9 @@ def test_earlier_results_are_told_from_foreign_files(tmp_path):
     own = [
         ("metrics.json", {"test": metrics}), ("metrics.json", {"valid": metrics, "ranking": {}}),
         ("metrics.json", dict.fromkeys(("test", "fused_minus", "targets", "users", "fusion", "evidence", "kept"), {})),
+        ("metrics.json", dict.fromkeys(
+            ("test", "fused_minus", "targets", "users", "fusion", "retrieval_index", "written"), {}
+        )),
         ("predictions.parquet", columns), ("ranking.parquet", ranked),
         ("ranking.parquet", [name for name in ranked if name != "candidates"]),
     ]  # fmt: skip
@@ -261,7 +264,7 @@ def test_a_full_disk_at_the_end_of_a_measurement_is_one_line(name, trained, data
         with file_size_limit(200):
             return (write if isinstance(args[0], pa.Table) else save)(*args, **options)
 
-    monkeypatch.setattr(sys.modules["llmrec_peft.runs.results"], "write_parquet", full)
+    monkeypatch.setattr(sys.modules["llmrec_peft.runs.result_files"], "write_parquet", full)
     monkeypatch.setattr(RetrievalIndex, "save", full)
     assert "cannot be written" in refused(recipe(name), flags, capfd)
     assert not place.exists() and not (out / "metrics.json").exists()

@@ -22,7 +22,8 @@ import pytest
 
 from llmrec_peft import BehaviorLog, Domain
 from llmrec_peft.config.schema import CONFIGS
-from llmrec_peft.runs.job_users import Users, read_ids
+from llmrec_peft.runs.id_files import read_ids
+from llmrec_peft.runs.job_users import JobUsers
 from llmrec_peft.runs.request_files import read_requests
 from tests.conftest import ROOT
 
@@ -156,7 +157,7 @@ def test_ids_that_pandas_wrote_with_a_fraction_are_met(text, ids, numbered, tmp_
     """Also float columns of parquet, and ids of items in `candidates`."""
     path = tmp_path / "users.csv"
     path.write_text(f"user_id\n{text}\n")
-    users = Users(numbered, Domain.from_yaml(ROOT / "recipes" / "configs" / "shop" / "domain.yaml"), str(path))
+    users = JobUsers(numbered, Domain.from_yaml(ROOT / "recipes" / "configs" / "shop" / "domain.yaml"), str(path))
     assert [value or "" for value in users.ids.to_pylist()] == ids
     assert ("read without its .0" in caplog.text) == (".0" in text)
     assert ("none of the 2 users" in caplog.text) == (users.known == 0) == ("x" in text)

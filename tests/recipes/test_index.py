@@ -123,7 +123,7 @@ def test_what_is_kept_and_what_is_said_of_it(fuse, bundle, log, recipe, tmp_path
     assert metrics["targets"] == {"valid": fusion.targets, "test": len(table)}
     # The noise of the bundle knows nothing, and the log's tastes are real.
     assert metrics["test"]["fused"]["auc"]["value"] > metrics["test"]["llm"]["auc"]["value"] + 0.1
-    assert "on test the fusion helped: auc" in printed and f"kept in {bundle / DIRECTORY}" in printed
+    assert "on test the fusion helped: auc" in printed and f"saved in {bundle / DIRECTORY}" in printed
     # It serves.
     scorer = Scorer.load(bundle, behaviour)
     assert scorer.fusion == fusion
@@ -174,8 +174,8 @@ def test_refitted_for_serving_the_fusion_stays(fuse, sound, log, tmp_path, recip
         kept[name] = RetrievalIndex.load(place)
     (once, fusion), (again, same) = kept["once"], kept["again"]
     assert same == fusion and fusion.strength is not None
-    assert found["again"]["test"] == found["once"]["test"] and found["again"]["evidence"] == once.note
-    assert again.note["rows"] == len(behaviour) > once.note["rows"] and found["again"]["kept"] == again.note
+    assert found["again"]["test"] == found["once"]["test"] and found["again"]["retrieval_index"] == once.note
+    assert again.note["rows"] == len(behaviour) > once.note["rows"] and found["again"]["written"] == again.note
     assert {n: m.settings() for n, m in again.models.items()} == {n: m.settings() for n, m in once.models.items()}
     assert again.item_rows.tolist() == np.bincount(behaviour.item_codes, minlength=behaviour.num_items).tolist()
     flags = ["--bundle", str(sound), "--data.path", str(log), "--limit", "4", "--ranking.candidates", "5"]
@@ -186,7 +186,7 @@ def test_refitted_for_serving_the_fusion_stays(fuse, sound, log, tmp_path, recip
 def test_too_few_targets_leave_the_answers_alone(fuse, bundle, capfd):
     out = fuse(bundle, "--valid_targets", "40", "--test_targets", "50", "--bootstrap", "0")
     printed, table = capfd.readouterr().out, predictions(out)
-    assert "fusion: not fitted: 4" in printed and "the model's answers stay as they are" in printed
+    assert "fusion: not fitted: 4" in printed and "leaves the LLM's predictions as they are" in printed
     np.testing.assert_allclose(table["p_fused_like"], table["p_llm_like"], rtol=0, atol=1e-15)
     assert 50 <= len(table) < 50 + 4
     assert metrics_of(out)["test"]["llm"]["auc"]["low"] is None and "[" not in printed.split("fusion:")[0]
@@ -277,7 +277,7 @@ def _disliked() -> tuple[pa.Table, pa.Table]:
 @pytest.mark.parametrize("flag", ["valid_targets", "test_targets", "bootstrap", "seed", "batch_tokens"])
 def test_settings_out_of_range(flag):
     with pytest.raises(ConfigError, match=f"{flag} must be at least"):
-        read_config(CONFIGS["fuse"], ["--bundle", "B", "--data.path", "D", f"--{flag}", "-1"])
+        read_config(CONFIGS["index"], ["--bundle", "B", "--data.path", "D", f"--{flag}", "-1"])
 
 
 @pytest.mark.slow
@@ -299,4 +299,4 @@ def test_two_processes_leave_what_one_leaves(fuse, bundle, log, launch, tmp_path
     assert (bundle / DIRECTORY / ARRAYS).stat().st_size == len(kept)
     one, two = predictions(tmp_path / "one"), predictions(tmp_path / "two")
     assert one["p_fused_like"].to_numpy() == pytest.approx(two["p_fused_like"].to_numpy(), abs=1e-4)
-    assert done.stdout.count("kept in") == 1
+    assert done.stdout.count("saved in") == 1

@@ -15,7 +15,8 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from llmrec_peft.config.schema import LoraConfig, QloraConfig, read_config
 from llmrec_peft.errors import ConfigError, ModelError
 from llmrec_peft.models.base import check_quantization
-from llmrec_peft.runs.launch_checks import check_launch, common_facts
+from llmrec_peft.runs.launch_checks import check_launch
+from llmrec_peft.runs.settings import shared_settings
 from tests.conftest import ROOT
 
 
@@ -100,7 +101,7 @@ def test_a_device_without_kernels_is_named():
 
 
 def test_where_the_log_lies_may_differ_between_processes(arguments):
-    facts = common_facts(config_of("lora", arguments))
-    assert common_facts(config_of("lora", arguments, "--data.path=elsewhere")) == facts
-    assert common_facts(config_of("lora", arguments, "--train.seed=8")) != facts
+    facts = shared_settings(config_of("lora", arguments))
+    assert shared_settings(config_of("lora", arguments, "--data.path=elsewhere")) == facts
+    assert shared_settings(config_of("lora", arguments, "--train.seed=8")) != facts
     assert "the version of torch" in facts and "train.seed" in facts

@@ -17,7 +17,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from llmrec_peft.runs.launch_checks import flatten
+from llmrec_peft.runs.settings import flatten
 from tests.conftest import ROOT
 from tests.recipes.conftest import launch_command, opening_comment
 

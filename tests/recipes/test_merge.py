@@ -17,7 +17,7 @@ from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.data.streams import IndependentPrompts
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.runs.split_streams import split_of, streams_of
+from llmrec_peft.runs.split_streams import split_by_domain, streams_for_split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MERGEABLE = ("lora", "qlora", "head", "full")
@@ -71,7 +71,7 @@ def test_transformers_alone_scores_prompts_of_the_log(merge, trained, data):
     merged = merge("lora")
     loaded = load_merged(merged)
     domain = Domain.from_dict(loaded.domain)
-    streams = streams_of(split_of(BehaviorLog.read(data), domain), "test", domain, loaded.tokenizer)
+    streams = streams_for_split(split_by_domain(BehaviorLog.read(data), domain), "test", domain, loaded.tokenizer)
     prompts = IndependentPrompts(streams)
     rows = [prompts[number].input_ids.tolist() for number in range(12)]
     assert len({len(row) for row in rows}) > 1

@@ -16,11 +16,11 @@ from llmrec_peft.config.schema import EvaluateConfig, RankingConfig, read_config
 from llmrec_peft.data.log import BehaviorLog
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.evaluation.metrics import compute_metrics
-from llmrec_peft.recipes.ranking import Lists
 from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.retrieval.recommender import Recommender
 from llmrec_peft.retrieval.retrieval_index import DIRECTORY, RetrievalIndex
-from llmrec_peft.runs.split_streams import split_of
+from llmrec_peft.runs.candidate_sets import CandidateSets
+from llmrec_peft.runs.split_streams import split_by_domain
 from tests.recipes.test_merge import refused
 from tests.support.logs import DOMAIN, TWINS, noisy_bundle, tables, write_log
 
@@ -93,7 +93,7 @@ def test_fixed_lists_against_brute_force(rank, plain, data):
     log = BehaviorLog.read(data)
     rows, scorer = log.interactions.to_pandas(), Scorer.load(plain, log)
     train = rows.iloc[log.split(**SPLIT).train.rows]
-    half_life = Lists(
+    half_life = CandidateSets(
         log.split(**SPLIT), "test", Domain.from_dict(DOMAIN), RankingConfig(candidates=12)
     ).popularity.half_life
     age = (train["timestamp"].max() - train["timestamp"]) / 86400
@@ -221,7 +221,7 @@ def test_nothing_after_a_moment_changes_its_list_or_its_places(rank, plain, fuse
 # -- who is ranked, and among what -----------------------------------------------------------------
 
 
-def lists_of(rows: list[tuple], items: int = 6, exclude=None, name: str = "test", **options) -> Lists:
+def lists_of(rows: list[tuple], items: int = 6, exclude=None, name: str = "test", **options) -> CandidateSets:
     """Lists of a log of (user, item, time, rating)."""
     columns = dict(zip(("user_id", "item_id", "timestamp", "rating"), zip(*rows, strict=True), strict=True))
     table = pa.table({"item_id": [f"i{n}" for n in range(items)], "title": [f"Item {n}" for n in range(items)]})
@@ -229,8 +229,8 @@ def lists_of(rows: list[tuple], items: int = 6, exclude=None, name: str = "test"
     domain = Domain.from_dict(
         {**DOMAIN, "header": "", "event": "{title}", "recommend": {"exclude": exclude}}
     )  # fmt: skip
-    return Lists(
-        split_of(log, domain), name, domain, RankingConfig(**{"candidates": "all", "targets": None, **options})
+    return CandidateSets(
+        split_by_domain(log, domain), name, domain, RankingConfig(**{"candidates": "all", "targets": None, **options})
     )
 
 
@@ -238,7 +238,7 @@ TRAINING = [("t", item, time, 5.0) for time, item in enumerate([0, 0, 0, 0, 0, 1
 VALID = [("v", 4, 20 + n, 5.0) for n in range(3)]
 
 
-def shown(lists: Lists) -> dict[tuple, list[int]]:
+def shown(lists: CandidateSets) -> dict[tuple, list[int]]:
     """From (user, item, time) to the codes of the list."""
     log = lists.log
     return {
@@ -246,7 +246,7 @@ def shown(lists: Lists) -> dict[tuple, list[int]]:
             log.user_ids[int(log.user_codes[row])].as_py(),
             int(log.item_codes[row]),
             int(log.timestamps[row]),
-        ): lists.codes(int(row)).tolist()
+        ): lists.candidates(int(row)).tolist()
         for row in lists.rows
     }
 
@@ -327,7 +327,7 @@ def test_a_split_by_user_needs_evidence_of_its_training_users(recipe, tiny_base,
     domain = Domain.from_dict({**DOMAIN, "split": {"by": "user", "valid": 0.3, "test": 0.3}})
     bundle = noisy_bundle(tmp_path / "bundle", tiny_base("llama"), domain=domain.to_dict())
     log = BehaviorLog.read(data)
-    splits, labels = split_of(log, domain), feedback(log, domain)
+    splits, labels = split_by_domain(log, domain), feedback(log, domain)
     flags = ["--bundle", str(bundle), "--data.path", str(data), "--limit", "4", "--ranking.candidates", "all"]
     flags += ["--ranking.targets", "3", "--ranking.pool", "5", "--output_dir", str(tmp_path / "out")]
     RetrievalIndex.fit(log, np.arange(len(log)), labels, timed=False).save(bundle / DIRECTORY)
@@ -340,14 +340,14 @@ def test_a_split_by_user_needs_evidence_of_its_training_users(recipe, tiny_base,
 def test_retrieval_that_is_not_there(recipe, plain, data, tmp_path, capfd):
     flags = ["--bundle", str(plain), "--data.path", str(data), "--ranking.candidates", "all"]
     line = refused(recipe("evaluate"), [*flags, "--ranking.pool", "5"], capfd)
-    assert "ranking.pool needs a directory of retrieval" in line and "recipes/index.py" in line
+    assert "ranking.pool needs a retrieval index" in line and "recipes/index.py" in line
     assert "ranking.retrieval needs" in refused(recipe("evaluate"), [*flags, "--ranking.retrieval", "nowhere"], capfd)
 
 
 def test_an_encoder_ranks_nothing(recipe, tiny_base, data, tmp_path, capfd):
     bundle = noisy_bundle(tmp_path / "bundle", tiny_base("bert"), "head")
     flags = ["--bundle", str(bundle), "--data.path", str(data), "--limit", "4", "--ranking.candidates", "5"]
-    assert "reads both ways" in refused(recipe("evaluate"), flags, capfd)
+    assert "is a bidirectional encoder" in refused(recipe("evaluate"), flags, capfd)
 
 
 def test_without_ranking_nothing_is_ranked(recipe, plain, data, tmp_path):

@@ -21,7 +21,7 @@ from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.files import write_parquet
 from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
-from llmrec_peft.runs.shards import Parts
+from llmrec_peft.runs.shards import JobShards
 from tests.conftest import ROOT
 
 HERE = ROOT / "tests" / "recipes"
@@ -138,7 +138,7 @@ def test_each_user_once_as_the_library_answers(recipe, flags, bundle, data, log,
         check(table, user, scorer.recommend(history_of(log, domain, user), k=3, pool=5))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["recommendations.parquet"]
     printed = capsys.readouterr().out
-    assert "10 users in 4 parts; the log knows 8" in printed
+    assert "10 users in 4 shards; the log knows 8" in printed
     assert re.search(r"10 users in [\d.]+ s: [\d.]+ users/s", printed)
     assert f"written to {tmp_path / 'out' / 'recommendations.parquet'}: 30 rows of 10 users" in printed
 
@@ -190,7 +190,7 @@ def test_killed_and_run_again_it_leaves_the_same_file(move, recipe, flags, tmp_p
     run(recipe, flags, out)
     printed = capsys.readouterr().out
     answered_before = min(3 * made, 10)
-    assert (f"{answered_before} of them answered by an earlier run" in printed) == (made > 0)
+    assert (f"{answered_before} of them done by an earlier run" in printed) == (made > 0)
     assert f"{10 - answered_before} users in" in printed
     whole = (tmp_path / "whole" / "recommendations.parquet").read_bytes()
     assert (out / "recommendations.parquet").read_bytes() == whole
@@ -200,9 +200,11 @@ def test_killed_and_run_again_it_leaves_the_same_file(move, recipe, flags, tmp_p
 @pytest.fixture
 def broken_off(recipe, flags, tmp_path, monkeypatch):
     """An output directory with two of the four parts."""
-    out, write = tmp_path / "out", Parts.write
+    out, write = tmp_path / "out", JobShards.write
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "write", lambda self, number, *rest: (stop if number > 1 else write)(self, number, *rest))
+        patch.setattr(
+            JobShards, "write", lambda self, number, *rest: (stop if number > 1 else write)(self, number, *rest)
+        )
         with pytest.raises(Stopped):
             run(recipe, flags, out)
     assert len(list(out.glob("parts/0*.parquet"))) == 2
@@ -245,7 +247,7 @@ def test_parts_of_another_job_are_refused_by_name(change, named, broken_off, rec
         pq.write_table(pa.table({"user_id": asked}), moved)
         shutil.copytree(bundle, tmp_path / "copied")
         run(recipe, flags, broken_off, f"--users={moved}", f"--bundle={tmp_path / 'copied'}")
-        assert "6 of them answered by an earlier run" in capsys.readouterr().out
+        assert "6 of them done by an earlier run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "swapped"])
@@ -256,7 +258,7 @@ def test_a_damaged_part_is_made_again(damage, broken_off, recipe, flags, tmp_pat
     else:
         first.write_bytes(b"" if damage == "empty" else first.read_bytes()[:-20])
     table = run(recipe, flags, broken_off)
-    assert "3 of them answered by an earlier run" in capsys.readouterr().out
+    assert "3 of them done by an earlier run" in capsys.readouterr().out
     assert table.equals(run(recipe, flags, tmp_path / "whole"))
 
 
@@ -265,7 +267,7 @@ def test_a_part_that_misses_a_user_is_not_joined(broken_off, recipe, flags, caps
     table = pq.read_table(first)
     for wrong in (table.slice(3), table.slice(1), pa.concat_tables([table.slice(3, 3), table])):
         write_parquet(wrong, first)
-        assert f"part {first} does not answer its users once each" in refused(recipe, capsys, flags, broken_off)
+        assert f"shard {first} does not hold each of its users once" in refused(recipe, capsys, flags, broken_off)
         assert not (broken_off / "recommendations.parquet").exists()
 
 
@@ -294,7 +296,7 @@ def test_two_processes_leave_the_file_of_one(launch, recipe, flags, tmp_path):
     one = run(recipe, flags, tmp_path / "one")
     done = launch("ddp", ROOT / "recipes" / "recommend.py", *flags, f"--output_dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("10 users in 4 parts") == done.stdout.count("users/s") == 1
+    assert done.stdout.count("10 users in 4 shards") == done.stdout.count("users/s") == 1
     two = pq.read_table(tmp_path / "two" / "recommendations.parquet")
     numbers = ["score", "p_skip", "p_click"]
     assert one.drop(numbers).equals(two.drop(numbers))
@@ -319,14 +321,14 @@ def test_two_processes_stop_together(launch, flags, log, domain, asked, tmp_path
 
 
 def test_no_part_begins_once_a_process_has_stopped(recipe, flags, tmp_path, monkeypatch, capsys):
-    write = Parts.write
+    write = JobShards.write
 
     def write_and_stop(self, number, *rest):
         write(self, number, *rest)
         if number == 1:
             self.stop()
 
-    monkeypatch.setattr(Parts, "write", write_and_stop)
+    monkeypatch.setattr(JobShards, "write", write_and_stop)
     assert "000002.parquet cannot be read" in refused(recipe, capsys, flags, tmp_path)
     assert len(list(tmp_path.glob("parts/0*.parquet"))) == 2
 
@@ -368,13 +370,13 @@ def test_a_user_who_has_met_all_candidates(recipe, flags, users, log, domain, as
     assert not (out / "recommendations.parquet").exists() and len(list(out.glob("parts/0*.parquet"))) == 1
     assert (out / "parts" / "stop").exists()  # for other processes
     table = run(recipe, flags, out, f"--candidates={path}", "--on_error=skip")
-    assert "3 of them answered by an earlier run" in capsys.readouterr().out
+    assert "3 of them done by an earlier run" in capsys.readouterr().out
     left_out = [entry["user_id"] for entry in lines(out)]
     assert wanted in left_out and answered(table) == [user for user in asked if user not in left_out]
     # Nobody at all is no result, whatever was asked for.
     pq.write_table(pa.table({"user_id": [wanted]}), users)
     line = refused(recipe, capsys, flags, tmp_path / "none", f"--candidates={path}", "--on_error=skip")
-    assert "none of the 1 users could be answered; the first: row 0" in line
+    assert "none of the 1 users got a recommendation; the first: row 0" in line
 
 
 def test_parts_that_left_users_out_do_not_pass_where_none_may_be(recipe, flags, log, domain, asked, tmp_path,
@@ -385,13 +387,13 @@ def test_parts_that_left_users_out_do_not_pass_where_none_may_be(recipe, flags, 
     flags = [*flags, f"--candidates={tmp_path / 'c.parquet'}"]
     out = tmp_path / "skipped"
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "join", stop)
+        patch.setattr(JobShards, "concatenate", stop)
         with pytest.raises(Stopped):
             run(recipe, flags, out, "--on_error=skip")
     assert len(list(out.glob("parts/0*.parquet"))) == 4
     assert f"user '{asked[0]}' (row 0 of users.parquet): no item is left" in refused(recipe, capsys, flags, out)
     run(recipe, flags, out, "--on_error=skip")
-    assert "10 of them answered by an earlier run" in capsys.readouterr().out
+    assert "10 of them done by an earlier run" in capsys.readouterr().out
     assert lines(out)[0]["user_id"] == asked[0]
 
 
@@ -464,7 +466,7 @@ def test_columns_that_nothing_gives_are_named(recipe, coupons, users, tmp_path, 
     # No part was made, so other settings may begin there.
     flags += [f"--users={users}", "--context={hour: 9}"]
     line = refused(recipe, capsys, flags, out)
-    assert "user 'new' (row 1 of users.parquet): the header names 'age', which the log cannot say" in line
+    assert "user 'new' (row 1 of users.parquet): the header names 'age', which the log does not have" in line
     assert answered(run(recipe, flags, out, "--on_error=skip")) == ["d3"]
     assert lines(out)[0]["row"] == 1
     for column, message in (("age", "the header of domain 'coupons' names 'age', which neither users"),
@@ -543,5 +545,5 @@ def test_a_broken_bundle_answers_nobody(recipe, flags, tiny_base, domain, tmp_pa
     flags = [*flags, f"--bundle={tmp_path / 'broken'}"]
     assert "answers that are not finite" in refused(recipe, capsys, flags, tmp_path / "out")
     line = refused(recipe, capsys, flags, tmp_path / "out", "--on_error=skip")
-    assert "none of the 10 users could be answered" in line
+    assert "none of the 10 users got a recommendation" in line
     assert len(lines(tmp_path / "out")) == 10 and not len(pq.read_table(tmp_path / "out" / "recommendations.parquet"))

@@ -124,7 +124,7 @@ def test_a_missing_best_checkpoint_is_named(stopped, recipe, arguments, tmp_path
     shutil.rmtree(out / "checkpoints" / f"checkpoint-{best_of(out)}")
     with pytest.raises(SystemExit):
         recipe("lora")([*arguments("lora", out), *STOPPING, "--train.resume=true"])
-    assert f"checkpoint-{best_of(stopped)}, is not there or not whole" in capfd.readouterr().err.splitlines()[-1]
+    assert f"checkpoint-{best_of(stopped)}, is missing or incomplete" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_without_a_whole_checkpoint_it_starts_again_and_says_so(unbroken, recipe, arguments, tmp_path, capfd):
@@ -132,7 +132,7 @@ def test_without_a_whole_checkpoint_it_starts_again_and_says_so(unbroken, recipe
     for path in out.glob("checkpoints/checkpoint-*/complete"):
         path.unlink()
     recipe("lora")([*arguments("lora", out), *LONGER, "--train.resume=true"])
-    assert "holds no whole checkpoint; training starts from the beginning" in capfd.readouterr().out
+    assert "holds no complete checkpoint; training starts from the beginning" in capfd.readouterr().out
     same_results(unbroken, out)
 
 

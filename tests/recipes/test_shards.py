@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.evaluation.predictions import metric_names
-from llmrec_peft.runs.split_streams import build_splits
+from llmrec_peft.runs.split_streams import build_split_streams
 from llmrec_peft.training import trainer as trainer_module
 from tests.invariants.setup_run import DOMAIN, make_trainer
 
@@ -21,7 +21,7 @@ from tests.invariants.setup_run import DOMAIN, make_trainer
 @pytest.fixture
 def streams(small_log, tiny_tokenizer):
     """`streams()`: streams of the small log's splits."""
-    return lambda: build_splits(small_log(), Domain.from_dict(DOMAIN), tiny_tokenizer)
+    return lambda: build_split_streams(small_log(), Domain.from_dict(DOMAIN), tiny_tokenizer)
 
 
 def changed_token(table) -> None:

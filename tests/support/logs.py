@@ -1,4 +1,4 @@
-"""What the tests of fusing and ranking share: a small log with both labels, and a bundle of noise for it."""
+"""What the tests of indexing and ranking share: a small log with both labels, and a bundle of noise for it."""
 
 from __future__ import annotations
 

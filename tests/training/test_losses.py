@@ -129,7 +129,7 @@ def test_balanced_weights():
     [
         ({"name": "hinge"}, "train.loss must be one of cross_entropy, focal, listwise; got 'hinge'"),
         ({"name": "listwise", "class_weights": [1.0, 1.0]}, "class_weights has no meaning for the listwise loss"),
-        ({"name": "focal", "label_smoothing": 0.1}, "label_smoothing goes with cross_entropy alone; got loss 'focal'"),
+        ({"name": "focal", "label_smoothing": 0.1}, "label_smoothing needs the loss cross_entropy; got loss 'focal'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\); got 1.0"),
         ({"focal_gamma": -1.0}, "focal_gamma must be a finite number of at least 0; got -1.0"),
         ({"class_weights": [-1.0, 1.0]}, r"class_weights must be finite numbers of at least 0; got \[-1.0, 1.0\]"),

@@ -13,7 +13,7 @@ from llmrec_peft.data.memory_mapped import BATCH_ROWS, collect
 from llmrec_peft.data.readers.csv_files import read_text_csv, typed_columns
 from llmrec_peft.data.readers.json_lines import read_jsonl
 from llmrec_peft.data.readers.mending import meeting_ids
-from llmrec_peft.data.tables import ID_TYPE, is_blank
+from llmrec_peft.data.tables import ID_TYPE, check_texts, is_blank
 from llmrec_peft.errors import DataError, one_line
 from llmrec_peft.messages import listed
 
@@ -44,7 +44,7 @@ def read_tables(paths: Sequence[Path]) -> pa.Table:
 def read_parquet(paths: Sequence[Path]) -> pa.Table:
     """Parquet files with one schema, batch by batch, ids as strings and dictionaries as their values.
 
-    Arrow reads the bytes of a text as they are: `tables.check_texts` checks that they are UTF-8.
+    Arrow reads the bytes of a text as they are. They are checked here too, where the file can be named.
 
     Raises:
         DataError: a file is damaged or its columns differ from those of the first.
@@ -73,6 +73,7 @@ def _parquet_batches(
         for path, file in zip(paths, files, strict=True):
             try:
                 for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                    check_texts(batch, str(path), "write it again")
                     yield batch.cast(schema) if batch.schema != schema else batch
                     bar.update(batch.num_rows)
             except (pa.ArrowException, OSError) as error:

@@ -1,34 +1,37 @@
-"""How recipes that measure show what they found, and where they leave it, apart from what training left."""
+"""The files that evaluation and indexing leave: metrics.json, predictions.parquet and ranking.parquet."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec_peft.documents import read_json
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.evaluation.metrics import find_metric
-from llmrec_peft.files import write_json, write_parquet
-from llmrec_peft.runs.output_paths import check_output, is_plain, writing
+from llmrec_peft.files import write_json, write_parquet, writing
+from llmrec_peft.runs.output_paths import check_output_directory, is_plain
 from llmrec_peft.runs.run_directory import holds_run
 
-FUSED = {"test", "fused_minus", "targets", "users", "fusion", "evidence", "kept"}
-"""Keys of metrics.json that fusing writes."""
+FILES = ("metrics.json", "predictions.parquet", "ranking.parquet")
+_INDEX_KEYS = {"test", "fused_minus", "targets", "users", "fusion"}
+INDEX_METRICS = (_INDEX_KEYS | {"retrieval_index", "written"}, _INDEX_KEYS | {"evidence", "kept"})
+"""Keys of metrics.json that recipes/index.py writes, now, and as version 0.1.0 wrote them."""
 
 
 def check_results(directory: Path, inputs: Mapping[str, str | None]) -> None:
-    """Before the minutes that scoring takes: the results can be written, and replace nothing but earlier results.
+    """Check, before the minutes of scoring, that results can be written and replace nothing but earlier results.
 
-    inputs: what the recipe reads, by key.
+    inputs: paths that the recipe reads, by the key that names them.
     """
-    check_output(directory, inputs, writes=("metrics.json", "predictions.parquet", "ranking.parquet"))
+    check_output_directory(directory, inputs, writes=FILES)
     if holds_run(directory):
-        raise ConfigError(f"output_dir {directory} is a training run's, whose metrics.json would go; choose another")
-    for path in (directory / "metrics.json", directory / "predictions.parquet", directory / "ranking.parquet"):
+        raise ConfigError(
+            f"output_dir {directory} is a training run's, whose metrics.json would be replaced; choose another"
+        )
+    for path in (directory / name for name in FILES):
         if os.path.lexists(path) and not _is_result(path):
             raise ConfigError(
                 f"output_dir {directory} holds {path.name}, which no recipe of this kind wrote, so it is not replaced; "
@@ -37,20 +40,20 @@ def check_results(directory: Path, inputs: Mapping[str, str | None]) -> None:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether `write_results` may have written a file, by the form of all that it writes."""
+    """Whether `write_results` may have written a file, by its form."""
     if not is_plain(path):
         return False
     try:
         if path.suffix == ".parquet":
             return _is_table(pq.read_schema(path).names, path.stem)
         found = read_json(path)
-        return isinstance(found, dict) and (found.keys() == FUSED or _are_metrics(found))
+        return isinstance(found, dict) and (found.keys() in INDEX_METRICS or _are_metrics(found))
     except (OSError, ValueError, pa.ArrowException):  # DataError is a ValueError
         return False
 
 
 def _is_table(names: list[str], stem: str) -> bool:
-    """Whether columns are those of predictions.parquet, or of ranking.parquet."""
+    """Whether the columns are those of predictions.parquet or ranking.parquet, by the file's stem."""
     columns = ["split", "user_id", "item_id", "timestamp", "label"]
     if stem == "predictions":
         rest = names[len(columns) :]
@@ -61,39 +64,23 @@ def _is_table(names: list[str], stem: str) -> bool:
 
 
 def _are_metrics(found: dict[str, Any]) -> bool:
-    """Whether `found` is one split's metrics by name, and nothing else but a ranking."""
+    """Whether `found` holds the metrics of one split, and nothing else but a ranking."""
     splits = [name for name in found if name != "ranking"]
     metrics = found[splits[0]] if len(splits) == 1 and splits[0] in ("train", "valid", "test") else None
     if not isinstance(metrics, dict) or "targets" not in metrics:
         return False
     for name, value in metrics.items():
-        find_metric(name)  # a ValueError for another name
+        find_metric(name)  # raises a ValueError for an unknown name
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             return False
     return True
 
 
 def write_results(directory: Path, metrics: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> None:
-    """Write metrics.json, and each table under its name as parquet."""
+    """Write metrics.json, and each table under its name as parquet. metrics.json comes last."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
             write_parquet(table, directory / f"{name}.parquet")
         write_json(metrics, directory / "metrics.json")
     print(f"written to {directory}: {', '.join(['metrics.json', *(f'{name}.parquet' for name in tables)])}")
-
-
-def cell(value: float, low: float, high: float, *, sign: bool = False) -> str:
-    """A value with the ends of its interval, if it has any."""
-    form = "+.4f" if sign else ".4f"
-    return f"{value:{form}}" + (f" [{low:{form}}, {high:{form}}]" if np.isfinite(low) else "")
-
-
-def print_cells(lines: Mapping[str, Mapping[str, str]]) -> None:
-    """A table: a line a system, a column a metric."""
-    names = list(next(iter(lines.values())))
-    first = max(len(title) for title in lines) + 2
-    widths = [max(len(name), *(len(line[name]) for line in lines.values())) + 2 for name in names]
-    print(" " * first + "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True)))
-    for title, line in lines.items():
-        print(f"{title:<{first}}" + "".join(f"{line[name]:>{w}}" for name, w in zip(names, widths, strict=True)))
