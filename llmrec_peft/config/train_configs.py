@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from llmrec_peft.config.data_options import DataConfig
 from llmrec_peft.config.evaluation_options import EvaluationConfig
@@ -16,6 +16,7 @@ from llmrec_peft.models.tuning_options import (
     FullOptions,
     HeadOptions,
     LoraOptions,
+    MethodOptions,
     ModelOptions,
     QloraOptions,
 )
@@ -35,6 +36,12 @@ class TrainRecipeConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output_dir: str = "out"
     """Output directory of the run."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def method(self) -> MethodOptions:
+            """Options of the tuning method, a field of each subclass."""
 
     def __post_init__(self) -> None:
         check_fields(self, brief=True)
