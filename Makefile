@@ -1,4 +1,4 @@
-# Every target sets up all that it needs, in .venv, once: `make demo` on a fresh clone is enough.
+# Each target installs what it needs into .venv, once: `make demo` works on a fresh clone.
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,22 +30,23 @@ demo: $(READY) ## Train, evaluate and report on a simulated shop (about 10 minut
 	$(BIN)/accelerate launch --config_file accelerate_configs/single_cpu.yaml \
 		recipes/lora.py --config recipes/configs/shop/lora.yaml --output_dir $(OUT)
 
-lint: $(READY) ## Check format and style
+lint: $(READY) ## Check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python -m mypy
 
 format: $(READY) ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: lint ## Check style and run the tests, but for the slow ones
+test: lint ## Check style and types, and run the tests that are not slow
 	$(BIN)/python -m pytest -m "not slow" --durations 20
 
-test-all: lint ## Check style and run all tests
+test-all: lint ## Check style and types, and run all tests
 	$(BIN)/python -m pytest
 
 bench: $(READY) ## Run the quick form of the benchmarks and print their tables (under 30 minutes on 2 cores)
 	$(BIN)/python benchmarks/run_all.py $(if $(DATA),--data $(DATA)) $(if $(DOMAIN),--domain $(DOMAIN))
 
 clean: ## Remove .venv, outputs and caches
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -167,7 +167,8 @@ def measure(case: dict, options: argparse.Namespace, scratch: Path) -> list[dict
 
 def estimate(case: dict, found: dict, base: str):
     """The estimator's answer for what was measured."""
-    from llmrec_peft.memory import MemoryConfig, estimate_memory
+    from llmrec_peft.memory.estimate import estimate_memory
+    from llmrec_peft.memory.memory_options import MemoryConfig
 
     return estimate_memory(MemoryConfig(base=base, device="cpu", **case, **settings_of(found)))
 

@@ -43,7 +43,7 @@ def plan(data: str, domain: Path, out: Path) -> dict[str, list[str]]:
         "lora": recipe("lora", "llm", "--config", str(config / "lora.yaml"), "--domain", str(domain), *few,
                        "--train.max_steps", "8", "--train.eval_steps", "0", "--train.early_stopping", "0"),
         "ids": recipe("distill", "ids", *student, *apart),
-        "distill": recipe("distill", "ids_distilled", *student, "--answers.targets", "400"),
+        "distill": recipe("distill", "ids_distilled", *student, "--teacher_outputs.targets", "400"),
         "fuse": ["recipes/index.py", "--bundle", str(out / "llm/bundle"), "--data.path", data, "--valid_targets", "200",
                  "--test_targets", "300", "--output_dir", str(out / "fuse")],
         "protocol": script("protocol", *log, "--domain", str(domain), "--no-text", "--bootstrap", "200",

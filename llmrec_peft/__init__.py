@@ -1,20 +1,30 @@
-"""Fine-tune large decoder models, parameter-efficiently, as classifiers of user behaviour."""
+"""Fine-tune decoder LLMs as classifiers of user behaviour, parameter-efficiently."""
 
 import importlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoints.loading import load_classifier
-    from .data.domain import Domain
-    from .data.log import BehaviorLog
-    from .data.streams import build_streams
-    from .errors import BundleError, ConfigError, DataError, DomainError, LLMRecError, ModelError, StreamError
-    from .merging.merge_bundle import merge_bundle
-    from .recipes.distill import distill
-    from .scoring.bank import DomainBank
-    from .scoring.scorer import Scorer
-    from .training.trainer import BehaviorTrainer
+    from llmrec_peft.data.domain import Domain
+    from llmrec_peft.data.log import BehaviorLog
+    from llmrec_peft.data.streams import build_streams
+    from llmrec_peft.errors import (
+        BundleError,
+        ConfigError,
+        DataError,
+        DomainError,
+        LLMRecError,
+        ModelError,
+        StreamError,
+    )
+    from llmrec_peft.merging.merge_bundle import merge_bundle
+    from llmrec_peft.checkpoints.loading import load_classifier
+    from llmrec_peft.recipes.distill import distill
+    from llmrec_peft.scoring.bank import DomainBank
+    from llmrec_peft.scoring.scorer import Scorer
+    from llmrec_peft.training.trainer import BehaviorTrainer
+
+__version__ = "0.1.0"
 
 # bitsandbytes reports a missing optional kernel whenever PEFT imports it, in runs that hold nothing in 4 bits too.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -58,12 +68,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    # Read on first use: reading a log does not need torch, and the command line answers at once.
+def __getattr__(name: str) -> Any:
+    # Imported on first use: reading a log does not need torch, and `--help` must not wait for it.
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f".{_PLACES[name]}", __name__)
+        module = importlib.import_module(f"{__name__}.{_PLACES[name]}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(__name__):
             raise

@@ -160,7 +160,7 @@ def writing(
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a table as parquet."""
-    import pyarrow.parquet as pq  # here alone, so that the rest of this file needs no Arrow
+    import pyarrow.parquet as pq  # commands that only download or print import this module too
 
     with replacing(path) as partial:
         pq.write_table(table, partial)

@@ -1,19 +1,14 @@
-"""Train bottleneck adapters, after or beside the layers' blocks.
+"""Train bottleneck adapters.
+
+The steps are in llmrec_peft/recipes/train.py:
 
 accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/adapter.py \
     --config recipes/configs/movies/adapter.yaml --data.path DIR --output_dir OUT
 """
 
-from llmrec_peft.config.schema import AdapterConfig, exit_on_error, parse_config
+from llmrec_peft.cli import launcher
 
-
-def main(args: list[str] | None = None) -> None:
-    config = parse_config(AdapterConfig, args)
-    with exit_on_error():
-        from llmrec_peft.recipes.train import train
-
-        train(config)
-
+main = launcher("adapter")
 
 if __name__ == "__main__":
     main()

@@ -1,19 +1,14 @@
-"""Score a trained bundle again, by streams or by one independent prompt a target.
+"""Evaluate a trained bundle or a merged model, by streams or by one independent prompt per target.
+
+The steps are in llmrec_peft/recipes/evaluate.py:
 
 accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/evaluate.py \
     --bundle OUT/bundle --data.path DIR --mode stream
 """
 
-from llmrec_peft.config.schema import EvaluateConfig, exit_on_error, parse_config
+from llmrec_peft.cli import launcher
 
-
-def main(args: list[str] | None = None) -> None:
-    config = parse_config(EvaluateConfig, args)
-    with exit_on_error():
-        from llmrec_peft.recipes.evaluate import evaluate
-
-        evaluate(config)
-
+main = launcher("evaluate")
 
 if __name__ == "__main__":
     main()

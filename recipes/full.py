@@ -1,19 +1,14 @@
-"""Train every weight of the base and the head.
+"""Train all weights of the base and the head.
+
+The steps are in llmrec_peft/recipes/train.py:
 
 accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/full.py \
     --config recipes/configs/movies/full.yaml --data.path DIR --output_dir OUT
 """
 
-from llmrec_peft.config.schema import FullConfig, exit_on_error, parse_config
+from llmrec_peft.cli import launcher
 
-
-def main(args: list[str] | None = None) -> None:
-    config = parse_config(FullConfig, args)
-    with exit_on_error():
-        from llmrec_peft.recipes.train import train
-
-        train(config)
-
+main = launcher("full")
 
 if __name__ == "__main__":
     main()

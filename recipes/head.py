@@ -1,19 +1,14 @@
-"""Train the classification head alone: the cheapest method, and the measure of the others.
+"""Train the classification head only: the cheapest method and the baseline of the others.
+
+The steps are in llmrec_peft/recipes/train.py:
 
 accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/head.py \
     --config recipes/configs/movies/head.yaml --data.path DIR --output_dir OUT
 """
 
-from llmrec_peft.config.schema import HeadConfig, exit_on_error, parse_config
+from llmrec_peft.cli import launcher
 
-
-def main(args: list[str] | None = None) -> None:
-    config = parse_config(HeadConfig, args)
-    with exit_on_error():
-        from llmrec_peft.recipes.train import train
-
-        train(config)
-
+main = launcher("head")
 
 if __name__ == "__main__":
     main()

@@ -1,19 +1,14 @@
 """Train a LoRA adapter that classifies user behaviour.
 
+The steps are in llmrec_peft/recipes/train.py:
+
 accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/lora.py \
     --config recipes/configs/movies/lora.yaml --data.path DIR --output_dir OUT
 """
 
-from llmrec_peft.config.schema import LoraConfig, exit_on_error, parse_config
+from llmrec_peft.cli import launcher
 
-
-def main(args: list[str] | None = None) -> None:
-    config = parse_config(LoraConfig, args)
-    with exit_on_error():
-        from llmrec_peft.recipes.train import train
-
-        train(config)
-
+main = launcher("lora")
 
 if __name__ == "__main__":
     main()

@@ -1,19 +1,14 @@
-"""Train a LoRA adapter on a base held in 4 bits.
+"""Train a LoRA adapter on a 4-bit base.
+
+The steps are in llmrec_peft/recipes/train.py:
 
 accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/qlora.py \
     --config recipes/configs/movies/qlora.yaml --data.path DIR --output_dir OUT
 """
 
-from llmrec_peft.config.schema import QloraConfig, exit_on_error, parse_config
+from llmrec_peft.cli import launcher
 
-
-def main(args: list[str] | None = None) -> None:
-    config = parse_config(QloraConfig, args)
-    with exit_on_error():
-        from llmrec_peft.recipes.train import train
-
-        train(config)
-
+main = launcher("qlora")
 
 if __name__ == "__main__":
     main()

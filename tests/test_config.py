@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmrec_peft.config.parsing import _Keys
+from llmrec_peft.config.renamed_keys import RENAMED
 from llmrec_peft.config.schema import (
     CONFIGS,
     AdapterConfig,
+    DistillConfig,
     EvaluateConfig,
     HeadConfig,
     LoraConfig,
@@ -140,10 +143,10 @@ FLAGS = {
         "--ranking.candidates",
         "all",
     ],
-    "fuse": ["--data.path", "x", "--bundle", "out/bundle", "--valid_targets", "null", "--retrieval", "r"],
+    "index": ["--data.path", "x", "--bundle", "out/bundle", "--valid_targets", "null", "--retrieval", "r"],
     "merge": ["--bundle", "[a, b]", "--weights", "[0.5, 2]", "--output_dir", "out/merged", "--dtype", "bfloat16"],
     "recommend": ["--bundle", "b", "--data.path", "x", "--output_dir", "o", "--context", "{hour: 9, day: Mon}"],
-    "swap": ["--bundles", "{a: out/a, b: out/b}", "--requests", "r.jsonl", "--items", "{a: x}", "--fallback", "b"],
+    "score": ["--bundles", "{a: out/a, b: out/b}", "--requests", "r.jsonl", "--items", "{a: x}", "--fallback", "b"],
 }
 """What recipes that do not train are given."""
 
@@ -196,6 +199,35 @@ def test_yaml_reads_back_as_the_same_configuration(name, files, tmp_path):
 def test_what_cannot_be_used_is_named(base, flag, message):
     pattern = message if "\\" in message else re.escape(message)
     assert re.search(pattern, refused([*base, flag]))
+
+
+DISTILL = ["--teacher", "t", "--data.path", "x"]
+
+
+def test_old_keys_are_read_with_one_line_on_the_new_name(tmp_path, caplog):
+    (tmp_path / "old.yaml").write_text(
+        "answers: {targets: 7, only: true}\nstudent: {kind: shallow, heads_kept: 0.5}", "utf-8"
+    )
+    old = read_config(DistillConfig, [*DISTILL, "--config", str(tmp_path / "old.yaml"), "--answers.targets=8"])
+    new = ["--teacher_outputs.targets=8", "--teacher_outputs.only=true", "--student.kind=shallow"]
+    assert old == read_config(DistillConfig, [*DISTILL, *new, "--student.attention", "0.5"])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/old.yaml: key answers is now called teacher_outputs; rename it",
+        f"{tmp_path}/old.yaml: key student.heads_kept is now called student.attention; rename it",
+        "the command line: key answers is now called teacher_outputs; rename it",
+    ]
+
+
+def test_an_old_key_is_refused_beside_its_new_name_and_where_it_never_was(tmp_path, base):
+    (tmp_path / "both.yaml").write_text("answers: {targets: 7}\nteacher_outputs: {only: true}", "utf-8")
+    message = refused([*DISTILL, "--config", str(tmp_path / "both.yaml")], DistillConfig)
+    assert message.endswith("answers is the old name of teacher_outputs, and both are given; remove answers")
+    assert "unknown key --answers.targets" in refused([*base, "--answers.targets=7"])
+
+
+def test_every_renamed_key_leads_to_a_known_one():
+    known = {key for kind in CONFIGS.values() for key in _Keys.of(kind).all}
+    assert RENAMED and set(RENAMED.values()) <= known and not known & RENAMED.keys()
 
 
 def test_domain_overrides_obey_the_domain(base):

@@ -39,10 +39,10 @@ DOMAIN = {"name": "d", "event": "{title}", "outcomes": {"no": " no\n", "yes": " 
 FLAGS = {
     "distill": {"teacher": "t", "data": {"path": "x"}},
     "evaluate": {"bundle": "b", "data": {"path": "x"}},
-    "fuse": {"bundle": "b", "data": {"path": "x"}},
+    "index": {"bundle": "b", "data": {"path": "x"}},
     "merge": {"bundle": "b", "output_dir": "o"},
     "recommend": {"bundle": "b", "data": {"path": "x"}, "output_dir": "o"},
-    "swap": {"bundles": {"a": "b"}, "requests": "r"},
+    "score": {"bundles": {"a": "b"}, "requests": "r"},
 }
 HOSTILE = [
     None, True, 0, -1, 10**39, -(10**39), 1e308, 1e-320, float("nan"), float("inf"), -float("inf"), "", " ", "\0",
@@ -218,10 +218,10 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_hostile_files_are_refused_at_once(name, tmp_path):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         read_config(LoraConfig, [*written(tmp_path, settings("lora"), "valid.yaml"), *written(tmp_path, FILES[name])])
-    assert "\n" not in str(caught.value) and time.monotonic() - began < 10
+    assert "\n" not in str(caught.value) and time.process_time() - began < 10
     if "twice" in name:
         assert "twice in one mapping" in str(caught.value)
     if name != "null byte":
@@ -231,10 +231,10 @@ def test_hostile_files_are_refused_at_once(name, tmp_path):
 
 def test_flags_are_read_within_the_limits_of_files(tmp_path):
     """They grow exponentially where a loader of the parser's own reads them: this took minutes."""
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError, match="context must be a mapping"):
         read_config(RecommendConfig, [*written(tmp_path, settings("recommend")), f"--context={LAUGHS}"])
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_merge_key_brings_what_its_mapping_overrides():
@@ -258,9 +258,9 @@ def test_an_invalid_pattern_is_named(pattern):
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*a){20}", "(a?){30}a{30}c"])
 def test_a_pattern_is_matched_in_linear_time(pattern):
     method_options("lora", {"target_modules": pattern})
-    began = time.monotonic()
+    began = time.process_time()
     matching_names(pattern, ["a" * 60 + "!"] * 100)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_pattern_is_kept_as_the_names_that_it_matched(tiny_base):
@@ -272,18 +272,18 @@ def test_a_pattern_is_kept_as_the_names_that_it_matched(tiny_base):
 
 
 OWN_TEXTS = {
-    "checkpoints/loading.py", "checkpoints/adapter_checks.py",  # what PEFT makes, as JSON has it
-    "models/end_token.py",  # a post-processor's own state, and a file that was just written
-    "models/safetensors_header.py",  # a header that was just written
-    "data/sources/records.py",  # entries of an array, by JSONDecoder, one at a time
+    "loading.py", "adapter_checks.py",  # what PEFT makes, as JSON has it
+    "end_token.py",  # a post-processor's own state, and a file that was just written
+    "safetensors_header.py",  # a header that was just written
+    "json_records.py",  # entries of an array, by JSONDecoder, one at a time
 }  # fmt: skip
-"""Files that parse JSON which this package itself made, or within limits of their own."""
+"""Files that parse JSON which this package itself made, or within limits of their own; no two files have one name."""
 
 
 def test_one_module_parses_json_and_yaml():
     parses = re.compile(r"\bjson\.(loads?|JSONDecoder)\b|map\(json\.loads|yaml\.\w*load|yaml\.\w*Loader\b")
     package = ROOT / "llmrec_peft"
-    found = {str(p.relative_to(package)) for p in package.rglob("*.py") if parses.search(p.read_text("utf-8"))}
+    found = {path.name for path in package.rglob("*.py") if parses.search(path.read_text("utf-8"))}
     assert found == {"documents.py", *OWN_TEXTS}
 
 

@@ -11,6 +11,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import llmrec_peft
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PINS = {
@@ -32,6 +34,30 @@ def test_pins_hold_for_any_build():
     lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
     assert len(lines) == len(PINS) > 0
     assert not [version for version in PINS.values() if "+" in version]
+
+
+def test_the_version_stands_in_one_place():
+    """The package has it; files that must repeat it agree."""
+    assert "version" in PROJECT["dynamic"] and "version" not in PROJECT
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == llmrec_peft.__version__ and citation["license"] == PROJECT["license"]
+    released = re.findall(
+        r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert released and released[0] == llmrec_peft.__version__
+
+
+def test_continuous_integration_and_hooks_run_what_make_runs():
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))["jobs"]["test"]
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands == ["make test"] and "test" in targets
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]
+    assert local["repo"] == "local" and [hook["id"] for hook in local["hooks"]] == ["ruff-format", "ruff-check", "mypy"]
+
+
+def test_the_command_is_the_packages():
+    assert PROJECT["scripts"] == {"llmrec": "llmrec_peft.cli:main"}
 
 
 def test_makefile_installs_torch_before_the_rest_and_the_embedded_base_alone():

@@ -1,8 +1,11 @@
 """Reads a configuration class from YAML files and flags: the one place that parses either.
 
-Files come first, in the order given, then `--domain`, then dotted flags, wherever they stand on the command line:
+Files apply first, in the order given, then `--domain`, then dotted flags, wherever they stand on the command line:
 
-    recipes/lora.py --config FILE.yaml --domain DOMAIN.yaml --train.max_steps 200 --domain.stream.targets 10
+    llmrec train lora --config FILE.yaml --domain DOMAIN.yaml --train.max_steps 200 --domain.stream.targets 10
+
+jsonargparse checks types and formats `--help`. Reading files and refusing unknown keys is done here: files have the
+limits of documents.py, a domain is one value, and the message on an unknown key names the closest known one.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import difflib
 import re
 import sys
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,28 +23,36 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from llmrec_peft.boundary import exit_on_error
+from llmrec_peft.config.renamed_keys import new_name, with_new_names
+from llmrec_peft.config.shipped import locate
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.documents import parse_yaml, read_yaml
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.fields import describe, section
 from llmrec_peft.messages import shortened
 
+__all__ = ["config_to_yaml", "exit_on_error", "parse_config", "read_config"]
+
 Config = TypeVar("Config")
 
-# Keys whose values are mappings of the user's own names; in flags their entries are dotted too.
-_MAPPINGS = ("domain.outcomes", "domain.label.map", "bundles", "items", "swap", "quotas", "context")
 
+def parse_config(
+    config_class: type[Config], args: Sequence[str] | None = None, *, prog: str | None = None, epilog: str | None = None
+) -> Config:
+    """Read a command's configuration from `args` (the command line if None).
 
-def parse_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
-    """Read a recipe's configuration from `args` (the command line if None), for the top of a recipe.
+    An invalid configuration ends the program with one line on standard error and exit code 2. `--print_config` prints
+    the resolved configuration as YAML, `--help` prints the options; both end the program with exit code 0.
 
-    What cannot be used ends the program with one line on standard error and exit code 2; `--print_config` prints the
-    resolved configuration as YAML and ends it with 0, as `--help` does.
+    Args:
+        prog, epilog: name of the command and last paragraph in `--help`.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     printing = "--print_config" in arguments
     with exit_on_error():
-        config = read_config(config_class, [argument for argument in arguments if argument != "--print_config"])
+        config = read_config(
+            config_class, [word for word in arguments if word != "--print_config"], prog=prog, epilog=epilog
+        )
         if printing:
             print(config_to_yaml(config), end="")
     if printing:
@@ -48,7 +60,9 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
     return config
 
 
-def read_config(config_class: type[Config], args: Sequence[str]) -> Config:
+def read_config(
+    config_class: type[Config], args: Sequence[str], *, prog: str | None = None, epilog: str | None = None
+) -> Config:
     """Read a configuration from command-line arguments.
 
     Raises:
@@ -57,17 +71,23 @@ def read_config(config_class: type[Config], args: Sequence[str]) -> Config:
         DomainError: the domain cannot be used.
     """
     files, domain_file, flags = _take_files(list(args), has_domain=_has_domain(config_class))
-    known = {key for key, _ in _keys(config_class)}
-    sections = set(_sections(config_class))
+    keys = _Keys.of(config_class)
     content: dict[str, Any] = {}
     for path in files:
-        _merge(content, _read_file(path, known, sections))
+        _merge(content, _read_file(locate(path, "recipes/configs"), keys))
     if domain_file is not None:
-        content["domain"] = Domain.from_yaml(domain_file).to_dict()
+        content["domain"] = Domain.from_yaml(locate(domain_file, "recipes/configs")).to_dict()
+    flags = [_renamed(flag, keys) for flag in flags]
     for flag in flags:
         if flag.startswith("--") and flag != "--help":
-            _check_key(flag[2:].split("=", 1)[0].rstrip("+"), known, "the command line", prefix="--")
-    return _build(config_class, _parse(config_class, content, flags))
+            keys.check(flag[2:].split("=", 1)[0].rstrip("+"), "the command line", prefix="--")
+    return _build(config_class, _parse(config_class, content, flags, keys, prog, epilog))
+
+
+def _renamed(flag: str, keys: _Keys) -> str:
+    """A flag by the present name of its key."""
+    name, equals, value = flag.partition("=")
+    return f"--{new_name(name[2:], keys.all, 'the command line')}{equals}{value}" if name.startswith("--") else flag
 
 
 def config_to_yaml(config: Any) -> str:
@@ -111,7 +131,47 @@ def _take_files(args: list[str], has_domain: bool) -> tuple[list[str], str | Non
     return files, (domains[-1] if domains else None), rest
 
 
-def _read_file(path: str, known: set[str], sections: set[str]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """Dotted names of a configuration class.
+
+    types: of its values. sections: dataclasses in it. mappings: values that map the user's own names, whose entries are
+    dotted too in flags.
+    """
+
+    types: dict[str, Any]
+    sections: set[str]
+    mappings: set[str]
+
+    @classmethod
+    def of(cls, config_class: type) -> _Keys:
+        types = dict(_keys(config_class))
+        mappings = {
+            name for name, hint in types.items() if any(typing.get_origin(part) is dict for part in _parts(hint))
+        }
+        return cls(types, set(_sections(config_class)), mappings)
+
+    @property
+    def all(self) -> set[str]:
+        """Names of values and sections."""
+        return self.types.keys() | self.sections
+
+    def check(self, key: str, where: str, prefix: str = "") -> None:
+        """Raise ConfigError for an unknown key, with the closest known one."""
+        # An entry of a mapping (domain.outcomes.like) is known by the mapping's own key.
+        if key in self.types or any(key.startswith(f"{name}.") for name in self.mappings):
+            return
+        close = difflib.get_close_matches(key, sorted(self.types), n=1, cutoff=0.6)
+        if not close:
+            # A key without its section (`--max_steps`) still has the name of a known key.
+            last = key.rsplit(".", 1)[-1]
+            ends = {name.rsplit(".", 1)[-1]: name for name in sorted(self.types, reverse=True)}
+            close = [ends[name] for name in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)]
+        advice = f"did you mean {prefix}{close[0]}?" if close else "--help lists the keys"
+        raise ConfigError(f"{where}: unknown key {prefix}{shortened(key)}; {advice}")
+
+
+def _read_file(path: str, keys: _Keys) -> dict[str, Any]:
     """Read one --config file, with its domain in place."""
     content = read_yaml(path, error=ConfigError, what=f"--config {shortened(path)}")
     content = {} if content is None else content
@@ -119,9 +179,10 @@ def _read_file(path: str, known: set[str], sections: set[str]) -> dict[str, Any]
         raise ConfigError(
             f"--config {shortened(path)}: must be a mapping of keys, not {type(content).__name__}; see --help"
         )
-    domain = content.pop("domain", None) if "domain" in sections else None
     where = shortened(path)
-    _check_mapping(content, known, sections, where)
+    content = with_new_names(content, keys.all, where)
+    domain = content.pop("domain", None) if "domain" in keys.sections else None
+    _check_mapping(content, keys, where)
     if isinstance(domain, str):
         content["domain"] = Domain.from_yaml(Path(path).parent / domain).to_dict()
     elif domain is not None:
@@ -130,33 +191,16 @@ def _read_file(path: str, known: set[str], sections: set[str]) -> dict[str, Any]
     return content
 
 
-def _check_mapping(
-    content: Mapping[str, Any], known: set[str], sections: set[str], where: str, prefix: str = ""
-) -> None:
+def _check_mapping(content: Mapping[str, Any], keys: _Keys, where: str, prefix: str = "") -> None:
+    """Raise ConfigError for an unknown key of a file, or a section that is no mapping."""
     for name, value in content.items():
         key = f"{prefix}{name}"
-        if key in sections:
-            if not isinstance(value, dict):
-                raise ConfigError(
-                    f"{where}: {key} must be a mapping of its keys, not {shortened(repr(value))}; see --help"
-                )
-            _check_mapping(value, known, sections, where, f"{key}.")
+        if key not in keys.sections:
+            keys.check(key, where)
+        elif isinstance(value, dict):
+            _check_mapping(value, keys, where, f"{key}.")
         else:
-            _check_key(key, known, where)
-
-
-def _check_key(key: str, known: set[str], where: str, prefix: str = "") -> None:
-    # An entry of a mapping (domain.outcomes.like) is known by the mapping's own key.
-    if any(key == name or (name in _MAPPINGS and key.startswith(f"{name}.")) for name in known):
-        return
-    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-    if not close:
-        # Somebody who leaves out the section (`--max_steps`) still means its key.
-        last = key.rsplit(".", 1)[-1]
-        ends = {name.rsplit(".", 1)[-1]: name for name in sorted(known, reverse=True)}
-        close = [ends[name] for name in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)]
-    advice = f"did you mean {prefix}{close[0]}?" if close else "--help lists the keys"
-    raise ConfigError(f"{where}: unknown key {prefix}{shortened(key)}; {advice}")
+            raise ConfigError(f"{where}: {key} must be a mapping of its keys, not {shortened(repr(value))}; see --help")
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
@@ -168,25 +212,34 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
             base[key] = value
 
 
-def _parse(config_class: type, content: dict[str, Any], flags: list[str]) -> dict[str, Any]:
-    """Check types and put flags over the files' content; the one use of jsonargparse."""
+def _parse(
+    config_class: type, content: dict[str, Any], flags: list[str], keys: _Keys, prog: str | None, epilog: str | None
+) -> dict[str, Any]:
+    """Check types and apply flags over the content of files; the one use of jsonargparse."""
     from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader(_LOADER, _load_flag, exceptions=(ConfigError,))
     parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description=config_class.__doc__, parser_mode=_LOADER
-    )
+        prog=prog, description=config_class.__doc__, epilog=epilog, exit_on_error=False, allow_abbrev=False,
+        parser_mode=_LOADER,
+    )  # fmt: skip
     files = parser.add_argument_group("files and printing")
-    files.add_argument("--config", metavar="FILE.yaml", help="Keys from a file; dotted flags go over it.")
+    files.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="Read options from a file, local or shipped (llmrec configs); flags override it.",
+    )
     if _has_domain(config_class):
-        files.add_argument("--domain", metavar="FILE.yaml", help="Domain file, over the configuration file's domain.")
+        files.add_argument(
+            "--domain", metavar="FILE.yaml", help="Domain file; overrides the domain of the --config file."
+        )
     files.add_argument("--print_config", action="store_true", help="Print the resolved configuration and exit.")
     _add_arguments(parser, config_class)
     try:
-        parsed = parser.parse_args(flags, namespace=Namespace(_flat(content)) if content else None)
+        parsed = parser.parse_args(flags, namespace=Namespace(_flat(content, keys)) if content else None)
     except Exception as error:  # ArgumentError, and what a library raises for a value that it cannot read
-        _refuse(str(error), dict(_keys(config_class)))
+        _refuse(str(error), keys.types)
     return parsed.as_dict()
 
 
@@ -203,6 +256,8 @@ def _load_flag(text: str) -> Any:
 def _add_arguments(parser: Any, config_class: type, prefix: str = "") -> None:
     """Add the values of one dataclass as a group, then those of the dataclasses in it."""
     hints = typing.get_type_hints(config_class)
+    # Where annotations are texts, jsonargparse runs the module's imports for type checking: Arrow and torch.
+    vars(config_class)["__init__"].__annotations__.update(hints)
     nested = [item.name for item in dataclasses.fields(config_class) if dataclasses.is_dataclass(hints[item.name])]
     group = parser.add_argument_group((config_class.__doc__ or "").split("\n")[0].strip(" ."))
     group.add_class_arguments(config_class, prefix or None, as_group=False, skip=set(nested), fail_untyped=True)
@@ -210,12 +265,13 @@ def _add_arguments(parser: Any, config_class: type, prefix: str = "") -> None:
         _add_arguments(parser, hints[name], f"{prefix}.{name}" if prefix else name)
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(content: Mapping[str, Any], keys: _Keys, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys, but for values that are mappings themselves."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in _MAPPINGS:
-            flat.update(_flat(value, f"{key}."))
+        if isinstance(value, dict) and key not in keys.mappings:
+            flat.update(_flat(value, keys, f"{key}."))
         else:
             flat[key] = value
     return flat
@@ -249,6 +305,11 @@ def _keys(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", hints[item.name]
 
 
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """Members of a union, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
 def _sections(config_class: type, prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of the dataclasses in a configuration class."""
     hints = typing.get_type_hints(config_class)
@@ -262,17 +323,17 @@ def _has_domain(config_class: type) -> bool:
     return any(item.name == "domain" for item in dataclasses.fields(config_class))
 
 
-def _build(config_class: type[Config], values: Mapping[str, Any], name: str = "") -> Config:
+def _build(kind: type, values: Mapping[str, Any], name: str = "") -> Any:
     """Make the dataclasses from plain mappings; each checks its own values. `name` is the section's."""
-    if config_class is Domain:
+    if kind is Domain:
         return Domain.from_dict({key: value for key, value in values.items() if not key.startswith("__")})
-    hints = typing.get_type_hints(config_class)
+    hints = typing.get_type_hints(kind)
     made = {}
-    for item in dataclasses.fields(config_class):
+    for item in dataclasses.fields(kind):
         hint = hints[item.name]
-        if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(hints[item.name]):
             made[item.name] = _build(hint, values.get(item.name) or {}, f"{name}.{item.name}".strip("."))
         else:
             made[item.name] = values[item.name]
     with section(name):
-        return config_class(**made)
+        return kind(**made)

@@ -11,9 +11,13 @@ import numpy as np
 
 from llmrec_peft.data.domain_rules import LabelRule, NegativeRule, RecommendRule, SplitRule, StreamRule
 from llmrec_peft.data.duplicates import RULES
-from llmrec_peft.data.labels import label_classes
-from llmrec_peft.data.tables import OUTCOME_COLUMNS
-from llmrec_peft.data.templates import MAX_TEMPLATE, check_template, template_columns, template_literals
+from llmrec_peft.data.templates import (
+    MAX_TEMPLATE,
+    OUTCOME_COLUMNS,
+    check_template,
+    template_columns,
+    template_literals,
+)
 from llmrec_peft.documents import has_surrogates, read_yaml
 from llmrec_peft.errors import DomainError
 from llmrec_peft.fields import annotations_of, broken_fields
@@ -128,6 +132,8 @@ class Domain:
 
     def row_labels(self, log: BehaviorLog) -> np.ndarray:
         """As `classes`, but by the label rule alone: duplicates have their class too."""
+        from llmrec_peft.data.labels import label_classes  # needs Arrow, which reading a configuration must not
+
         return label_classes(log, self.label, self.labels)
 
     # -- text ----------------------------------------------------------------------------------

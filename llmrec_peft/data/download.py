@@ -258,7 +258,7 @@ def _check_entries(entries: list[zipfile.ZipInfo], archive: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: download a data set and print its directory; on failure print one line and exit with code 2."""
-    parser = argparse.ArgumentParser(prog="python -m llmrec_peft.data.download", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="llmrec download", description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default="ml-latest-small", help=f"one of {listed(list(ARCHIVES))}")
     parser.add_argument("--directory", help="where to put it; default: the package's cache directory")
     parser.add_argument("--url", help="another URL of the archive")

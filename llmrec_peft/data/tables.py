@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmrec_peft.data.templates import OUTCOME_COLUMNS
 from llmrec_peft.data.times import to_seconds
 from llmrec_peft.data.titles import SEEN
 from llmrec_peft.errors import DataError, one_line
 from llmrec_peft.messages import listed, quoted
 
 ID_TYPE = pa.large_string()
-OUTCOME_COLUMNS = ("label", "rating", "behaviour")
 SHOWN = 5
 """Rows or ids that a message names, at most."""
 

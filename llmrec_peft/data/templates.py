@@ -12,6 +12,8 @@ from llmrec_peft.documents import has_surrogates
 from llmrec_peft.errors import DomainError
 from llmrec_peft.messages import quoted
 
+OUTCOME_COLUMNS = ("label", "rating", "behaviour")
+"""Columns of interactions that tell an outcome; no template may show them."""
 MAX_TEMPLATE, MAX_FIELDS = 100_000, 200
 """Characters and fields of a template, at most."""
 MAX_WIDTH, MAX_SPEC = 1_000, 100

@@ -1,4 +1,4 @@
-"""What a distillation can be told: the student, the loss and the teacher's answers. Read without torch."""
+"""Options of distillation: the student, the loss and the outputs of the teacher. Read without torch."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from llmrec_peft.fields import MAX_COUNT, MAX_TOKENS, check_fields, number, requ
 
 @dataclass(kw_only=True)
 class StudentOptions:
-    """The student."""
+    """Student model."""
 
     kind: Literal["shallow", "small", "ids"] = "ids"
-    """Some of the teacher's layers, another smaller base, or a tiny decoder of item ids."""
+    """Student: shallow (some layers of the teacher), small (another, smaller base), or ids (a tiny decoder of item
+    ids)."""
     layers: int | None = number(None, 1, 1000)
-    """Layers of a shallow student (null: a third of the teacher's) or of one of ids (null: 2)."""
+    """Number of layers of a shallow student (null: a third of the teacher's) or of a student of ids (null: 2)."""
     pick: Literal["first", "spread"] = "first"
-    """Which of the teacher's layers a shallow student keeps."""
+    """Layers of the teacher that a shallow student keeps: the first ones, or evenly spread ones."""
     mlp: float = number(1.0, 0, 1, above=True)
-    """Share of each MLP's neurons that a shallow student keeps."""
-    heads_kept: float = number(1.0, 0, 1, above=True)
-    """Share of each layer's groups of attention heads that a shallow student keeps."""
+    """Fraction of the neurons of each MLP that a shallow student keeps."""
+    attention: float = number(1.0, 0, 1, above=True)
+    """Fraction of the attention head groups of each layer that a shallow student keeps."""
     base: str | None = None
-    """Base of a small student: an embedded name, a Hub id or a directory."""
+    """Base model of a small student: an embedded name, a Hub id or a directory."""
     width: int = number(64, 1, 8192)
-    """Width of the hidden states of a student of ids."""
+    """Hidden size of a student of ids."""
     heads: int = number(4, 1, 1024)
-    """Attention heads of a student of ids."""
+    """Number of attention heads of a student of ids."""
     context: int = number(40, 0, 10_000)
-    """History events before the targets in a window of a student of ids."""
+    """Number of history events before the targets in a window of a student of ids."""
     targets: int = number(60, 1, 10_000)
-    """Targets in a window of a student of ids."""
+    """Number of targets in a window of a student of ids."""
     content: bool = True
-    """Give a student of ids what the teacher makes of each item's text, for items without training rows too."""
+    """Give a student of ids the teacher's embedding of each item's text, which covers items without training rows."""
     content_width: int = number(64, 1, 8192)
-    """Principal components of it."""
+    """Number of principal components of the item embeddings."""
     content_dropout: float = number(0.2, 0, 1, below=True)
-    """Chance that an item is read by its content alone in training."""
+    """Probability that training hides an item's id and leaves its text embedding only."""
 
     def __post_init__(self) -> None:
         check_fields(self, "student.", brief=True)
         require(self.width % (2 * self.heads) == 0, "student.width", f"a multiple of twice student.heads {self.heads}",
                  self.width)  # fmt: skip
-        for name in ("mlp", "heads_kept"):
+        for name in ("mlp", "attention"):
             value = getattr(self, name)
             require(value == 1 or self.kind == "shallow", f"student.{name}", f"1 for kind {self.kind}", value)
         if self.kind == "small":
@@ -54,24 +55,24 @@ class StudentOptions:
 
 @dataclass(kw_only=True)
 class LossOptions:
-    """Weights of the terms of a student's loss, and their settings."""
+    """Terms of the distillation loss."""
 
     hard: float = number(0.5, 0, 1e6)
-    """Weight of the loss to the labels (train.loss)."""
+    """Weight of the loss on labels (train.loss)."""
     soft: float = number(0.5, 0, 1e6)
-    """Weight of the Kullback-Leibler divergence from the teacher's answers."""
+    """Weight of the Kullback-Leibler divergence from the teacher's predictions; 0 disables it."""
     temperature: float = number(1.0, 0, 1e4, above=True)
-    """Both distributions of the soft term are softened by it; the term is multiplied by its square."""
+    """Temperature of both distributions in the soft term, which is multiplied by its square."""
     pairs: float = number(0.0, 0, 1e6)
-    """Weight of the margin loss on pairs of one stream that the teacher is sure to order."""
+    """Weight of the margin loss on pairs of targets of one stream that the teacher orders with confidence."""
     pair_gap: float = number(1.0, 0, 1e4)
-    """Log-odds by which the teacher must tell a pair's answers apart."""
+    """Minimum difference of the teacher's log-odds for a pair to count."""
     pair_margin: float = number(1.0, 0, 1e4)
-    """Log-odds by which the student should tell them apart."""
+    """Margin between the student's log-odds of a pair."""
     hidden: float = number(0.0, 0, 1e6)
-    """Weight of cosine distance and squared error to the teacher's hidden states; for students that read texts."""
+    """Weight of cosine distance plus squared error to the teacher's hidden states; for students that read text."""
     weighting: Literal["none", "confidence", "agreement", "both"] = "none"
-    """Weight of each target in the soft term: the teacher's confidence, its probability of the true label, or both."""
+    """Target weights in the soft term: the teacher's confidence, its probability of the true label, or both."""
 
     def __post_init__(self) -> None:
         check_fields(self, "loss.")
@@ -79,25 +80,24 @@ class LossOptions:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term reads the teacher's answers."""
+        """Whether any term reads the teacher's predictions."""
         return bool(self.soft or self.pairs or self.hidden)
 
 
 @dataclass(kw_only=True)
-class AnswersOptions:
-    """The teacher's answers."""
+class TeacherOutputsOptions:
+    """Cached outputs of the teacher."""
 
     path: str | None = None
-    """Directory of the kept answers, which other students can read too; null for `teacher` in output_dir."""
+    """Cache directory of the teacher's predictions, shared by several students; null for `teacher` in output_dir."""
     targets: int | None = number(10000, 1, MAX_COUNT)
-    """Training targets that the teacher answers, at most, in whole windows drawn at random; null for all."""
+    """Maximum number of training targets that the teacher predicts, in whole random windows; null for all."""
     only: bool = False
-    """Train on windows with a target that the teacher answered alone."""
+    """Train only on windows with a target that the teacher predicted."""
     unlabelled: bool = False
-    """Training rows that the domain leaves out (label.missing, label.map) are targets too, learnt from the teacher's
-    answers alone."""
+    """Train on rows that the domain leaves out (label.missing, label.map) too, with the teacher's predictions only."""
     batch_tokens: int = number(4000, 1, MAX_TOKENS)
-    """Tokens that the teacher reads at once, at most."""
+    """Maximum tokens per forward pass of the teacher."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "answers.", brief=True)
+        check_fields(self, "teacher_outputs.", brief=True)

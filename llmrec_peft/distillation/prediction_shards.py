@@ -175,7 +175,7 @@ def _check_metadata(directory: Path, expected: dict[str, Any]) -> bool:
         if key in expected and found.get(key) != expected[key]:
             raise DataError(
                 f"{directory} holds stale teacher outputs: {reason} ({key} {str(found.get(key))[:16]}, now "
-                f"{str(expected[key])[:16]}); delete the directory, or name another with answers.path"
+                f"{str(expected[key])[:16]}); delete the directory, or name another with teacher_outputs.path"
             )
     return True
 

@@ -39,7 +39,7 @@ def prune(model: PreTrainedModel, mlp: float = 1.0, heads: float = 1.0) -> None:
         ModelError: layers of another form.
         ConfigError: a share outside (0, 1].
     """
-    for name, share in (("student.mlp", mlp), ("student.heads_kept", heads)):
+    for name, share in (("student.mlp", mlp), ("student.attention", heads)):
         if not 0 < share <= 1:
             raise ConfigError(f"{name} must be above 0 and at most 1; got {share}")
     config = model.config.get_text_config()
@@ -66,7 +66,7 @@ def check_form(model: PreTrainedModel) -> None:
         if any(not isinstance(getattr(part, name, None), nn.Linear) for part, names in parts for name in names):
             raise ModelError(
                 f"{type(model).__name__} has no layers of gate, up, down, q, k, v and o projections, so it cannot be "
-                "pruned; set student.mlp and student.heads_kept to 1"
+                "pruned; set student.mlp and student.attention to 1"
             )
 
 

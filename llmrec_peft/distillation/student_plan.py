@@ -87,7 +87,7 @@ class StudentPlan:
     def write_layers(self, teacher: BehaviorClassifier, directory: Path) -> str:
         """Write a shallow student to `directory` and return it; `teacher` cannot be used afterwards."""
         assert self.kept_layers is not None
-        write_shallow_student(teacher, self.kept_layers, directory, self.options.mlp, self.options.heads_kept)
+        write_shallow_student(teacher, self.kept_layers, directory, self.options.mlp, self.options.attention)
         return str(directory)
 
 
@@ -109,7 +109,7 @@ def plan_student(teacher: Teacher, domain: Domain, options: StudentOptions, loss
 def _check_shallow(teacher: Teacher, options: StudentOptions) -> None:
     if teacher.manifest.get("method") == "adapter":
         raise ModelError(NO_SHALLOW)
-    if options.mlp < 1 or options.heads_kept < 1:
+    if options.mlp < 1 or options.attention < 1:
         check_prunable(teacher.model_config(), teacher.trust_remote_code)
 
 
@@ -140,7 +140,7 @@ def _kept_layers(teacher: Teacher, options: StudentOptions) -> list[int] | None:
     if options.kind != "shallow":
         return None
     depth = teacher.depth()
-    pruned = options.mlp < 1 or options.heads_kept < 1
+    pruned = options.mlp < 1 or options.attention < 1
     return choose_layers(depth, options.layers or max(1, depth // 3), options.pick, pruned)
 
 

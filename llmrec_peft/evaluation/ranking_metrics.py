@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 
 from llmrec_peft.evaluation.metric_plans import Floats, UserSums
 from llmrec_peft.evaluation.targets import Targets
@@ -160,6 +159,8 @@ def _first_relevant_tie(rows: RankedRows) -> NDArray[np.bool_]:
 
 def _log_choose(n: np.ndarray, k: np.ndarray) -> Floats:
     """log of the binomial coefficient, -inf where k > n."""
+    from scipy.special import gammaln  # takes half a second, and configurations import this module
+
     possible = k <= n
     n, k = np.where(possible, n, 0), np.where(possible, k, 0)
     return np.where(possible, gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0), -np.inf)

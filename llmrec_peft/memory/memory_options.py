@@ -1,4 +1,4 @@
-"""What the estimator can be told."""
+"""Options of the memory estimator."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ def _require(rule: bool, key: str, requirement: str, value: object) -> None:
 
 @dataclass(kw_only=True)
 class MemoryConfig(ModelOptions):
-    """Estimate the peak memory of training, per device, without loading the base's weights.
+    """Estimate the peak memory of training per device, without loading the base's weights.
 
-    The base needs its config.json alone: a directory that holds it, or the file itself, will do.
+    Of the base, only config.json is needed: give its directory or the file. `--json` prints JSON.
     """
 
     method: Literal["lora", "qlora", "adapter", "head", "full"] = "lora"
-    """Tuning method; its options are those under its name."""
+    """Tuning method; the section of its name holds its options."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     qlora: QloraOptions = field(default_factory=QloraOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     labels: int = number(2, 2, 100_000)
-    """Labels of the domain: rows of the head."""
+    """Number of labels of the domain, which is the number of rows of the head."""
     micro_tokens: int = number(1200, 1, MAX_TOKENS)
-    """Tokens that go through the model at once, at most, as train.micro_tokens."""
+    """Maximum tokens per forward pass, as train.micro_tokens."""
     length: int = number(600, 1, MAX_TOKENS)
-    """Tokens of a stream; a longer one than micro_tokens goes through alone."""
+    """Tokens per stream; a stream longer than micro_tokens is a batch of its own."""
     targets: int = number(30, 1, MAX_TOKENS)
-    """Answers in a stream, as domain.stream.targets."""
+    """Targets per stream, as domain.stream.targets."""
     candidates: bool = False
-    """Streams have candidates, and with them a mask [rows, 1, length, length]."""
+    """Streams have candidates, which need an attention mask [rows, 1, length, length]."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Products in bfloat16 by autocast: the launcher's --mixed_precision bf16, or zero3_bf16.yaml."""
+    """Autocast to bfloat16: the launcher's --mixed_precision bf16, or zero3_bf16.yaml."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
-    """Optimiser, as train.optimizer."""
+    """Optimizer, as train.optimizer."""
     device: Literal["gpu", "cpu"] = "gpu"
-    """Kind of device: on a GPU the optimiser updates all tensors at once, which needs more memory for a moment."""
+    """Device type; on a GPU the optimizer updates all tensors at once, which needs more memory for a moment."""
     gpus: int = number(1, 1, MAX_COUNT)
-    """Devices, a process each."""
+    """Number of devices, one process each."""
     zero: int = number(0, 0, 3)
-    """Stage of DeepSpeed's ZeRO, 0 to 3; 0 is one process, or DDP."""
+    """Stage of DeepSpeed ZeRO, 0 to 3; 0 is one process or DDP."""
     offload_optimizer: bool = False
-    """Optimiser states and the update in the host's memory (ZeRO 1 to 3)."""
+    """Keep optimizer states in the host's memory and update there (ZeRO 1 to 3)."""
     offload_parameters: bool = False
-    """Weights in the host's memory (ZeRO-3)."""
+    """Keep weights in the host's memory (ZeRO-3)."""
 
     def __post_init__(self) -> None:
         _require(self.zero in (0, 1, 2, 3), "zero", "0, 1, 2 or 3", self.zero)

@@ -1,7 +1,7 @@
 """Options of the base model and of each tuning method.
 
-The string under a field is its help text on the command line and in the configuration reference; it is written nowhere
-else. Values are checked when an object is made, so that a bad one fails before any weight is read.
+The string under a field is its help text on the command line, and is written nowhere else. Values are checked when an
+object is made, so that a bad one fails before any weight is read.
 """
 
 from __future__ import annotations
@@ -66,26 +66,26 @@ def matching_names(pattern: str, names: list[str]) -> list[str]:
 
 @dataclass
 class ModelOptions:
-    """The base model and its classification head."""
+    """Base model and classification head."""
 
     base: str = "smollm2-135m"
     """Base model: an embedded name (smollm2-135m), a Hub id, a local directory, or a .gguf file."""
     gguf_file: str | None = None
-    """Name of the GGUF file inside the directory that `base` names."""
+    """Name of the GGUF file in the directory `base`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen base weights; the head is always float32. Method full needs float32."""
+    """Number format of the base weights; the head is always float32. Method full needs float32."""
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel; flash_attention_2 serves streams without candidates only."""
+    """Attention implementation; flash_attention_2 supports streams without candidates only."""
     head_init: Literal["label_words", "zero", "random", "words"] = "label_words"
-    """Initial weights of the head: label_words, the label words' rows of the language-model head (an encoder's head
-    starts at random, and a base that is a classifier of these labels keeps its own head); zero; or random. words is
-    the former name of label_words."""
+    """Initialization of the head: label_words (rows of the language-model head for the label words; random for an
+    encoder; a base that already classifies these labels keeps its head), zero, or random. words is the former name of
+    label_words."""
     head_scale: float = number(1.0, 0, 1e6, above=True)
-    """Factor on the initial rows of `head_init: label_words`."""
+    """Scale of the head with `head_init: label_words`."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass to save memory; training takes longer."""
     trust_remote_code: bool = False
-    """Allow model code that comes with the base to run."""
+    """Run model code that comes with the base."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -96,26 +96,26 @@ class ModelOptions:
 
 @dataclass
 class LoraOptions:
-    """Low-rank adapters in the linear layers (Hu et al. 2021), with DoRA, rsLoRA and PEFT's initialisations."""
+    """LoRA: low-rank adapters in the linear layers (Hu et al. 2021)."""
 
     r: int = number(16, 1, MAX_RANK)
-    """Rank of each update."""
+    """Rank of the update matrices."""
     alpha: float = number(32, 0, 1e6, above=True)
-    """Scale of each update: alpha / r, or alpha / sqrt(r) with rslora."""
+    """Alpha: updates are scaled by alpha / r, or alpha / sqrt(r) with rslora."""
     dropout: float = number(0.0, 0, 1, below=True)
-    """Dropout in front of each low-rank update."""
+    """Dropout probability on the input of the update matrices."""
     target_modules: str | list[str] = "all-linear"
-    """Layers to adapt: all-linear, a list of module names, or a regular expression (RE2) of their whole paths."""
+    """Modules to adapt: all-linear, a list of module names, or a regular expression (RE2) that matches whole paths."""
     dora: bool = False
-    """Weight-decomposed updates (DoRA, Liu et al. 2024)."""
+    """Use weight-decomposed updates (DoRA, Liu et al. 2024)."""
     rslora: bool = False
-    """Rank-stabilised scale alpha / sqrt(r) (Kalajdzievski 2023)."""
+    """Use the rank-stabilized scale alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
     init: str = "default"
-    """Start of the updates: default, gaussian, olora, pissa, pissa_niter_N, loftq or orthogonal."""
+    """Initialization of the updates: default, gaussian, olora, pissa, pissa_niter_N, loftq or orthogonal."""
     layers: list[int] | None = _layers()
-    """Numbers of the layers to adapt, from 0; null for all."""
+    """Indices of the layers to adapt, from 0; null for all."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases train too."""
+    """Biases to train."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -136,16 +136,16 @@ class LoraOptions:
 
 @dataclass
 class QloraOptions(LoraOptions):
-    """LoRA on a base held in 4 bits (QLoRA, Dettmers et al. 2023)."""
+    """QLoRA: LoRA on a 4-bit base (Dettmers et al. 2023)."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit number format of the base weights."""
+    """4-bit data type of the base weights."""
     double_quant: bool = True
-    """Quantise the quantisation constants too."""
+    """Quantize the quantization constants too (double quantization)."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of the matrix products; null for the model's dtype."""
+    """Data type of matrix products; null for the model's dtype."""
     quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] | None = None
-    """Number format that holds the packed weights; with FSDP or ZeRO-3 it must equal compute_dtype; null for uint8."""
+    """Storage type of the packed weights; null for uint8. With FSDP it must equal the model's dtype."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,20 +159,20 @@ def changes_base(options: LoraOptions) -> bool:
 
 @dataclass
 class AdapterOptions:
-    """Bottleneck adapters: small feed-forward blocks beside or after a layer's sublayers."""
+    """Bottleneck adapters: small feed-forward blocks in each layer."""
 
     placement: Literal["pfeiffer", "houlsby", "parallel"] = "pfeiffer"
-    """Place of the blocks: after the MLP (pfeiffer), after attention and MLP (houlsby), beside the MLP (parallel)."""
+    """Position: after the MLP (pfeiffer), after attention and MLP (houlsby), or in parallel to the MLP (parallel)."""
     size: int = number(64, 1, 65_536)
     """Width of the bottleneck."""
     activation: Literal["gelu", "relu", "silu"] = "gelu"
-    """Non-linearity of the bottleneck."""
+    """Activation function of the bottleneck."""
     dropout: float = number(0.0, 0, 1, below=True)
-    """Dropout between the non-linearity and the up-projection."""
+    """Dropout probability between activation function and up-projection."""
     scale: float = number(1.0, -1e6, 1e6)
-    """Factor on what a block adds."""
+    """Scale of the adapter output."""
     layers: list[int] | None = _layers()
-    """Numbers of the layers to adapt, from 0; null for all."""
+    """Indices of the layers to adapt, from 0; null for all."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -182,12 +182,12 @@ class AdapterOptions:
 
 @dataclass
 class HeadOptions:
-    """Train the classification head alone; the base stays as it is."""
+    """Head only: the base is frozen."""
 
 
 @dataclass
 class FullOptions:
-    """Train every weight of the base and the head."""
+    """Full fine-tuning of base and head."""
 
 
 MethodOptions = LoraOptions | QloraOptions | AdapterOptions | HeadOptions | FullOptions

@@ -14,7 +14,7 @@ from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.config.schema import DistillConfig, read_config
 from llmrec_peft.data.log import BehaviorLog, Splits
 from llmrec_peft.distillation.content_embedding import add_teacher_content
-from llmrec_peft.distillation.distill_options import AnswersOptions
+from llmrec_peft.distillation.distill_options import TeacherOutputsOptions
 from llmrec_peft.distillation.distill_trainer import DistillTrainer, check_not_sharded
 from llmrec_peft.distillation.prediction_shards import check_cache
 from llmrec_peft.distillation.student_checkpoint import StudentMetadata, save_student
@@ -76,7 +76,7 @@ def distill(config: DistillConfig | None = None, **options: Any) -> dict[str, An
 
 
 def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
-    show, timings, options = main_printer(state), Timings(), config.answers
+    show, timings, options = main_printer(state), Timings(), config.teacher_outputs
 
     # Settings: all checks that need no log come first.
     with raise_on_all_ranks():
@@ -88,7 +88,9 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         check_not_sharded(arguments)
         plan = plan_student(teacher, domain, config.student, config.loss)
         cache = Path(options.path or run.path("teacher"))
-        check_output_directory(cache, {"data.path": config.data.path, "teacher": config.teacher}, what="answers.path")
+        check_output_directory(
+            cache, {"data.path": config.data.path, "teacher": config.teacher}, what="teacher_outputs.path"
+        )
         if config.loss.needs_teacher:
             check_cache(cache, teacher.manifest, plan.teacher_layers)
     check_ranks_equal(shared_settings(config), "start every process with the same settings and versions")
@@ -121,7 +123,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
             show(f"loading the teacher {config.teacher}")
             with raise_on_all_ranks():
                 loaded = teacher.load(state.device)
-            with timings.timed("running the teacher"), writing(cache, "answers.path"):
+            with timings.timed("running the teacher"), writing(cache, "teacher_outputs.path"):
                 outputs = _run_teacher(options, plan, loaded, log, splits, cache, state)
             with raise_on_all_ranks(), writing(start, "the student's start"):
                 if plan.kept_layers is not None:
@@ -175,7 +177,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
 
 
 def _run_teacher(
-    options: AnswersOptions,
+    options: TeacherOutputsOptions,
     plan: StudentPlan,
     teacher: Bundle,
     log: BehaviorLog,

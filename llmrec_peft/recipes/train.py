@@ -7,6 +7,7 @@ from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.config.schema import TrainRecipeConfig
 from llmrec_peft.checkpoints.loading import load_classifier
 from llmrec_peft.models.base import load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.requirements import check_positions
@@ -15,7 +16,7 @@ from llmrec_peft.runs.launch_checks import check_launch, describe_launch
 from llmrec_peft.runs.run_directory import begin_run, prepare_run
 from llmrec_peft.runs.run_report import print_results, report_run
 from llmrec_peft.runs.run_results import measure_run
-from llmrec_peft.runs.settings import RunConfig, shared_settings
+from llmrec_peft.runs.settings import shared_settings
 from llmrec_peft.runs.split_predictions import SplitPredictions, predict_splits
 from llmrec_peft.runs.split_streams import build_split_streams, check_classes, read_log
 from llmrec_peft.runs.timings import Timings
@@ -23,7 +24,7 @@ from llmrec_peft.runs.trainer_setup import build_loss, build_trainer, training_a
 from llmrec_peft.training.distributed import check_ranks_equal, distributed_session, raise_on_all_ranks
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: TrainRecipeConfig) -> dict[str, Any]:
     """Train one adapter, and leave its bundle, metrics, predictions and report in `config.output_dir`.
 
     An error on one process ends all of them (`raise_on_all_ranks`), so that none waits for one that has ended.

@@ -6,10 +6,10 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from llmrec_peft.config.schema import RunConfig, TrainRecipeConfig
 from llmrec_peft.errors import ConfigError
 from llmrec_peft.models.quantization import check_quantization
 from llmrec_peft.models.tuning_options import QloraOptions
-from llmrec_peft.runs.settings import RunConfig
 from llmrec_peft.training.distributed import on_cpu, partial_state, uses_fsdp
 
 
@@ -18,7 +18,8 @@ def check_launch(config: RunConfig, arguments: TrainingArguments) -> None:
 
     Some of these launches would end in an error deep inside a library, others in worse predictions without an error.
     """
-    method, plugin = config.method, arguments.deepspeed_plugin
+    plugin = arguments.deepspeed_plugin
+    method = config.method if isinstance(config, TrainRecipeConfig) else None
     four_bit = isinstance(method, QloraOptions)
     if plugin is not None:
         for name in ("bf16", "fp16"):
@@ -38,7 +39,11 @@ def check_launch(config: RunConfig, arguments: TrainingArguments) -> None:
                 "FSDP needs GPUs: on the CPU Accelerate would leave it out without a word; use ddp, or ZeRO with "
                 "DS_ACCELERATOR=cpu"
             )
-        if isinstance(method, QloraOptions) and (method.quant_storage or "uint8") != config.model.dtype:
+        if (
+            isinstance(config, TrainRecipeConfig)
+            and isinstance(method, QloraOptions)
+            and (method.quant_storage or "uint8") != config.model.dtype
+        ):
             raise ConfigError(
                 f"method.quant_storage must equal model.dtype ({config.model.dtype}) with FSDP, not "
                 f"{method.quant_storage or 'uint8'}, so that all it splits has one format; set it"

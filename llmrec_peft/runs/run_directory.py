@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from llmrec_peft.config.schema import DistillConfig, config_to_yaml
+from llmrec_peft.config.renamed_keys import with_new_names
+from llmrec_peft.config.schema import DistillConfig, RunConfig, config_to_yaml
 from llmrec_peft.documents import read_mapping, read_yaml
 from llmrec_peft.errors import ConfigError, DataError
 from llmrec_peft.files import sweep, write_json, write_text, writing
 from llmrec_peft.runs.launch_checks import check_shared
 from llmrec_peft.runs.output_paths import check_output_directory
-from llmrec_peft.runs.settings import RunConfig, flat_settings, flatten
+from llmrec_peft.runs.settings import flat_settings, flatten
 from llmrec_peft.training.distributed import partial_state, raise_on_all_ranks
 from llmrec_peft.training.resume import check_checkpoint, last_checkpoint, unfinished_checkpoints
 
@@ -26,7 +27,7 @@ SETTINGS = "config.yaml"
 # Prefixes of the settings that decide the trained weights: a resumed run must have the same values.
 WEIGHTS = (
     "domain.", "method.", "train.", "model.dtype", "model.attn", "model.head_init", "model.head_scale", "student.",
-    "loss.", "answers.targets", "answers.only",
+    "loss.", "teacher_outputs.targets", "teacher_outputs.only",
 )  # fmt: skip
 ELSEWHERE = ("train.report_to", "train.logging_steps", "train.resume")
 # These settings decide which checkpoint is the best, where one is selected.
@@ -179,7 +180,7 @@ def _checkpoint_of(directory: Path, config: RunConfig) -> str | None:
     found = read_yaml(directory / SETTINGS, error=ConfigError, what=f"train.resume: {directory / SETTINGS}")
     if not isinstance(found, dict):
         raise ConfigError(f"train.resume: {directory / SETTINGS} is no mapping of keys; start a new run")
-    old, new = flatten(found), flat_settings(config)
+    old, new = flatten(with_new_names(found)), flat_settings(config)
     for key in sorted(old.keys() | new.keys()):
         if _decides(key, config) and old.get(key) != new.get(key):
             raise ConfigError(

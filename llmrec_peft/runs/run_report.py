@@ -58,7 +58,7 @@ def _report_content(run: Run, trainer: BehaviorTrainer, streams: SplitStreams, r
     before, after = results.before, results.after.test
     trainable, total = trainer.model.trainable_parameters()
     return ReportContent(
-        title=f"{config.domain.name}: {config.method_name} on {config.model.base}",
+        title=f"{test.domain.name}: {config.method_name} on {config.start}",
         class_names=test.domain.labels,
         labels=after.labels,
         users=users_of(after, test),
@@ -66,7 +66,7 @@ def _report_content(run: Run, trainer: BehaviorTrainer, streams: SplitStreams, r
         before=None if before is None else Calibration().apply(before.test.logits),
         uncalibrated=Calibration().apply(after.logits) if config.evaluation.calibrate else None,
         baselines=_baselines(streams, after.targets),
-        split_by=config.domain.split.by,
+        split_by=test.domain.split.by,
         candidate_sets=test.target_lists[after.targets],
         slices=_slices(streams, after.targets),
         log_history=trainer.state.log_history,

@@ -1,42 +1,16 @@
-"""The settings of a run: what its steps read of a configuration, and the settings and versions that can be compared."""
+"""The settings of a run by dotted key, and the settings and versions that can be compared."""
 
 from collections.abc import Mapping
-from dataclasses import Field
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from llmrec_peft.checkpoints.manifest import installed
-from llmrec_peft.config.schema import DataConfig, EvaluationConfig, TrainConfig, config_to_yaml
-from llmrec_peft.data.domain import Domain
+from llmrec_peft.config.schema import config_to_yaml
 from llmrec_peft.documents import parse_yaml
 from llmrec_peft.errors import ConfigError
-from llmrec_peft.models.tuning_options import MethodOptions, ModelOptions
 
 PACKAGES = (
     "llmrec_peft", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers", "numpy",
 )  # fmt: skip
-
-
-class RunConfig(Protocol):
-    """What the configurations of all recipes that train have in common, distillation among them."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-    method_name: ClassVar[str]
-    data: DataConfig
-    train: TrainConfig
-    evaluation: EvaluationConfig
-    output_dir: str
-
-    @property
-    def domain(self) -> Domain:
-        """The domain of the log."""
-
-    @property
-    def model(self) -> ModelOptions:
-        """The base model and how it is loaded."""
-
-    @property
-    def method(self) -> MethodOptions:
-        """What is trained."""
 
 
 def flat_settings(config: Any) -> dict[str, Any]:

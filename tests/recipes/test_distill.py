@@ -35,7 +35,7 @@ def flags(trained, data):
             "student.targets": 6,
             "student.content_width": 8,
             "loss.pairs": 0.2,
-            "answers.targets": 60,
+            "teacher_outputs.targets": 60,
             "train.max_steps": 4,
             "train.batch_size": 4,
             "train.micro_tokens": 600,
@@ -59,7 +59,7 @@ def students(recipe, flags, tiny_base, tmp_path_factory):
         "encoder": {
             "student.kind": "small",
             "student.base": tiny_base("bert"),
-            "answers.only": "true",
+            "teacher_outputs.only": "true",
             "loss.pairs": 0,
         },
     }
@@ -107,7 +107,7 @@ def test_cached_predictions_serve_another_student(students, recipe, flags, tmp_p
     cache = students("ids") / "teacher"
     shards = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     recipe("distill")(
-        flags(tmp_path / "other", **{"answers.path": cache, "student.kind": "shallow", "student.layers": 1})
+        flags(tmp_path / "other", **{"teacher_outputs.path": cache, "student.kind": "shallow", "student.layers": 1})
     )
     assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == shards
     assert not (tmp_path / "other" / "teacher").exists()
@@ -143,7 +143,7 @@ def test_rows_without_a_label_are_learnt_from_the_teacher(recipe, flags, gaps, t
 
     with pytest.raises(DataError, match="has None, .*; give it a label, or set label.missing to leave_out"):
         distill(read_config(DistillConfig, flags(tmp_path / "refused", **{"data.path": gaps})))
-    changes = {"data.path": gaps, "answers.targets": "null", "answers.unlabelled": "true"}
+    changes = {"data.path": gaps, "teacher_outputs.targets": "null", "teacher_outputs.unlabelled": "true"}
     weights = {}
     for hard in (0.5, 0.0):
         out = tmp_path / f"hard{hard}"
@@ -212,9 +212,9 @@ def test_the_library_call_is_the_recipe(trained, data, tmp_path):
         ({"student.kind": "shallow", "student.layers": 2}, ConfigError, "student.layers must be from 1 to 1"),
         ({"student.kind": "small"}, ConfigError, "student.base must be a smaller base"),
         (
-            {"answers.unlabelled": "true", "loss.soft": 0, "loss.pairs": 0},
+            {"teacher_outputs.unlabelled": "true", "loss.soft": 0, "loss.pairs": 0},
             ConfigError,
-            "answers.unlabelled must be fal",
+            "teacher_outputs.unlabelled must be fal",
         ),
         ({"loss.hidden": 1}, ConfigError, "loss.hidden must be 0 for a student of item ids"),
         ({"student.width": 10}, ConfigError, "student.width must be a multiple of twice student.heads 2"),
@@ -265,7 +265,7 @@ def test_stale_predictions_are_refused_before_any_work(students, trained, flags,
     from llmrec_peft.config.schema import DistillConfig, read_config
 
     cache = students("ids") / "teacher"
-    changes = {"answers.path": cache, "teacher": trained("head") / "bundle"}
+    changes = {"teacher_outputs.path": cache, "teacher": trained("head") / "bundle"}
     with pytest.raises(DataError, match="stale teacher outputs: they are another teacher's"):
         distill(read_config(DistillConfig, flags(tmp_path / "out", **changes)))
     assert not (tmp_path / "out").exists()
