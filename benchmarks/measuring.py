@@ -128,7 +128,7 @@ def run(
     settings |= {"base": Path(options.base).name, **found.pop("settings", {})}
     result = header(command(script, given), options.seed) | {"settings": settings} | found
     write_result(options.output, result)
-    print(results_page.section(options.output))
+    print(results_page.section(benchmark.result, json.loads(options.output.read_text(encoding="utf-8"))))
     return result
 
 

@@ -143,6 +143,8 @@ def protocol(found: dict) -> str:
 
 def negatives(found: dict) -> str:
     """Counts and quality under the former rule of sampled negatives and under the present one."""
+    if len(found["rules"]) < 2:
+        return quality(*(one["test"] for one in found["rules"].values()))
     rules = {name: found["rules"][key] for name, key in (("former", "former"), ("present", "past"))}
     counts = [[split, rule, f"{part['negatives']:,}",
                *(f"{part[key]:.2%}" for key in ("taken before", "taken then", "taken later"))]
@@ -356,13 +358,12 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
 )
 
 
-def section(path: Path) -> str:
-    """What the page says of a result file; its entries without the rounds where the page has no section for it."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+def section(name: str, found: dict) -> str:
+    """What the page says of a result file of this name; its entries where the page has no section for it."""
     for pattern, _, write in SECTIONS:
-        if path.match(pattern):
+        if Path(name).match(pattern):
             return write(found)
-    if path.stem == "students":
+    if name == "students.json":
         return students(found)
     return json.dumps({key: value for key, value in found.items() if key not in ("machine", "versions", "rounds")},
                       indent=1)  # fmt: skip

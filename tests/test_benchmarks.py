@@ -3,16 +3,8 @@
 import importlib
 import json
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
 
-from benchmarks import measuring, results_page, train_speed
-from llmrec_peft import BehaviorLog, Domain
-from llmrec_peft.data.layout import PREFIX
-from llmrec_peft.models.base import load_config, load_tokenizer
-from llmrec_peft.runs.split_streams import build_splits
 from tests.conftest import ROOT
 
 DOMAIN = ROOT / "recipes" / "configs" / "movies" / "domain.yaml"

@@ -5,8 +5,8 @@
 `streams` is the package on windows of --window targets, `instruction` TALLRec's way (peers/plain.py) with one prompt a
 target. Both train on the very same targets of a seed with the same histories, token for token: at most --history
 events, --window - 1 fewer at a window's start. LoRA, learning rate, schedule and untrained predictions are the same,
-as the head of streams starts from the label words. A run makes as few whole passes as show it --seen targets, in steps of
---batch-size windows or as many targets in prompts.
+as the head of streams starts from the label words. A run makes as few whole passes as show it --seen targets, in steps
+of --batch-size windows or as many targets in prompts.
 
 Test windows are drawn in turns over users, the same for all runs, and scored once; there is no validation. Both are
 scored on whole windows, since a causal model predicts inside a window what it predicts after the prompt alone; where a
