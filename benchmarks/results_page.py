@@ -116,7 +116,7 @@ def by_slice(part: dict) -> str:
 def protocol(found: dict) -> str:
     """One log: systems on the targets that all predicted, and those that predicted everything on all."""
     parts, budget = [], found["budgets"].get("llm")
-    if budget:
+    if budget and "seconds" in budget:
         device = f" ({budget['device']})" if "device" in budget else ""
         parts.append(f"The LLM trained {budget.get('max_steps', budget.get('epochs'))} steps: about "
                      f"{budget['targets']:,} of {found['split']['train']:,} training targets in "
