@@ -118,7 +118,7 @@ def test_a_curve_tells_nothing_outside_its_points():
 
 @pytest.fixture
 def arguments(log_directory, tiny_base, tmp_path):
-    """Of a short run of compare_peers on a tiny base and log."""
+    """Of a short comparison on a tiny base and log."""
     return [
         *(
             "--data",
