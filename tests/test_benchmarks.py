@@ -30,12 +30,13 @@ pytestmark = [
 @pytest.fixture
 def run(tiny_base, log_directory, tmp_path):
     """`run(module, *words)`: the result of a run on a tiny base and log; its file is result.json."""
+    base = str(tiny_base("llama"))
 
     def short(name: str, *words: str) -> dict:
         module, _, command = name.partition(" ")
         return importlib.import_module(f"benchmarks.{module}").main(
             [*([command] if command else []), "--data", str(log_directory), "--domain", str(DOMAIN)]
-            + ["--base", str(tiny_base("llama")), "--output", str(tmp_path / "result.json"), *words]
+            + ["--base", base, "--output", str(tmp_path / "result.json"), *words]
         )
 
     return short
