@@ -46,7 +46,7 @@ test-all: lint ## Check style and types, and run all tests
 	$(BIN)/python -m pytest
 
 bench: $(READY) ## Run the quick form of the benchmarks and print their tables (under 30 minutes on 2 cores)
-	$(BIN)/python benchmarks/run_all.py $(if $(DATA),--data $(DATA)) $(if $(DOMAIN),--domain $(DOMAIN))
+	$(BIN)/python -m benchmarks.run_all $(if $(DATA),--data $(DATA)) $(if $(DOMAIN),--domain $(DOMAIN))
 
 clean: ## Remove .venv, outputs and caches
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,192 +1,185 @@
-"""What the benchmarks share: the machine and its rates, memory, medians with their spread, and the result file."""
+"""What the benchmarks share: options, the host, timing in turns, memory, trainers, bootstrap and result files.
 
+Run a benchmark as a module from the repository's root: `python -m benchmarks.train_speed compare --data DIR`.
+"""
+
+import argparse
 import ctypes
-import functools
 import gc
 import importlib.metadata
-import itertools
 import json
 import logging
 import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
+import yaml
 
-STARTED = time.perf_counter()
+from benchmarks import results_page
+from llmrec_peft import BehaviorLog, BehaviorTrainer, Domain, LLMRecError
+from llmrec_peft.config.schema import DataConfig
+from llmrec_peft.evaluation.bootstrap import differences, intervals
+from llmrec_peft.models.base import load_tokenizer, resolve_base
+from llmrec_peft.runs.split_streams import SplitStreams, build_split_streams
+from llmrec_peft.runs.split_streams import read_log as read_configured_log
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CONFIGS = ROOT / "recipes" / "configs"
+RECIPE = yaml.safe_load((CONFIGS / "movies" / "lora.yaml").read_text(encoding="utf-8"))
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
+PLACES = ("--data", "--base", "--bundle", "--output", "--teacher", "--swift-env")
+STARTED = time.perf_counter()
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads and memory."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "cpu": model,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(memory, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
+# -- the command line ------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """Python's and the packages' versions."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+@dataclass(frozen=True)
+class Benchmark:
+    """A function of its options and of a scratch directory, and what it takes from the command line.
 
-
-def command(
-    script: str, arguments: Sequence[str], paths: Iterable[str] = ("--data", "--base", "--bundle", "--output")
-) -> str:
-    """The command as it was given; paths are cut to their last name, those of the repository to their place in it."""
-    root = Path(__file__).resolve().parent.parent
-
-    def shown(word: str) -> str:
-        path = Path(word)
-        if not path.is_absolute():
-            return word
-        return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
-
-    words = [
-        Path(word).name if before in paths else shown(word) for before, word in itertools.pairwise(["", *arguments])
-    ]
-    return " ".join(["python", f"benchmarks/{Path(script).name}", *words])
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def cell(values: dict[str, float] | None, form: str) -> str:
-    """A spread as text."""
-    if values is None:
-        return "not known"
-    low, high = form.format(values["min"]), form.format(values["max"])
-    return f"{form.format(values['median'])} ({low} to {high})"
-
-
-def plain_interval(found: Any) -> dict[str, float | None]:
-    """An interval of evaluation.bootstrap as JSON: its value and ends, null where there is none, as with one user."""
-    numbers = {key: float(getattr(found, key)) for key in ("value", "low", "high")}
-    return {key: number if math.isfinite(number) else None for key, number in numbers.items()}
-
-
-def plain_intervals(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The same of several, by name."""
-    return {name: plain_interval(one) for name, one in found.items()}
-
-
-def matmul_rate(sizes: Sequence[int], operations: float = 1.4e11) -> dict[int, float]:
-    """Float32 operations a second of torch.mm on square matrices of each size, over about `operations` or 100 products.
-
-    A product of n x n matrices counts 2 n^3.
+    options: name to (default, help) or (default, help, choices). An option has its default's type; a list takes
+    several values; an integer must be 1 or more unless a default is 0. None is text without a default, and `...` is
+    text that must be given. A name with a leading `*` is positional.
+    result: name of the result file; `{domain}` stands for the name of the domain file's directory.
+    domain: its configuration directory is the default of --domain; `shop` reads a simulated log by default.
     """
-    rates = {}
-    for size in sizes:
-        a, b = torch.rand(size, size), torch.rand(size, size)
-        out = torch.mm(a, b)
-        repeats = min(100, max(1, round(operations / (2 * size**3))))
-        start = time.perf_counter()
-        for _ in range(repeats):
-            torch.mm(a, b, out=out)
-        rates[size] = repeats * 2 * size**3 / (time.perf_counter() - start)
-    return rates
+
+    measure: Callable[[argparse.Namespace, Path], dict]
+    result: str
+    options: Mapping[str, tuple] = field(default_factory=dict)
+    domain: str = "shop"
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        data = "simulated:shop" if self.domain == "shop" else ...
+        shared = {
+            "data": (data, "directory of a log, or simulated:shop"),
+            "domain": (str(CONFIGS / self.domain / "domain.yaml"), "domain file"),
+            "base": ("smollm2-135m", "base model"),
+            "seed": (0, "seed of everything that is drawn"),
+            "output": (None, f"result file (default: benchmarks/results/{self.result})"),
+        }
+        for name, (default, text, *choices) in (shared | self.options).items():
+            several = isinstance(default, list)
+            known: dict[str, Any] = {"help": text, "choices": choices[0] if choices else None}
+            if isinstance(default, bool):
+                known = {"help": text, "action": "store_true"}
+            elif default is not None and default is not ...:
+                known |= {"type": type(default[0]) if several else type(default), "default": default}
+                known["nargs"] = "+" if several else None
+            if name.startswith("*"):
+                parser.add_argument(name[1:], nargs="*", help=text)
+            else:
+                parser.add_argument("--" + name.replace("_", "-"), required=default is ..., **known)
+
+    def check(self, options: argparse.Namespace) -> None:
+        """End the script with one line for a number that is too small."""
+        for name, (default, *_) in self.options.items():
+            lists = default if isinstance(default, list) else [default]
+            if all(type(number) is int for number in lists):
+                least, given = min(1, *lists), getattr(options, name)
+                low = min(given if isinstance(given, list) else [given])
+                if low < least:
+                    stop(f"--{name.replace('_', '-')} must be at least {least}, got {low}")
 
 
-def attention_flops(lengths: Sequence[int], width: int, layers: int, *, training: bool = True) -> float:
-    """Operations of causal attention's own two products, over rows of `lengths` tokens.
+def run(
+    script: str, doc: str, benchmarks: Benchmark | Mapping[str, Benchmark], arguments: Sequence[str] | None = None
+) -> dict:
+    """Parse the options, measure, write the result and print it; returns it. A usual error ends with one line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if isinstance(benchmarks, Benchmark):
+        benchmarks.add_options(parser)
+    else:
+        commands = parser.add_subparsers(dest="benchmark", required=True)
+        for name, one in benchmarks.items():
+            one.add_options(commands.add_parser(name, help=(one.measure.__doc__ or "").splitlines()[0]))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["child"]:
+        return _run_child(*given[1:])
+    options = parser.parse_args(given)
+    benchmark = benchmarks if isinstance(benchmarks, Benchmark) else benchmarks[options.benchmark]
+    options.output = Path(options.output or RESULTS / benchmark.result.format(domain=Path(options.domain).parent.name))
+    benchmark.check(options)
+    try:
+        with quiet(), tempfile.TemporaryDirectory() as scratch:
+            found = benchmark.measure(options, Path(scratch))
+    except LLMRecError as error:
+        stop(str(error))
+    names = [name.lstrip("*") for name in ("base", *benchmark.options)]
+    settings = {name: getattr(options, name) for name in names if f"--{name.replace('_', '-')}" not in PLACES[2:]}
+    settings |= {"base": Path(options.base).name, **found.pop("settings", {})}
+    result = header(command(script, given), options.seed) | {"settings": settings} | found
+    write_result(options.output, result)
+    print(results_page.section(benchmark.result, json.loads(options.output.read_text(encoding="utf-8"))))
+    return result
 
-    Scores and their sum with the values take 2 * width each for every pair of a token and one at or before it, `width`
-    being heads times a head's size; the backward pass takes twice the forward's (PaLM, arXiv 2204.02311, appendix B,
-    counts the same, and pairs that the mask forbids too). What a kernel computes twice counts once.
+
+def module_of(script: str) -> str:
+    """The name by which `python -m` runs a file of the benchmarks."""
+    return ".".join(Path(script).resolve().relative_to(ROOT).with_suffix("").parts)
+
+
+def in_processes(
+    script: str, scratch: Path, name: str, *arguments: Any, launcher: Sequence[str] = (sys.executable,), watch=None,
+    **environment: str,
+) -> tuple[list[dict], Any]:  # fmt: skip
+    """Call a function of a benchmark's file in processes of its own: what each returned, and what `watch` returned.
+
+    watch: called with the running process; it may read the standard output and write the standard input.
     """
-    pairs = sum(length * (length + 1) / 2 for length in lengths)
-    return (3 if training else 1) * 4 * width * pairs * layers
+    for old in scratch.glob("found.*"):
+        old.unlink()
+    words = [*launcher, "-m", module_of(script), "child", name, json.dumps(arguments), str(scratch / "found")]
+    variables = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT), **environment}
+    errors = scratch / "errors"
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            words, env=variables, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process,
+    ):
+        seen = watch(process) if watch else None
+        process.communicate()
+    if process.returncode:
+        stop(f"{name} {arguments} ended with exit code {process.returncode}:\n{errors.read_text()[-4000:]}")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(scratch.glob("found.*"))], seen
 
 
-def attention_of(positions: np.ndarray, config, *, training: bool) -> float:
-    """Operations of attention's products for tokens at `positions`, int [L], in the order of the model's input.
-
-    A token at position p sees itself and the p before it on its way, whatever probes lie between. Tokens at positions
-    a to b thus see as much as a plain row of b + 1 tokens does less what one of a tokens does.
-    """
-    text = config.get_text_config()
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    jumps = np.flatnonzero(np.diff(positions) != 1) + 1
-    first, last = positions[np.r_[0, jumps]].tolist(), positions[np.r_[jumps, len(positions)] - 1].tolist()
-    count = functools.partial(attention_flops, width=width, layers=text.num_hidden_layers, training=training)
-    return count([end + 1 for end in last]) - count(first)
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system, so that the next peak is not the last one's."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def reset_peak() -> None:
-    """Start a new peak of resident memory, where the system can (Linux)."""
-    release_memory()
-    path = Path("/proc/self/clear_refs")
-    if path.exists():
-        path.write_text("5")
-
-
-def memory_mib(key: str = "VmHWM") -> float | None:
-    """The peak (VmHWM) or present (VmRSS) resident memory in MiB; None where the system does not tell."""
-    path = Path("/proc/self/status")
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    return None
-
-
-def accelerate_command(name: str, processes: int) -> list[str]:
-    """The start of a command that launches `processes` by a file of accelerate_configs/."""
-    config = Path(__file__).resolve().parent.parent / "accelerate_configs" / f"{name}.yaml"
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
-            "--num_processes", str(processes)]  # fmt: skip
-
-
-def launch_environment(scratch: Path, **variables: str) -> dict[str, str]:
-    """Of a launch on the CPU; DeepSpeed compiles into `scratch` at its first use, unless the user names a place."""
-    found = {**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **variables}
-    found.setdefault("TORCH_EXTENSIONS_DIR", str(scratch / "extensions"))
+def _run_child(name: str, arguments: str, place: str) -> dict:
+    """The other end of `in_processes`."""
+    with quiet():
+        found = getattr(sys.modules["__main__"], name)(*json.loads(arguments))
+    Path(f"{place}.{os.environ.get('RANK', 0)}").write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
-def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write JSON under a temporary name and move it into place; `minutes` since the script began unless it says."""
-    path = Path(path)
-    result = {**result, "minutes": result.get("minutes", (time.perf_counter() - STARTED) / 60)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(scratch, path)
+def stop(message: str) -> None:
+    """End the script with one line and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' notes on what a benchmark does on purpose, so that its table can be read."""
-    import transformers
-
+    """Silence the libraries' warnings about what a benchmark does on purpose."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -196,18 +189,195 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def header(script: str, arguments: Sequence[str], seed: int) -> dict[str, Any]:
-    """The part that every result file starts with."""
-    return {
-        "command": command(script, arguments),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
-        "machine": machine(),
-        "versions": versions(),
+# -- result files ----------------------------------------------------------------------------------
+
+
+def command(script: str, arguments: Sequence[str]) -> str:
+    """The command as it was given; a path outside the repository is cut to its last name."""
+    words, before = [], ""
+    for word in arguments:
+        name, equals, place = word.rpartition("=")
+        path = Path(place)
+        if before in PLACES or (equals and path.is_absolute()):
+            shown = f"{name}=OUT/{path.name}" if equals else path.name
+        elif path.is_absolute():
+            shown = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        else:
+            shown = word
+        words.append(shown)
+        before = word
+    return " ".join(["python -m", module_of(script), *words])
+
+
+def header(text: str, seed: int) -> dict[str, Any]:
+    """What every result file starts with: command, date, seed, machine and versions."""
+    cpu, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+    machine = {
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
     }
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"command": text, "date": now, "seed": seed, "machine": machine, "versions": versions}
 
 
-def stop(message: str) -> None:
-    """End the script with one line and exit code 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Write JSON atomically, with the minutes since the script began, and the result's plots beside it."""
+    path = Path(path)
+    result = {**result, "minutes": result.get("minutes", (time.perf_counter() - STARTED) / 60)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+    if path.stem in ("cost_curves", "peers", "students"):
+        from benchmarks import plots
+
+        plots.draw(path)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+# -- logs and trainers -----------------------------------------------------------------------------
+
+
+def read_log(options: argparse.Namespace) -> BehaviorLog:
+    """The log of --data."""
+    return read_configured_log(DataConfig(path=options.data))
+
+
+def read_streams(options: argparse.Namespace, domain: Domain | None = None) -> SplitStreams:
+    """The streams of --data under --domain, or under another domain, in the tokens of --base."""
+    domain = domain or Domain.from_yaml(options.domain)
+    return build_split_streams(read_log(options), domain, load_tokenizer(resolve_base(options.base)))
+
+
+SILENT = {"save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True,
+          "dataloader_pin_memory": False, "lr_scheduler_type": "constant", "num_train_epochs": 1}  # fmt: skip
+"""Arguments of a Trainer that is measured: one epoch, a constant learning rate, nothing saved or logged."""
+
+
+def training_arguments(scratch: str | Path, **changes: Any) -> transformers.TrainingArguments:
+    """Arguments of a BehaviorTrainer that is measured."""
+    arguments = {"output_dir": str(scratch), "remove_unused_columns": False, **SILENT, **changes}
+    return transformers.TrainingArguments(**arguments)
+
+
+def behavior_trainer(
+    classifier, arguments: transformers.TrainingArguments, windows, micro_tokens: int, *callbacks: Any
+) -> BehaviorTrainer:
+    """A BehaviorTrainer that prints nothing."""
+    trainer = BehaviorTrainer(classifier, arguments, windows, tokenizer=classifier.tokenizer, micro_tokens=micro_tokens,
+                              callbacks=list(callbacks))  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+class StepClock(transformers.TrainerCallback):
+    """Seconds from the start of the first epoch to the end of the last step; set-up does not count."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps = 0.0, 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Start once."""
+        if not self.steps:
+            self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop, until the end of the next step."""
+        self.steps += 1
+        self.seconds = time.perf_counter() - self._start
+
+
+class PositionCounter:
+    """Counts the positions that a model computes in training, padding included, at its embedding."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.count = 0
+        model.get_input_embeddings().register_forward_hook(self._add)
+
+    def _add(self, module, inputs, output) -> None:
+        self.count += inputs[0].numel() if module.training else 0
+
+
+# -- time and memory -------------------------------------------------------------------------------
+
+
+def in_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after a round that does not count; every other round goes backwards."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-1, rounds):
+        for name in list(ways) if number % 2 else list(ways)[::-1]:
+            start = time.perf_counter()
+            ways[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> dict[str, float]:
+    """Spread of how many times as fast one way is as another, round by round."""
+    return spread([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, so that it does not count in the next peak."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reset_peak() -> None:
+    """Start a new peak of resident memory (Linux)."""
+    release_memory()
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")
+
+
+def memory_mib(key: str = "VmHWM", process: int | str = "self") -> float | None:
+    """Peak (VmHWM), present (VmRSS) or anonymous (RssAnon) resident memory in MiB; None where Linux does not tell."""
+    path = Path(f"/proc/{process}/status")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    return None
+
+
+# -- intervals -------------------------------------------------------------------------------------
+
+
+def plain_intervals(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Intervals of evaluation.bootstrap for JSON: value, low and high; null where there is none, as with one user."""
+
+    def plain(one: Any) -> dict[str, float | None]:
+        numbers = {key: float(getattr(one, key)) for key in ("value", "low", "high")}
+        return {key: number if math.isfinite(number) else None for key, number in numbers.items()}
+
+    return {name: plain(one) for name, one in found.items()}
+
+
+def metrics_of(
+    names: Sequence[str], labels: np.ndarray, p: np.ndarray, users: np.ndarray, *, minus: np.ndarray | None = None,
+    **draw: int,
+) -> dict[str, dict[str, float | None]]:  # fmt: skip
+    """Metrics of probabilities p [n, labels] with intervals over users; with `minus`, paired differences to it."""
+    if minus is None:
+        return plain_intervals(intervals(names, labels, p, users, **draw))
+    return plain_intervals(differences(names, labels, minus, p, users, **draw))
+
+
+def columns(p: np.ndarray) -> np.ndarray:
+    """Probabilities [n, 2] of both labels from the chance [n] of label 1."""
+    p = np.clip(p, 1e-7, 1 - 1e-7)
+    return np.column_stack([1 - p, p])

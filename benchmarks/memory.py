@@ -1,267 +1,345 @@
-"""Peak memory of training by method, with and without activation checkpointing, beside what the estimator says.
+"""Peak memory of training, of merging, and of reading a large log.
 
-    python benchmarks/memory.py [--data DIR] [--domain FILE] [--only METHOD ...] [--zero 0 1 2 3] [--add]
+    python -m benchmarks.memory train [--data DIR --domain FILE] [--only METHOD ...] [--zero 0 1 2 3] [--add] [--again]
+    python -m benchmarks.memory merge [--only NUMBER ...]
+    python -m benchmarks.memory log [--rows 10000000]
 
-Each case trains two steps of two micro-batches with BehaviorTrainer in a process of its own, or under ZeRO in two
-processes launched by accelerate. Measured is the process's peak of resident memory (VmHWM) less what was resident right
-before the base's weights were made. What could blur that is kept out:
-- A tiny classifier trains first, so that code and libraries that load at their first use do not count.
-- The base's weights are copied out of their file, as a GPU would get them. Left as they are, they are pages of the
-  mapped file: not resident before something reads them, and resident from then on, also those that qlora has packed.
-- The peak is of training; loading has one of its own, which is lower for all methods but qlora.
-- glibc gives freed blocks back at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) and keeps one arena, so that
-  resident memory is memory in use. A GPU's allocator keeps freed blocks and counts them apart (allocated, reserved).
+Each case runs in processes of its own, which first do the same with something tiny, so that code and libraries that
+load at their first use do not count.
+
+train: two steps of two micro-batches by method, with and without activation checkpointing, and under ZeRO in two
+processes; beside what the estimator says. Measured is the peak of resident memory (VmHWM) less what was resident before
+the base was loaded. The base's weights are copied out of their file, as a GPU would get them: as pages of a mapped file
+they become resident when something reads them. glibc gives freed blocks back at once, so that resident memory is memory
+in use. --add keeps the other rows of the result file; --again estimates its rows again and measures nothing.
+
+merge: peaks from right before the merge, beside the size of the merged checkpoint, of anonymous memory (RssAnon, which
+the process has written) and of all resident memory (with pages of mapped files, which the system can drop). Bases are
+SmolLM2-135M and random Llamas of about 0.45 GB as merged.
+
+log: ten million interactions from shuffled parquet to streams with a text of its own for each event. Beside resident
+and anonymous memory it counts blocks of Python's allocator, which tell how many rows were Python objects at once.
 """
 
 import argparse
+import contextlib
+import functools
 import json
+import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+import threading
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0",
-          "MALLOC_TOP_PAD_": "0"}  # fmt: skip
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import transformers
+
+from benchmarks.measuring import (
+    ROOT,
+    Benchmark,
+    behavior_trainer,
+    in_processes,
+    memory_mib,
+    read_streams,
+    release_memory,
+    reset_peak,
+    run,
+    training_arguments,
+)
+from benchmarks.train_speed import warm_up
+from llmrec_peft import BehaviorLog, Domain, build_streams, load_classifier, merge_bundle
+from llmrec_peft.checkpoints.bundle import save_bundle
+from llmrec_peft.data.simulate import simulate_shop
+from llmrec_peft.data.streams import StreamSubset
+from llmrec_peft.memory import MemoryConfig, estimate_memory
+from llmrec_peft.models.base import load_config, load_tokenizer
+from llmrec_peft.training.distributed import device_arguments
+
+MIB = 2**20
+
+
+# -- train -----------------------------------------------------------------------------------------
+
 METHODS = ("full", "lora", "adapter", "qlora", "head")
 CASE = ("method", "activation_checkpointing", "zero", "gpus")
 STEPS, BATCH = 2, 2  # BATCH streams a step and process, each a micro-batch
-MIB = 2**20
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0",
+          "MALLOC_TOP_PAD_": "0"}  # fmt: skip
+
+
+def train_case(case: dict, given: dict, scratch: str) -> dict:
+    """In a process of its own: train on the longest streams of at most `micro_tokens` tokens."""
+    options = argparse.Namespace(**given)
+    streams, count = read_streams(options).train, STEPS * BATCH * case["gpus"]
+    fitting = np.flatnonzero(streams.lengths <= options.micro_tokens)
+    chosen = fitting[np.argsort(-streams.lengths[fitting], kind="stable")][:count]
+    if len(chosen) < count:
+        raise SystemExit(f"only {len(chosen)} streams have {options.micro_tokens} tokens; raise --micro-tokens")
+    load = {"domain": streams.domain, "method": case["method"],
+            "activation_checkpointing": case["activation_checkpointing"]}  # fmt: skip
+
+    def settings() -> transformers.TrainingArguments:
+        return training_arguments(scratch, per_device_train_batch_size=BATCH, optim="adamw_torch", **device_arguments())
+
+    def trainer_of(classifier, windows: np.ndarray, arguments):
+        return behavior_trainer(classifier, arguments, StreamSubset(streams, windows), options.micro_tokens)
+
+    tiny_place = Path(scratch, f"tiny-{os.getpid()}")
+    make_base(tiny_place, "float32", 1, 64, streams.vocabulary.tokenizer)
+    tiny = load_classifier(str(tiny_place), **load)
+    if case["zero"]:  # a process makes one engine of DeepSpeed, so that the trainer cannot go first
+        warm_up(tiny)
+    else:
+        trainer_of(tiny, chosen[:BATCH], settings()).train()
+    arguments = settings()  # ZeRO-3 partitions what is loaded from here on
+    del tiny
+    release_memory()
+    before = memory_mib("VmRSS")
+    classifier = load_classifier(options.base, **load)
+    for parameter in classifier.parameters():
+        parameter.data = parameter.data.clone()
+    trainer = trainer_of(classifier, chosen, arguments)
+    reset_peak()
+    trainer.train()
+    lengths, targets = streams.lengths[chosen], np.diff(streams.target_offsets)[chosen]
+    return {"measured_mib": memory_mib() - before, "before_mib": before, "length": int(lengths.max()),
+            "targets": int(targets[lengths.argmax()]), "steps": trainer.state.global_step}  # fmt: skip
+
+
+def train(options: argparse.Namespace, scratch: Path) -> dict:
+    """Peak memory of training by method, beside the estimate."""
+    old = json.loads(options.output.read_text(encoding="utf-8")) if options.add or options.again else {"rows": []}
+    rows = {tuple(row[name] for name in CASE): row for row in old["rows"]}
+    given = {key: getattr(options, key) for key in ("data", "domain", "base", "micro_tokens")}
+    if options.again:
+        measured = [({name: row[name] for name in CASE}, row["processes"]) for row in old["rows"]]
+    else:
+        measured = ((case, train_measured(case, given, scratch)) for case in cases(options))
+    for case, processes in measured:
+        sizes = {"micro_tokens": processes[0]["length"], **{key: processes[0][key] for key in ("length", "targets")}}
+        parts = estimate_memory(MemoryConfig(base=options.base, device="cpu", **case, **sizes))
+        peak = max(entry["measured_mib"] for entry in processes)
+        rows[tuple(case.values())] = {
+            **case, **sizes, "processes": processes, "measured_mib": peak, "estimated_mib": parts.device / MIB,
+            "ratio": parts.device / MIB / peak,
+            "parts_mib": {part.name: part.device / MIB for part in parts.parts},
+        }  # fmt: skip
+    # By this a result can be estimated again where the base is not at hand.
+    config = {key: value for key, value in load_config(options.base).to_diff_dict().items() if key != "_name_or_path"}
+    order = sorted(rows, key=lambda key: (key[2], METHODS.index(key[0]), key[1], key[3]))
+    return {"base_config": config, "rows": [rows[key] for key in order]}
 
 
 def cases(options: argparse.Namespace) -> list[dict]:
     """One process for each method with and without checkpointing; two processes for each stage of ZeRO."""
-    found = []
-    for zero in options.zero:
-        for method in options.only:
-            checkpointing = (False, True) if zero == 0 else (False,)
-            found += [
-                {"method": method, "activation_checkpointing": on, "zero": zero, "gpus": 1 if zero == 0 else 2}
-                for on in checkpointing
-                if not (method == "qlora" and zero == 3)
-            ]
-    return found
+    return [
+        {"method": method, "activation_checkpointing": on, "zero": zero, "gpus": 2 if zero else 1}
+        for zero in options.zero for method in options.only for on in ((False,) if zero else (False, True))
+        if not (method == "qlora" and zero == 3)
+    ]  # fmt: skip
 
 
-# -- in the process that is measured ---------------------------------------------------------------
+def train_measured(case: dict, given: dict, scratch: Path) -> list[dict]:
+    """What each process of a case found."""
+    config = ROOT / "accelerate_configs" / f"zero{case['zero']}.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes",
+                str(case["gpus"])] if case["zero"] else [sys.executable]  # fmt: skip
+    # DeepSpeed compiles at its first use.
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(scratch / "extensions"))
+    return in_processes(__file__, scratch, "train_case", case, given, str(scratch), launcher=launcher,
+                        DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=extensions, **MALLOC)[0]  # fmt: skip
 
 
-def train_measured(case: dict, options: argparse.Namespace, result: Path) -> None:
-    """Train on the longest streams within `micro_tokens`, and write this process's peak and the streams' sizes."""
-    import numpy as np
-    import transformers
-    from measuring import memory_mib, quiet, release_memory, reset_peak
-
-    from llmrec_peft.checkpoints.loading import load_classifier
-    from llmrec_peft.config.schema import DataConfig
-    from llmrec_peft.data.domain import Domain
-    from llmrec_peft.data.streams import StreamSubset
-    from llmrec_peft.models.base import load_tokenizer
-    from llmrec_peft.checkpoints.loading import load_classifier
-    from llmrec_peft.runs.split_streams import read_log, split_by_domain, streams_for_split
-    from llmrec_peft.runs.trainer_setup import OPTIMIZERS
-    from llmrec_peft.training.distributed import device_arguments
-    from llmrec_peft.training.trainer import BehaviorTrainer
-
-    domain, tokenizer = Domain.from_yaml(options.domain), load_tokenizer(options.base)
-    streams = streams_for_split(
-        split_by_domain(read_log(DataConfig(path=options.data)), domain), "train", domain, tokenizer
-    )
-    fitting = np.flatnonzero(streams.lengths <= options.micro_tokens)
-    chosen = fitting[np.argsort(-streams.lengths[fitting], kind="stable")][: STEPS * BATCH * case["gpus"]]
-    if len(chosen) < STEPS * BATCH * case["gpus"]:
-        raise SystemExit(
-            f"only {len(chosen)} streams have {options.micro_tokens} tokens or fewer; raise --micro-tokens"
-        )
-    with quiet(), tempfile.TemporaryDirectory() as scratch:
-        load = {"domain": domain, "method": case["method"]}
-        load["activation_checkpointing"] = case["activation_checkpointing"]
-
-        def settings() -> transformers.TrainingArguments:
-            return transformers.TrainingArguments(
-                output_dir=scratch, num_train_epochs=1, per_device_train_batch_size=BATCH, optim=OPTIMIZERS["adamw"],
-                save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
-                dataloader_pin_memory=False, **device_arguments(),
-            )  # fmt: skip
-
-        def trainer_of(classifier, windows, arguments) -> BehaviorTrainer:
-            trainer = BehaviorTrainer(
-                classifier, arguments, StreamSubset(streams, windows), tokenizer=tokenizer,
-                micro_tokens=options.micro_tokens,
-            )  # fmt: skip
-            trainer.remove_callback(transformers.PrinterCallback)
-            return trainer
-
-        tiny = load_classifier(tiny_base(tokenizer, scratch), **load)
-        if case["zero"]:  # a process makes one engine of DeepSpeed, so that the trainer cannot go first
-            warm_up(tiny)
-        else:
-            trainer_of(tiny, chosen[:BATCH], settings()).train()
-        arguments = settings()  # ZeRO-3 splits what is loaded from here on
-        del tiny
-        release_memory()
-        before = memory_mib("VmRSS")
-        classifier = load_classifier(options.base, **load)
-        for parameter in classifier.parameters():
-            parameter.data = parameter.data.clone()
-        trainer = trainer_of(classifier, chosen, arguments)
-        reset_peak()
-        trainer.train()
-    lengths, targets = streams.lengths[chosen], np.diff(streams.target_offsets)[chosen]
-    found = {
-        "measured_mib": memory_mib() - before,
-        "before_mib": before,
-        "length": int(lengths.max()),
-        "targets": int(targets[lengths.argmax()]),
-        "steps": trainer.state.global_step,
-    }
-    result.with_suffix(f".{trainer.args.process_index}").write_text(json.dumps(found))
+# -- merge -----------------------------------------------------------------------------------------
 
 
-def tiny_base(tokenizer, scratch: str) -> str:
-    """Directory of a Llama of one layer for this tokenizer."""
-    import transformers
+def case(base: str, method: str, dtype: str, held: str = "float32") -> dict:
+    """`held` is the number format of the base in memory, `dtype` that of the merged checkpoint."""
+    return {"base": base, "method": method, "held": held, "dtype": dtype}
 
+
+BASES = {"tiny": ("float32", 1, 64), "llama": ("float32", 8, 768), "deep llama": ("float32", 20, 768),
+         "bfloat16 llama": ("bfloat16", 20, 768)}  # fmt: skip
+"""Number format on the disk, layers, width. With more layers, what does not grow with the weights weighs as much."""
+CASES = [
+    *(case("llama", method, "float32") for method in ("lora", "qlora", "full")),
+    *(case("deep llama", method, "bfloat16") for method in ("lora", "qlora", "full")),
+    case("bfloat16 llama", "lora", "bfloat16", held="bfloat16"),
+    case("bfloat16 llama", "lora", "float32"),
+    case("bfloat16 llama", "lora", "bfloat16"),
+    case("smollm2-135m", "lora", "float32"),
+    case("smollm2-135m", "qlora", "float32"),
+]
+
+
+def make_base(directory: str | Path, dtype: str, layers: int, width: int, tokenizer=None) -> None:
+    """A random Llama, by default with SmolLM2's tokenizer."""
+    tokenizer, heads = tokenizer or load_tokenizer("smollm2-135m"), width // 64
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
     )  # fmt: skip
-    directory = str(Path(scratch, "tiny"))
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    return directory
 
 
-def warm_up(classifier) -> None:
-    """A step of the tiny classifier."""
-    import torch
-
-    trained = [parameter for parameter in classifier.train().parameters() if parameter.requires_grad]
-    ids = torch.zeros(1, 64, dtype=torch.int64)
-    classifier(input_ids=ids, markers=torch.tensor([63])).sum().backward()
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    torch.optim.AdamW(trained).step()
-
-
-# -- in the process that measures ------------------------------------------------------------------
+def make_moved_bundle(directory: str, base: str, method: str, held: str) -> None:
+    """A bundle whose trained weights were moved by seeded noise, as training might have."""
+    domain = Domain.from_yaml(ROOT / "recipes/configs/movies/domain.yaml")
+    torch.manual_seed(0)
+    classifier, generator = load_classifier(base, domain, method, dtype=held), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in classifier.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * value.std().clamp(min=0.01) * torch.randn(value.shape, generator=generator))
+    save_bundle(directory, classifier, classifier.tokenizer, domain.to_dict())
 
 
-def measure(case: dict, options: argparse.Namespace, scratch: Path) -> list[dict]:
-    """Run a case in processes of its own; what each found."""
-    from measuring import accelerate_command, launch_environment
-
-    result = scratch / "found"
-    for old in scratch.glob("found.*"):
-        old.unlink()
-    command = accelerate_command(f"zero{case['zero']}", case["gpus"]) if case["zero"] else [sys.executable]
-    command += [__file__, "--data", options.data, "--domain", options.domain, "--base", options.base]
-    command += ["--micro-tokens", str(options.micro_tokens), "--case", json.dumps([case, str(result)])]
-    environment = launch_environment(scratch, **MALLOC)
-    done = subprocess.run(command, env=environment, cwd=ROOT.parent, capture_output=True, text=True)
-    found = [json.loads(path.read_text()) for path in sorted(scratch.glob("found.*"))]
-    if done.returncode or len(found) != case["gpus"]:
-        raise SystemExit(f"{case} failed:\n{done.stderr[-4000:]}")
-    return found
+def merge_case(scratch: str, dtype: str) -> dict:
+    """In a process of its own: merge a tiny bundle of the same method, wait to be watched, and merge the bundle."""
+    merge_bundle(Path(scratch, "tiny-bundle"), Path(scratch, "tiny-merged"), dtype=dtype)
+    release_memory()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    return merge_bundle(Path(scratch, "bundle"), Path(scratch, "merged"), dtype=dtype)
 
 
-def estimate(case: dict, found: dict, base: str):
-    """The estimator's answer for what was measured."""
-    from llmrec_peft.memory.estimate import estimate_memory
-    from llmrec_peft.memory.memory_options import MemoryConfig
+def watch_merge(process: subprocess.Popen) -> dict[str, float]:
+    """Peaks of anonymous and of all resident memory above the start, read every 2 ms."""
+    while process.stdout.readline() not in ("ready\n", ""):
+        pass
 
-    return estimate_memory(MemoryConfig(base=base, device="cpu", **case, **settings_of(found)))
+    def read() -> list[float]:
+        with contextlib.suppress(OSError):  # the process may end meanwhile
+            return [memory_mib(key, process.pid) or 0.0 for key in ("RssAnon", "VmRSS")]
+        return [0.0, 0.0]
 
-
-def settings_of(found: dict) -> dict:
-    """The estimator's settings for the micro-batch that was measured."""
-    return {"micro_tokens": found["length"], "length": found["length"], "targets": found["targets"]}
-
-
-def base_config(base: str) -> dict:
-    """The base's configuration, by which a result can be estimated again where the base is not at hand."""
-    from llmrec_peft.models.base import load_config
-
-    return {key: value for key, value in load_config(base).to_diff_dict().items() if key != "_name_or_path"}
-
-
-def main(arguments: list[str] | None = None) -> dict | None:
-    """Measure, print and write the result; returns it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="simulated:shop", help="directory of a log, or simulated:shop")
-    parser.add_argument("--domain", default=str(ROOT.parent / "recipes/configs/shop/domain.yaml"), help="domain file")
-    parser.add_argument("--base", default="smollm2-135m", help="base model")
-    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS, help="methods")
-    parser.add_argument("--zero", nargs="+", type=int, default=[0, 1, 2, 3], choices=range(4), help="stages of ZeRO")
-    parser.add_argument("--micro-tokens", type=int, default=600, help="tokens of a micro-batch, at most")
-    parser.add_argument("--output", default=str(ROOT / "results" / "memory.json"), help="result file")
-    parser.add_argument("--add", action="store_true", help="keep the other rows of the result file")
-    parser.add_argument("--again", action="store_true", help="estimate the file's rows again, and measure nothing")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.case:
-        case, result = json.loads(options.case)
-        train_measured(case, options, Path(result))
-        return None
-    from measuring import header
-
-    given = sys.argv[1:] if arguments is None else arguments
-    result = {**header(__file__, given, 0), "base_config": base_config(options.base), "rows": []}
-    print(f"{'method':<8} {'checkpointing':<14} {'ZeRO':>4} {'measured MiB':>16} {'estimated MiB':>14} {'ratio':>6}")
-    with tempfile.TemporaryDirectory() as scratch:
-        for case, found in again(options) if options.again else measure_all(options, Path(scratch)):
-            row = row_of(case, found, options.base)
-            result["rows"].append(row)
-            per_rank = "/".join(f"{entry['measured_mib']:.0f}" for entry in found)
-            print(f"{case['method']:<8} {str(case['activation_checkpointing']).lower():<14} {case['zero']:>4} "
-                  f"{per_rank:>16} {row['estimated_mib']:>14.0f} {row['ratio']:>6.2f}", flush=True)  # fmt: skip
-            write(options, result)
-    return result
+    start = peaks = read()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    samples = 0
+    while process.poll() is None:
+        peaks, samples = list(map(max, peaks, read())), samples + 1
+        time.sleep(0.002)
+    return {"anonymous_mib": peaks[0] - start[0], "resident_mib": peaks[1] - start[1], "samples": samples}
 
 
-def measure_all(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[dict, list[dict]]]:
-    """Each case, and what its processes found."""
-    for case in cases(options):
-        yield case, measure(case, options, scratch)
+def merge_measured(entry: dict, scratch: Path) -> dict:
+    """Merge one case in a process of its own."""
+    for base in ("tiny", entry["base"]):
+        if base in BASES and not (scratch / base).exists():
+            in_processes(__file__, scratch, "make_base", str(scratch / base), *BASES[base])
+    place = str(scratch / entry["base"]) if entry["base"] in BASES else entry["base"]
+    for target, base in (("bundle", place), ("tiny-bundle", str(scratch / "tiny"))):
+        in_processes(
+            __file__, scratch, "make_moved_bundle", str(scratch / target), base, entry["method"], entry["held"]
+        )
+    (found,), seen = in_processes(__file__, scratch, "merge_case", str(scratch), entry["dtype"], watch=watch_merge)
+    size = found["bytes"] / MIB
+    kept = ("seconds", "max_difference", "mean_difference", "spread", "answers")
+    return {**entry, "checkpoint_mib": size, **seen, "anonymous_ratio": seen["anonymous_mib"] / size,
+            "resident_ratio": seen["resident_mib"] / size, **{key: found[key] for key in kept}}  # fmt: skip
 
 
-def again(options: argparse.Namespace) -> Iterator[tuple[dict, list[dict]]]:
-    """The cases of the result file, and what was found then."""
-    for row in json.loads(Path(options.output).read_text())["rows"]:
-        yield {name: row[name] for name in CASE}, row["processes"]
+def merge(options: argparse.Namespace, scratch: Path) -> dict:
+    """Peak memory and time of merging a bundle, beside the size of the merged checkpoint."""
+    return {"rows": [merge_measured(CASES[number], scratch) for number in options.only]}
 
 
-def write(options: argparse.Namespace, result: dict) -> None:
-    """Write the result file; with `--add` or `--again` its other rows and its earlier commands stay."""
-    from measuring import write_result
+# -- log -------------------------------------------------------------------------------------------
 
-    rows, commands = {key_of(row): row for row in result["rows"]}, [result["command"]]
-    if (options.add or options.again) and Path(options.output).exists():
-        old = json.loads(Path(options.output).read_text())
-        rows = {**{key_of(row): row for row in old["rows"]}, **rows}
-        if options.again:  # the measurements are of then and there
-            result = {**result, **{name: old[name] for name in ("date", "seed", "machine", "versions")}}
-        commands = [*(command for command in old["command"].split("; ") if command not in commands), *commands]
-    write_result(
-        options.output, {**result, "command": "; ".join(commands), "rows": [rows[key] for key in sorted(rows)]}
-    )
+AT_ONCE = 500_000  # rows
+PRICED = {"name": "shop", "event": "{title} at {price:.2f}", "outcomes": {"skip": " no\n", "click": " yes\n"},
+          "stream": {"context": 10, "targets": 30, "max_length": 2048}}  # fmt: skip
 
 
-def key_of(row: dict) -> tuple:
-    """What tells cases apart, in the order of the table."""
-    return row["zero"], METHODS.index(row["method"]), row["activation_checkpointing"], row["gpus"]
+def write_log(directory: Path, rows: int, items: int = 50_000) -> None:
+    """Write a shuffled log of `rows` interactions of rows / 50 users."""
+    rng, numbers = np.random.default_rng(0), pc.cast(pa.array(np.arange(items)), pa.string())
+    ids = pc.binary_join_element_wise("item", numbers, "-")
+    titles = pc.binary_join_element_wise("Product number", numbers, " ")
+    pq.write_table(pa.table({"item_id": ids, "title": titles}), directory / "items.parquet")
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for start in range(0, rows, AT_ONCE):
+            count = min(AT_ONCE, rows - start)
+            users = pc.cast(pa.array(rng.integers(0, max(rows // 50, 1), count)), pa.string())
+            table = pa.table({
+                "user_id": pc.binary_join_element_wise("user", users, "-"),
+                "item_id": ids.take(pa.array(rng.integers(0, items, count))),
+                "timestamp": rng.integers(1_500_000_000, 1_700_000_000, count),
+                "label": rng.integers(0, 2, count).astype(np.int8), "price": rng.random(count),
+            })  # fmt: skip
+            place = directory / "interactions.parquet"
+            writer = writer or stack.enter_context(pq.ParquetWriter(place, table.schema))
+            writer.write_table(table)
 
 
-def row_of(case: dict, found: list[dict], base: str) -> dict:
-    """What the result file says of a case; the process with the most memory counts."""
-    measured = max(entry["measured_mib"] for entry in found)
-    parts = estimate(case, found[0], base)
+def log_case(directory: str, base: str) -> dict[str, float]:
+    """In a process of its own: read the log, and look at memory and Python's blocks twenty times a second."""
+    domain, tokenizer = Domain.from_dict(PRICED), load_tokenizer(base)
+    # A small log first, so that what the libraries load at their first use does not count.
+    build_streams(simulate_shop(users=5).split().train, domain, tokenizer)[0]
+    before = (memory_mib("RssAnon") or 0.0, sys.getallocatedblocks())
+    peaks, stopped = list(before), threading.Event()
+
+    def watch() -> None:
+        while not stopped.wait(0.05):
+            peaks[:] = map(max, peaks, (memory_mib("RssAnon") or 0.0, sys.getallocatedblocks()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    times = [time.perf_counter()]
+    log = BehaviorLog.read(directory)
+    times.append(time.perf_counter())
+    streams = build_streams(log.split().train, domain, tokenizer)
+    times.append(time.perf_counter())
+    for number in np.linspace(0, len(streams) - 1, 1000).astype(int):
+        if len(streams[number]) != streams.lengths[number]:
+            raise SystemExit(f"stream {number} is not as long as planned")
+    times.append(time.perf_counter())
+    stopped.set()
+    watcher.join()
+    names = ("seconds_to_read", "seconds_to_streams", "seconds_for_1000_streams")
     return {
-        **case, **settings_of(found[0]), "processes": found, "measured_mib": measured,
-        "estimated_mib": parts.device / MIB, "ratio": parts.device / MIB / measured,
-        "parts_mib": {part.name: part.device / MIB for part in parts.parts},
+        "rows": len(log), **dict(zip(names, np.diff(times).tolist(), strict=True)), "targets": streams.num_targets,
+        "streams": len(streams), "peak_rss_mib": memory_mib(), "peak_anonymous_mib": peaks[0],
+        "anonymous_before_mib": before[0], "anonymous_after_mib": memory_mib("RssAnon"),
+        "arrow_pool_after_mib": pa.total_allocated_bytes() / MIB, "peak_python_blocks": peaks[1] - before[1],
     }  # fmt: skip
 
+
+def read_large_log(options: argparse.Namespace, scratch: Path) -> dict:
+    """Time and memory from a large parquet log to streams."""
+    directory = scratch / "log"
+    directory.mkdir()
+    write_log(directory, options.rows)
+    size = sum(entry.stat().st_size for entry in directory.iterdir()) / MIB
+    return {"parquet_mib": size, **in_processes(__file__, scratch, "log_case", str(directory), options.base)[0][0]}
+
+
+BENCHMARKS = {
+    "train": Benchmark(train, "memory.json", {
+        "only": (list(METHODS), "methods", METHODS), "zero": ([0, 1, 2, 3], "stages of ZeRO", range(4)),
+        "micro_tokens": (600, "tokens of a micro-batch, at most"),
+        "add": (False, "keep the other rows of the result file"),
+        "again": (False, "estimate the rows of the result file again, and measure nothing"),
+    }),
+    "merge": Benchmark(merge, "merge.json", {"only": (list(range(11)), "numbers of cases (default: all)")}),
+    "log": Benchmark(read_large_log, "data_memory.json", {"rows": (10_000_000, "interactions")}),
+}  # fmt: skip
+
+
+main = functools.partial(run, __file__, __doc__, BENCHMARKS)
 
 if __name__ == "__main__":
     main()

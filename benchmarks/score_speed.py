@@ -1,182 +1,377 @@
-"""Scoring many candidates of one history, beside a padded batch of independent prompts.
+"""Speed of scoring, and what serving takes on the disk.
 
-Real titles and a real user's history; the classifier is a LoRA bundle (r 16, all linear layers). In each round, one
-after the other, on the same history and candidates:
-- independent: each candidate as a prompt of its own, padded to the longest, in batches of `--batch` rows through the
-  same bundle by PEFT, as a user of Transformers would;
-- scorer: `Scorer.score` with nothing kept, so the history is encoded in each round;
-- kept: `Scorer.score` of the same history again;
-- extended: the history has grown by one event since the last call.
+    python -m benchmarks.score_speed history --data DIR --domain recipes/configs/movies/domain.yaml [--rounds 3]
+    python -m benchmarks.score_speed bank [--data DIR --domain FILE] [--rounds 7] [--domains 200]
+    python -m benchmarks.score_speed install [--extras serve serve-text]
 
-python benchmarks/score_speed.py --data DIR --domain recipes/configs/movies/domain.yaml [--bundle OUT/bundle]
+history: many candidates of one user's real history, by a LoRA bundle (rank 16, all linear layers), in turns with
+each candidate as a prompt of its own in padded batches of --batch rows, as a user of Transformers would score them.
+`scorer` encodes the history anew, `kept` has it in the prefix cache, `extended` has it less its newest event.
+
+bank: two bundles on one base, mixed requests with histories of 20 items, in turns: one merged model scores all of them
+in the bank's own batches; the bank scores each by its domain's bundle. Also the time when PEFT loads the bundle for
+each request, of swaps, and the memory of many domains.
+
+install: disk blocks of site-packages, bytecode included, after `pip install llmrec-peft[EXTRA]` in a new environment,
+without pip and setuptools. MB are 10^6 bytes.
 """
 
 import argparse
-import sys
+import functools
+import shutil
+import statistics
+import subprocess
 import tempfile
 import time
+import venv
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
-from bank import make_bundle
-from measuring import header, machine, memory_mib, quiet, release_memory, reset_peak, spread, stop, write_result
 
-from llmrec_peft import BehaviorLog, Domain, Scorer
+from benchmarks.measuring import (
+    ROOT,
+    Benchmark,
+    in_turns,
+    memory_mib,
+    ratios,
+    read_log,
+    release_memory,
+    reset_peak,
+    run,
+    spread,
+    stop,
+)
+from llmrec_peft import BehaviorLog, Domain, DomainBank, Scorer, load_classifier
+from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.checkpoints.loading import load_trained
-from llmrec_peft.config.schema import DataConfig
+from llmrec_peft.data.batches import plan_micro_batches
+from llmrec_peft.data.collator import collate
+from llmrec_peft.data.layout import Stream, StreamBuilder
+from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.runs.split_streams import read_log
+from llmrec_peft.models.base import load_tokenizer, resolve_base
+from llmrec_peft.models.classifier import BehaviorClassifier
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="simulated:shop")
-    parser.add_argument("--domain", default=str(ROOT / "recipes/configs/shop/domain.yaml"))
-    parser.add_argument("--bundle", help="a trained bundle; by default one of random weights is made")
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--candidates", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=400, help="of the history, at least")
-    parser.add_argument("--batch", type=int, default=10, help="rows of a batch of independent prompts")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default=str(ROOT / "benchmarks/results/score_speed.json"))
-    options = parser.parse_args()
-    with quiet(), tempfile.TemporaryDirectory() as scratch:
-        result = header(__file__, sys.argv[1:], options.seed) | measure(options, Path(scratch))
-    write_result(options.output, result)
-    show(result)
+# -- bundles and requests --------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace, scratch: Path) -> dict:
-    log = read_log(DataConfig(path=options.data))
-    domain = Domain.from_yaml(options.domain)
-    bundle = options.bundle or make_bundle(scratch / "bundle", options.base, domain, options.seed)
-    fresh, kept = Scorer.load(bundle, log, cache_bytes=0), Scorer.load(bundle, log)
-    history, candidates = pick(log, domain, fresh, options)
-    prompts = independent_prompts(fresh, history, candidates)
-    loaded = load_trained(bundle)
-    calibration = Calibration.from_dict(loaded.calibration)
-
-    def extended() -> np.ndarray:
-        kept._bank._engine.prefix_cache.clear()
-        kept.score(history[:-1], candidates[:1])
-        start = time.perf_counter()
-        found = kept.score(history, candidates)
-        seconds["extended"].append(time.perf_counter() - start)
-        return found
-
-    def timed(name: str, work) -> np.ndarray:
-        start = time.perf_counter()
-        found = work()
-        seconds[name].append(time.perf_counter() - start)
-        return found
-
-    seconds: dict[str, list[float]] = {name: [] for name in ("independent", "scorer", "kept", "extended")}
-    worst = 0.0
-    for number in range(options.rounds + 1):
-        wanted = calibration.apply(timed("independent", lambda: run(loaded, prompts, options.batch)))
-        found = [timed("scorer", lambda: fresh.score(history, candidates)), extended()]
-        found.append(timed("kept", lambda: kept.score(history, candidates)))
-        worst = max(worst, *(float(np.abs(one - wanted).max()) for one in found))
-        if number == 0:  # a first round warms up
-            for times in seconds.values():
-                times.clear()
-    ratios = {
-        name: [a / b for a, b in zip(seconds["independent"], seconds[name], strict=True)]
-        for name in ("scorer", "kept", "extended")
-    }
-    return {
-        "settings": {
-            "data": log.name, "domain": domain.name, "base": options.base, "candidates": len(candidates),
-            "history_events": len(history), "history_tokens": len(prompts[0]) - len(fresh_probe(fresh, candidates[0])),
-            "independent_tokens": sum(map(len, prompts)), "batch": options.batch, "rounds": options.rounds,
-        },
-        "seconds": {name: spread(times) for name, times in seconds.items()},
-        "ratio": {name: spread(values) for name, values in ratios.items()},
-        "largest_difference": worst,
-        "memory_mb": memory(fresh, history, candidates),
-        "rounds": seconds,
-    }  # fmt: skip
+def make_bundle(directory: Path, base: str, domain: Domain, seed: int) -> Path:
+    """A bundle whose B factors are random, as after training: zeros would be as fast, and hide a wrong prediction."""
+    torch.manual_seed(seed)
+    classifier = load_classifier(base, domain, "lora", r=16)
+    with torch.no_grad():
+        for name, value in classifier.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.01)
+    return save_bundle(directory, classifier, classifier.tokenizer, domain.to_dict())
 
 
-def event_of(log: BehaviorLog, domain: Domain, row: int) -> dict:
-    """A row of the log as an event: its item, and the columns of its own that the template names."""
-    columns = [name for name in domain.event_columns if name not in log.items.column_names]
-    item = log.items.column("item_id")[int(log.item_codes[row])].as_py()
-    return {"item_id": item, **{name: log.interactions.column(name)[row].as_py() for name in columns}}
+class RequestTokens:
+    """Tokens of requests, without the scorer: events are mappings with an `item_id` of the log's item table."""
+
+    def __init__(self, domain: Domain, tokenizer, log: BehaviorLog) -> None:
+        self.domain, self.vocabulary = domain, Vocabulary(domain, tokenizer)
+        self.words = dict(zip(domain.labels, self.vocabulary.outcomes, strict=True))
+        self.items = {row["item_id"]: row for row in log.items.to_pylist()}
+
+    def events(self, events: list[dict]) -> list[np.ndarray]:
+        """Tokens of each event with its marker."""
+        rows = [self.items[event["item_id"]] | event for event in events]
+        columns = {name: pa.array([row[name] for row in rows]) for name in self.domain.event_columns}
+        flat, offsets = self.vocabulary.tokens(self.vocabulary.events(columns).to_pylist())
+        parts = np.split(flat, offsets[1:-1])
+        return [np.concatenate([part, self.vocabulary.marker]) for part in parts]
+
+    def prefix(self, history: list[tuple[dict, str]], user: dict | None = None) -> np.ndarray:
+        """Tokens of the header and the history."""
+        columns = {name: pa.array([value]) for name, value in (user or {}).items()}
+        parts = [self.vocabulary.prefix, self.vocabulary.tokens(self.vocabulary.headers(columns, 1).to_pylist())[0]]
+        for tokens, (_, label) in zip(self.events([event for event, _ in history]), history, strict=True):
+            parts += [tokens, self.words[label]]
+        return np.concatenate(parts)
 
 
-def pick(log: BehaviorLog, domain: Domain, scorer: Scorer, options: argparse.Namespace) -> tuple[list, list]:
-    """The first user whose newest events fill the tokens wanted, and candidates from the whole table."""
-    classes, rng = domain.classes(log), np.random.default_rng(options.seed)
-    encoder = scorer.encoder
+def event_of(log: BehaviorLog, domain: Domain, row: int, item: int | None = None) -> dict:
+    """A row of the log, or another item at its place, as an event: the item and the row's columns of the template."""
+    names = [name for name in domain.event_columns if name not in log.items.column_names]
+    code = int(log.item_codes[row]) if item is None else item
+    return {"item_id": log.items.column("item_id")[code].as_py(),
+            **{name: log.interactions.column(name)[row].as_py() for name in names}}  # fmt: skip
+
+
+def pick_request(log: BehaviorLog, tokens: RequestTokens, least: int, candidates: int, seed: int) -> tuple[list, list]:
+    """The first user whose newest events fill `least` tokens, and candidates from the whole item table."""
+    domain, rng = tokens.domain, np.random.default_rng(seed)
+    classes, window = domain.classes(log), domain.stream.context + domain.stream.targets - 1
     for user in range(log.num_users):
-        rows = range(int(log.user_offsets[user]), int(log.user_offsets[user + 1]))
-        rows = [row for row in rows if classes[row] >= 0][-encoder.domain.window :]
-        history: list = []
-        for row in rows:
-            history.append((event_of(log, domain, row), domain.labels[classes[row]]))
-            prefix = encoder.encode_history(history)
-            if len(prefix.header) + sum(map(len, prefix.events)) >= options.tokens:
-                items = rng.choice(log.num_items, options.candidates, replace=False)
-                extra = {key: value for key, value in event_of(log, domain, row).items() if key != "item_id"}
-                ids = log.items.column("item_id").take(items).to_pylist()
-                return history, [{"item_id": item, **extra} for item in ids]
+        rows = np.arange(log.user_offsets[user], log.user_offsets[user + 1])
+        rows = rows[classes[rows] >= 0][-window:]
+        history = [(event_of(log, domain, int(row)), domain.labels[classes[row]]) for row in rows]
+        sizes = [len(tokens.prefix(history[: count + 1])) for count in range(len(history))]
+        if history and sizes[-1] >= least:
+            history = history[: int(np.searchsorted(sizes, least)) + 1]
+            items = rng.choice(log.num_items, candidates, replace=False)
+            return history, [event_of(log, domain, int(rows[len(history) - 1]), int(item)) for item in items]
     stop("no user of this log has a history of so many tokens; lower --tokens")
 
 
-def fresh_probe(scorer: Scorer, candidate: dict) -> np.ndarray:
-    return scorer.encoder.encode_events([candidate], "candidates")[0]
+# -- history ---------------------------------------------------------------------------------------
 
 
-def independent_prompts(scorer: Scorer, history: list, candidates: list) -> list[np.ndarray]:
-    prefix = scorer.encoder.encode_history(history)
-    tokens = scorer.encoder.encode_events(candidates, "candidates")
-    return [np.concatenate([*prefix.pieces(), candidate]) for candidate in tokens]
-
-
-def run(loaded, prompts: list[np.ndarray], batch: int) -> np.ndarray:
+def predict_prompts(bundle, prompts: list[np.ndarray], batch: int) -> np.ndarray:
+    """Logits [prompts, labels] of independent prompts in padded batches."""
     found = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         length = max(map(len, part))
-        ids = torch.full((len(part), length), loaded.tokenizer.pad_token_id)
+        ids = torch.full((len(part), length), bundle.tokenizer.pad_token_id)
         for row, prompt in enumerate(part):
             ids[row, : len(prompt)] = torch.from_numpy(prompt)
         markers = torch.tensor([row * length + len(prompt) - 1 for row, prompt in enumerate(part)])
         with torch.inference_mode():
-            found.append(loaded.classifier(ids, markers=markers).numpy())
+            found.append(bundle.classifier(ids, markers=markers).numpy())
     return np.concatenate(found)
 
 
-def memory(scorer: Scorer, history: list, candidates: list) -> dict[str, float]:
-    """Peak above rest while 50 and while many candidates are scored, MB."""
+def history(options: argparse.Namespace, scratch: Path) -> dict:
+    """Many candidates of one history, beside a padded batch of independent prompts."""
+    log, domain = read_log(options), Domain.from_yaml(options.domain)
+    directory = Path(options.bundle or make_bundle(scratch / "bundle", options.base, domain, options.seed))
+    loaded = load_trained(directory)
+    tokens = RequestTokens(domain, loaded.tokenizer, log)
+    past, candidates = pick_request(log, tokens, options.tokens, options.candidates, options.seed)
+    prefix = tokens.prefix(past)
+    prompts = [np.concatenate([prefix, candidate]) for candidate in tokens.events(candidates)]
+    fresh, cached = Scorer.load(directory, log, cache_bytes=0), Scorer.load(directory, log)
+    found: dict[str, np.ndarray] = {}
+
+    def remember(name: str, work):
+        return lambda: found.update({name: work()})
+
+    seconds: dict[str, list[float]] = {}
+    worst, calibration = 0.0, Calibration.from_dict(loaded.calibration)
+    for number in range(options.rounds + 1):
+        grown = Scorer.load(directory, log)
+        grown.score(past[:-1], candidates[:1])
+        ways = {
+            "independent": remember("independent", lambda: predict_prompts(loaded, prompts, options.batch)),
+            "scorer": remember("scorer", lambda: fresh.score(past, candidates)),
+            "extended": remember("extended", lambda grown=grown: grown.score(past, candidates)),
+            "kept": remember("kept", lambda: cached.score(past, candidates)),
+        }
+        for name, work in ways.items():
+            start = time.perf_counter()
+            work()
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+        wanted = calibration.apply(found.pop("independent"))
+        worst = max(worst, *(float(np.abs(one - wanted).max()) for one in found.values()))
+        if number == 0:  # the first round warms up
+            seconds.clear()
+    return {
+        "settings": {
+            "data": log.name, "domain": domain.name, "candidates": len(candidates), "history_events": len(past),
+            "history_tokens": len(prefix), "independent_tokens": sum(map(len, prompts)), "batch": options.batch,
+        },
+        "seconds": {name: spread(times) for name, times in seconds.items()},
+        "ratio": {name: ratios(seconds, "independent", name) for name in ("scorer", "kept", "extended")},
+        "largest_difference": worst, "memory_mb": candidate_memory(fresh, past, candidates), "rounds": seconds,
+    }  # fmt: skip
+
+
+def candidate_memory(scorer: Scorer, past: list, candidates: list) -> dict[str, float]:
+    """Peak above rest while these and ten times as many candidates are scored, MB."""
     peaks = {}
     for times in (1, 10):
         many = [dict(one, title=f"{n} {one['item_id']}") for n in range(times) for one in candidates]
-        release_memory()
-        before = memory_mib("VmRSS")
         reset_peak()
-        scorer.score(history, many)
+        before = memory_mib("VmRSS")
+        scorer.score(past, many)
         peaks[str(len(many))] = ((memory_mib() or 0) - (before or 0)) * 2**20 / 1e6
     return peaks
 
 
-def show(result: dict) -> None:
-    settings = result["settings"]
-    print(f"{settings['candidates']} candidates after {settings['history_events']} events, "
-          f"{settings['history_tokens']} tokens; {machine()['cpu']}")  # fmt: skip
-    print(f"independent prompts: {result['seconds']['independent']['median']:.1f} s")
-    for name, ratio in result["ratio"].items():
-        median = result["seconds"][name]["median"]
-        print(f"{name:<9} {median:6.2f} s: {ratio['median']:.1f} times ({ratio['min']:.1f} to {ratio['max']:.1f})")
-    print(f"largest difference of a probability: {result['largest_difference']:.1e}")
-    for count, peak in result["memory_mb"].items():
-        print(f"memory above rest for {count} candidates: {peak:.0f} MB")
+# -- bank ------------------------------------------------------------------------------------------
 
+
+def draw_requests(log: BehaviorLog, domain: Domain, options: argparse.Namespace) -> list[tuple]:
+    """Requests (domain, history, candidates, user) of the domains `one` and `two` in turn."""
+    rng = np.random.default_rng(options.seed)
+    user = {name: log.interactions.column(name)[0].as_py() for name in domain.header_columns}
+
+    def events(count: int) -> list[dict]:
+        return [event_of(log, domain, 0, int(item)) for item in rng.integers(log.num_items, size=count)]
+
+    def labels(count: int) -> list[str]:
+        return [domain.labels[number] for number in rng.integers(len(domain.labels), size=count)]
+
+    return [(("one", "two")[number % 2], list(zip(events(20), labels(20), strict=True)), events(options.candidates),
+             user) for number in range(options.requests)]  # fmt: skip
+
+
+def request_batches(tokens: RequestTokens, requests: list[tuple], batch_tokens: int) -> list[dict]:
+    """The rows of requests in batches: a shared prefix, and a segment for each candidate."""
+    streams = []
+    for _, past, candidates, user in requests:
+        build = StreamBuilder([tokens.prefix(past, user)])
+        markers = [build.candidate(candidate, candidate[:0]) for candidate in tokens.events(candidates)]
+        zeros = np.zeros(len(markers), np.int64)
+        streams.append(Stream(*build.arrays(), np.array(markers), zeros, zeros, zeros))
+    groups = plan_micro_batches(np.array([len(stream) for stream in streams]), batch_tokens)
+    return [collate([streams[row] for row in group], 0) for group in groups]
+
+
+def predict_batches(classifier, batches: list[dict]) -> None:
+    """A forward pass over each batch."""
+    with torch.inference_mode():
+        for batch in batches:
+            names = ("input_ids", "position_ids", "markers", "attention_mask", "segment")
+            classifier(**{name: batch[name] for name in names})
+
+
+def bank(options: argparse.Namespace, scratch: Path) -> dict:
+    """A bank of domains on one base: throughput, swaps and memory."""
+    log, domain = read_log(options), Domain.from_yaml(options.domain)
+    bundles = [make_bundle(scratch / f"bundle-{number}", options.base, domain, number) for number in range(2)]
+    names = dict(zip(("one", "two"), bundles, strict=True))
+    served = DomainBank.load(options.base, names, dict.fromkeys(names, log))
+    requests = draw_requests(log, domain, options)
+    tokens = RequestTokens(domain, load_tokenizer(resolve_base(options.base)), log)
+    batches = request_batches(tokens, requests, options.batch_tokens)
+    merged = load_trained(bundles[0]).classifier
+    merged.model = merged.model.merge_and_unload()
+    merged.eval()
+    seconds = in_turns(
+        {
+            "merged": lambda: predict_batches(merged, batches),
+            "bank": lambda: served.score(requests, batch_tokens=options.batch_tokens),
+        },
+        options.rounds,
+    )
+    single = [request_batches(tokens, [request], options.batch_tokens) for request in requests[:2]]
+    per_request = load_per_request(options.base, [names[request[0]] for request in requests[:2]], domain.labels, single)
+    size = sum(int(batch["input_ids"].numel()) for batch in batches)
+    return {
+        "settings": {"data": log.name, "domain": domain.name, "tokens": size},
+        "seconds": {name: spread(values) for name, values in seconds.items()}
+        | {"load_per_request": {"per_request": per_request}},
+        "throughput_of_merged": ratios(seconds, "merged", "bank"),
+        "throughput_of_load_per_request": per_request * len(requests) / statistics.median(seconds["bank"]),
+        "swaps_ms": swaps(served, bundles, scratch, options.rounds),
+        "many": many(options, scratch, bundles[0]), "rounds": seconds,
+    }  # fmt: skip
+
+
+def load_per_request(base: str, bundles: list[Path], labels: list[str], batches: list[list[dict]]) -> float:
+    """Median seconds of PEFT's way to change adapters: load the bundle onto a base in memory, predict, unload."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    source = resolve_base(base)
+    stock = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(labels), dtype=torch.float32)
+    stock.config.pad_token_id = load_tokenizer(source).pad_token_id
+    seconds = []
+    for bundle, part in zip(bundles, batches, strict=True):
+        start = time.perf_counter()
+        model = PeftModel.from_pretrained(stock, bundle).eval()
+        predict_batches(BehaviorClassifier(model, "lora", labels), part)
+        stock = model.unload()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def swaps(served: DomainBank, bundles: list[Path], scratch: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a swap to a bundle in memory and to one on the disk."""
+    loaded, fresh = [], []
+    for number in range(max(rounds, 10)):
+        copy = scratch / f"swap-{number}"
+        shutil.copytree(bundles[number % 2], copy)
+        for place, times in ((copy, fresh), (bundles[0], loaded), (copy, loaded)):
+            start = time.perf_counter()
+            served.swap("one", place)
+            times.append(1e3 * (time.perf_counter() - start))
+    served.swap("one", bundles[0])
+    return {"in_memory": spread(loaded), "on_disk": spread(fresh)}
+
+
+def many(options: argparse.Namespace, scratch: Path, bundle: Path) -> dict[str, float]:
+    """Memory of a bank of many domains, all of them in memory."""
+    places = [scratch / f"many-{number}" for number in range(options.domains)]
+    for place in places:  # one copy on the disk is enough: a bank tells bundles apart by their place
+        shutil.copytree(bundle, place, copy_function=lambda source, target: Path(target).hardlink_to(source))
+    served = DomainBank.load(options.base, {"first": bundle})
+    release_memory()
+    before, start = memory_mib("RssAnon"), time.perf_counter()
+    for place in places:
+        served.add(place.name, place, None)
+    seconds, after = time.perf_counter() - start, memory_mib("RssAnon")
+    return {
+        "domains": len(places), "seconds_to_load": seconds,
+        "mb_per_domain": ((after or 0) - (before or 0)) * 2**20 / 1e6 / len(places),
+        "mb_of_tensors": served.sizes()[places[0].name] / 1e6,
+    }  # fmt: skip
+
+
+# -- install ---------------------------------------------------------------------------------------
+
+LIMIT_MB = 150
+THERE_BEFORE = ("pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence.pth")
+FORBIDDEN = ("torch", "transformers", "pyarrow")
+
+
+def install(options: argparse.Namespace, scratch: Path) -> dict:
+    """What `pip install llmrec-peft[serve]` takes on the disk."""
+    extras = {extra: install_extra(extra) for extra in options.extras}
+    if extras.get("serve", {"mb": 0})["mb"] >= LIMIT_MB:
+        stop(f"serve takes {extras['serve']['mb']:.1f} MB, and {LIMIT_MB} are its limit")
+    return {"limit_mb": LIMIT_MB, "extras": extras}
+
+
+def install_extra(extra: str) -> dict:
+    """Megabytes of an extra in an environment of its own, in all and by directory, the largest first."""
+    with tempfile.TemporaryDirectory(prefix="serve-size-") as scratch:
+        source = Path(scratch) / "source"  # a build leaves its files beside the source
+        shutil.copytree(ROOT / "llmrec_peft", source / "llmrec_peft", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, source)
+        venv.create(scratch, with_pip=True)
+        python = Path(scratch) / "bin" / "python"
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-c", ROOT / "constraints.txt", f"{source}[{extra}]"], check=True)
+        subprocess.run([python, "-c", "import llmrec_peft.serving"], check=True, cwd=scratch)
+        (site,) = Path(scratch).glob("lib/python*/site-packages")
+        sizes = {path.name: disk_bytes(path) / 1e6 for path in site.iterdir()
+                 if not path.name.startswith(THERE_BEFORE)}  # fmt: skip
+    heavy = sorted(set(sizes) & set(FORBIDDEN))
+    if heavy:
+        stop(f"{extra} installs {', '.join(heavy)}, which serving must not need")
+    largest = sorted(sizes, key=sizes.get, reverse=True)
+    return {"mb": round(sum(sizes.values()), 1),
+            "packages": {name: round(sizes[name], 1) for name in largest if sizes[name] >= 1}}  # fmt: skip
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes of the disk blocks of a file or of all files under a directory."""
+    return sum(file.lstat().st_blocks * 512 for file in ([path] if path.is_file() else path.rglob("*")))
+
+
+BENCHMARKS = {
+    "history": Benchmark(history, "score_speed.json", {
+        "bundle": (None, "a trained bundle (default: one with random weights)"),
+        "candidates": (50, "candidates"), "tokens": (400, "tokens of the history, at least"),
+        "batch": (10, "rows of a batch of independent prompts"), "rounds": (3, "rounds"),
+    }),
+    "bank": Benchmark(bank, "bank.json", {
+        "requests": (6, "requests of a round"), "candidates": (10, "candidates of a request"), "rounds": (7, "rounds"),
+        "domains": (200, "domains of the bank whose memory is measured"),
+        "batch_tokens": (4000, "tokens of a batch, at most"),
+    }),
+    "install": Benchmark(install, "serve_size.json", {"extras": (["serve", "serve-text"], "extras to install")}),
+}  # fmt: skip
+
+
+main = functools.partial(run, __file__, __doc__, BENCHMARKS)
 
 if __name__ == "__main__":
     main()

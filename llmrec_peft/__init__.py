@@ -5,6 +5,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmrec_peft.checkpoints.loading import load_classifier
     from llmrec_peft.data.domain import Domain
     from llmrec_peft.data.log import BehaviorLog
     from llmrec_peft.data.streams import build_streams
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
         StreamError,
     )
     from llmrec_peft.merging.merge_bundle import merge_bundle
-    from llmrec_peft.checkpoints.loading import load_classifier
     from llmrec_peft.recipes.distill import distill
     from llmrec_peft.scoring.bank import DomainBank
     from llmrec_peft.scoring.scorer import Scorer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import llmrec_peft
+from benchmarks import results_page as pages
+from benchmarks import run_all
 from llmrec_peft.config.schema import CONFIGS, read_config
 from llmrec_peft.data.readers import READERS
 
@@ -39,37 +42,6 @@ def test_public_names():
     ]
     for name in llmrec_peft.__all__:
         assert getattr(llmrec_peft, name).__name__ == name
-
-
-def test_no_module_imports_backwards():
-    order = [
-        "errors",
-        "documents",
-        "manifests",
-        "fields",
-        "boundary",
-        "probabilities",
-        "data",
-        "serving",
-        "models",
-        "training",
-        "evaluation",
-        "inference",
-        "distillation",
-    ]
-    order += ["config", "arguments", "pipeline", "memory"]
-    # Metrics and calibration are plain functions of arrays; configuration names them.
-    allowed = {("arguments", "data"), ("config", "arguments")}
-    for path in (ROOT / "llmrec_peft").rglob("*.py"):
-        part = path.relative_to(ROOT / "llmrec_peft").parts[0].removesuffix(".py")
-        if part == "__init__":
-            continue
-        text = path.read_text(encoding="utf-8")
-        found = set(re.findall(r"(?:from|import) llmrec_peft\.(\w+)", text))
-        depth = len(path.relative_to(ROOT / "llmrec_peft").parts)
-        found |= set(re.findall(r"^ *from " + r"\." * depth + r"(\w+)", text, flags=re.M)) & set(order)
-        for other in found - {part}:
-            assert order.index(other) < order.index(part) or (part, other) in allowed, f"{path} imports {other}"
 
 
 def test_formats_page_lists_the_readers():
@@ -157,9 +129,7 @@ def test_results_in_the_readme_are_those_of_the_files():
     assert f"GAUC | {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" in flat
 
 
-def test_the_page_of_results_is_what_the_files_say(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    pages = importlib.import_module("results_page")
+def test_the_page_of_results_is_what_the_files_say():
     assert pages.PAGE.read_text(encoding="utf-8") == pages.page(), "run python benchmarks/results_page.py"
     for path in pages.TABLES:
         assert path.read_text(encoding="utf-8") == pages.with_table(path), path.name
@@ -169,17 +139,16 @@ def test_the_page_of_results_is_what_the_files_say(monkeypatch):
         assert f"`{path.name}`" in pages.page()
 
 
-def test_every_benchmark_has_a_quick_form_or_is_named_long(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    runs = importlib.import_module("run_all")
-    steps = runs.plan("DIR", ROOT / "recipes" / "configs" / "movies" / "domain.yaml", tmp_path)
-    assert all((ROOT / words[0]).is_file() for words in steps.values())
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "add_argument" in path.read_text("utf-8")}
-    quick = {Path(words[0]).stem for words in steps.values() if words[0].startswith("benchmarks/")}
-    assert quick | set(runs.LONG) == scripts - {"run_all", "invariance_worker"} and not quick & set(runs.LONG)
-    for words in steps.values():
+def test_quick_forms_have_options_that_exist(tmp_path):
+    for words in run_all.plan("DIR", ROOT / "recipes" / "configs" / "movies" / "domain.yaml", tmp_path).values():
         if words[0].startswith("recipes/"):
             read_config(CONFIGS[Path(words[0]).stem], words[1:])
+            continue
+        module, rest = importlib.import_module(words[1]), words[2:]
+        known = getattr(module, "BENCHMARK", None) or module.BENCHMARKS[rest.pop(0)]
+        parser = argparse.ArgumentParser()
+        known.add_options(parser)
+        assert parser.parse_args(rest).data == "DIR"
 
 
 def test_the_tables_of_recommending_are_those_of_the_files():

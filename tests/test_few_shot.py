@@ -1,29 +1,26 @@
 """Few-shot runs train both systems on exactly the targets asked for, and score them on the same test targets."""
 
 import copy
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import results_page
+from benchmarks.quality import few_shot
 from llmrec_peft import Domain
 from llmrec_peft.data.streams import IndependentPrompts, StreamSubset
 from llmrec_peft.runs.split_streams import build_split_streams
+from tests.conftest import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-DOMAIN = BENCHMARKS.parent / "recipes" / "configs" / "movies" / "domain.yaml"
+DOMAIN = ROOT / "recipes" / "configs" / "movies" / "domain.yaml"
 
 # PEFT asks the base for an attribute that Transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@pytest.fixture
-def few_shot(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("few_shot")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture
@@ -48,7 +45,7 @@ def arguments(log_directory, tiny_base, tmp_path):
     ]
 
 
-def test_windows_drawn_hold_the_targets_asked_for(few_shot, streams, capsys):
+def test_windows_drawn_hold_the_targets_asked_for(streams, capsys):
     train = streams().train
     parts = [few_shot.draw(train, 16, seed) for seed in (0, 0, 1)]
     assert parts[0].windows.tolist() == parts[1].windows.tolist() != parts[2].windows.tolist()
@@ -60,7 +57,7 @@ def test_windows_drawn_hold_the_targets_asked_for(few_shot, streams, capsys):
     assert "draws no 4000 training targets" in capsys.readouterr().err
 
 
-def test_test_windows_come_from_as_many_users_as_there_are(few_shot, streams):
+def test_test_windows_come_from_as_many_users_as_there_are(streams):
     test = streams(stream={"context": 5, "targets": 1}).test
     has = np.bincount(test.log.user_codes[test.target_rows])
     drawn = np.bincount(few_shot.users_of(few_shot.draw_test(test, 24)), minlength=len(has))
@@ -71,7 +68,7 @@ def test_test_windows_come_from_as_many_users_as_there_are(few_shot, streams):
     assert few_shot.numbers_of(everything).tolist() == list(range(test.num_targets))
 
 
-def test_prompts_are_what_the_windows_say_of_the_same_targets(few_shot, streams):
+def test_prompts_are_what_the_windows_say_of_the_same_targets(streams):
     windows = few_shot.draw(streams().train, 16, 0)
     prompts, labels = few_shot.prompts_of(windows)
     expected = [
@@ -87,7 +84,7 @@ def test_prompts_are_what_the_windows_say_of_the_same_targets(few_shot, streams)
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("changes", [{}, {"simultaneous": "isolate", "stream": {"context": 5, "targets": 12}}])
-def test_instruction_answers_inside_a_window_as_after_each_prompt(few_shot, streams, tiny_base, changes):
+def test_instruction_answers_inside_a_window_as_after_each_prompt(streams, tiny_base, changes):
     test = streams(**changes).test
     test = StreamSubset(test, np.arange(len(test)))
     has_candidates = [bool((test[number].segment > 0).any()) for number in range(len(test))]
@@ -101,7 +98,7 @@ def test_instruction_answers_inside_a_window_as_after_each_prompt(few_shot, stre
     assert [tokenizer.decode([token]) for token in answers] == [" no", " yes"]
     rows = few_shot.rows_of(test)
     assert len(rows) < test.parent.num_targets and sum(len(places) for _, places in rows) == test.parent.num_targets
-    found = few_shot.probabilities_at(model, rows, answers)
+    found = few_shot.word_probabilities(model, rows, answers)
     alone = IndependentPrompts(test)
     for number, row in enumerate(found):
         with torch.no_grad():
@@ -109,24 +106,23 @@ def test_instruction_answers_inside_a_window_as_after_each_prompt(few_shot, stre
         assert row.numpy() == pytest.approx(logits.softmax(0).numpy(), abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_both_systems_train_on_and_answer_the_same_targets(few_shot, arguments, monkeypatch, tmp_path, capsys):
+def test_both_systems_train_on_and_answer_the_same_targets(arguments, monkeypatch, tmp_path, capsys):
     seen = {"streams": [], "instruction": []}
 
-    def of_streams(model, args, windows, **settings):
+    def of_streams(model, args, windows, *rest):
         seen["streams"].append((few_shot.prompts_of(windows), few_shot.numbers_of(windows).size))
-        return trainers[0](model, args, windows, **settings)
+        return trainers[0](model, args, windows, *rest)
 
     def of_instruction(model, tokenizer, prompts, *given, **settings):
-        answers = few_shot.first_tokens(tokenizer, Domain.from_yaml(DOMAIN).outcomes)
-        labels = [answers.index(token) for token in prompts.answers]
+        words = few_shot.first_tokens(tokenizer, Domain.from_yaml(DOMAIN).outcomes)
+        labels = [words.index(row["labels"][-1]) for row in prompts.rows]
         seen["instruction"].append(((prompts.prompts, labels), len(prompts)))
         return trainers[1](model, tokenizer, prompts, *given, **settings)
 
-    trainers = few_shot.BehaviorTrainer, few_shot.instruction_trainer
-    monkeypatch.setattr(few_shot, "BehaviorTrainer", of_streams)
-    monkeypatch.setattr(few_shot, "instruction_trainer", of_instruction)
+    trainers = few_shot.behavior_trainer, few_shot.plain_trainer
+    monkeypatch.setattr(few_shot, "behavior_trainer", of_streams)
+    monkeypatch.setattr(few_shot, "plain_trainer", of_instruction)
     result = few_shot.main(arguments)
     assert seen["streams"] == seen["instruction"]
     assert [size for _, size in seen["streams"]] == [8, 8, 16, 16]
@@ -160,8 +156,8 @@ def test_both_systems_train_on_and_answer_the_same_targets(few_shot, arguments, 
     text = (tmp_path / "result.json").read_text()
     assert {"command", "date", "seed", "machine", "versions", "settings", "minutes"} <= json.loads(text).keys()
     assert str(tmp_path) not in text
-    assert "instruction, 16 targets: auc" in capsys.readouterr().out
-    check_page(importlib.import_module("results_page"), json.loads(text))
+    assert "| 16 | instruction tuning" in capsys.readouterr().out
+    check_page(results_page, json.loads(text))
 
 
 def check_page(pages, result: dict) -> None:
@@ -187,11 +183,11 @@ def check_page(pages, result: dict) -> None:
     [
         (["--window", "3"], "8 targets are no whole number of windows of 3"),
         (["--history", "2"], "follows 3 events or more, and --history is 2"),
-        (["--seen", "0"], "--seen must be 1 or more, got 0"),
+        (["--seen", "0"], "--seen must be at least 1, got 0"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )
-def test_wrong_options_end_with_one_line(few_shot, arguments, capsys, changes, message):
+def test_wrong_options_end_with_one_line(arguments, capsys, changes, message):
     with pytest.raises(SystemExit) as ended:
         few_shot.main([*arguments, *changes])
     said = capsys.readouterr().err

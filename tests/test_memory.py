@@ -331,7 +331,7 @@ def test_estimates_are_within_15_percent_of_the_measurements(row, tmp_path):
     config = MemoryConfig(base=str(tmp_path), device="cpu", **{name: row[name] for name in names})
     estimated = estimate_memory(config).device / 2**20
     assert 0.85 <= estimated / row["measured_mib"] <= 1.15
-    # Another figure than the one in the table: run benchmarks/memory.py again.
+    # Another figure than the one in the table: run python -m benchmarks.memory train again.
     assert estimated == pytest.approx(row["estimated_mib"], rel=0.02)
 
 

@@ -1,6 +1,5 @@
 """The peers of the benchmarks do what they say, and are compared on the same targets; their speeds are not judged."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -8,13 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-DOMAIN = BENCHMARKS.parent / "recipes" / "configs" / "movies" / "domain.yaml"
+from benchmarks.quality.peers import compare, plain, swift
+from benchmarks.quality.peers.streams import draw_spread_over_users
+from llmrec_peft import Domain
+from llmrec_peft.runs.split_streams import build_split_streams
+from tests.conftest import ROOT
+
+DOMAIN = ROOT / "recipes" / "configs" / "movies" / "domain.yaml"
 WORDS = [" no\n", " yes\n"]
 TEXTS = ["Heat (Action, Crime) ->", "Movies one viewer rated:\nToy Story (Animation) -> yes\nHeat (Action, Crime) ->"]
 SYSTEMS = ("plain", "instruction", "streams")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     # PEFT asks the base for an attribute that Transformers has renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -22,26 +27,14 @@ pytestmark = [
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    """`benchmark("peers.swift")`: a module of benchmarks/."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
-@pytest.fixture
-def instruction(benchmark):
-    return benchmark("peers.instruction")
-
-
-@pytest.fixture
-def model(instruction, tiny_base):
+def model(tiny_base):
     """A language model with LoRA that is not where it started, its tokenizer, and the tokens of its answers."""
-    model, tokenizer = instruction.load_instruction(str(tiny_base("llama")), r=4, alpha=8)
+    model, tokenizer = plain.load_instruction(str(tiny_base("llama")), r=4, alpha=8)
     with torch.no_grad():
         for value in model.parameters():
             if value.requires_grad:
                 value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
-    return model, tokenizer, instruction.answer_tokens(tokenizer, TEXTS[0], WORDS)
+    return model, tokenizer, plain.word_tokens(tokenizer, TEXTS[0], WORDS)
 
 
 def last_logits(model, tokenizer, text: str) -> torch.Tensor:
@@ -51,22 +44,22 @@ def last_logits(model, tokenizer, text: str) -> torch.Tensor:
         return model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
 
 
-def test_instruction_scores_with_the_softmax_of_the_two_answer_tokens(instruction, model):
+def test_instruction_scores_with_the_softmax_of_the_two_answer_tokens(model):
     model, tokenizer, answers = model
     assert [tokenizer.decode([token]) for token in answers] == [" no", " yes"]
-    prompts = instruction.InstructionDataset(TEXTS, [0, 1], tokenizer, answers)
-    found = instruction.instruction_probabilities(model, tokenizer, prompts, answers, batch_size=2)
+    prompts = plain.PromptDataset(TEXTS, [0, 1], tokenizer, answers)
+    found = plain.word_probabilities(model, [(ids, [len(ids) - 1]) for ids in prompts.prompts], answers)
     for text, row in zip(TEXTS, found, strict=True):
         no, yes = (last_logits(model, tokenizer, text)[token].double() for token in answers)
         assert row[1].item() == pytest.approx((yes.exp() / (no.exp() + yes.exp())).item(), abs=1e-5)
         assert row.sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_instruction_learns_the_answer_token_alone_over_the_whole_vocabulary(instruction, model, tmp_path):
+def test_instruction_learns_the_answer_token_alone_over_the_whole_vocabulary(model, tmp_path):
     model, tokenizer, answers = model
-    prompts = instruction.InstructionDataset(TEXTS, [1, 0], tokenizer, answers)
+    prompts = plain.PromptDataset(TEXTS, [1, 0], tokenizer, answers)
     assert [label for label in prompts[1]["labels"] if label != -100] == [answers[0]]
-    trainer, _ = instruction.instruction_trainer(
+    trainer, _ = plain.plain_trainer(
         model, tokenizer, prompts, tmp_path, batch_size=2, train_sampling_strategy="sequential"
     )
     (batch,) = trainer.get_train_dataloader()
@@ -83,9 +76,9 @@ def test_instruction_learns_the_answer_token_alone_over_the_whole_vocabulary(ins
 @pytest.mark.parametrize(
     "words, message", [([" yes\n", " yes"], "begin with the same token"), (["es", " no"], "changes the tokens")]
 )
-def test_instruction_refuses_words_that_do_not_tell_answers_apart(instruction, tiny_tokenizer, words, message):
+def test_instruction_refuses_words_that_do_not_tell_answers_apart(tiny_tokenizer, words, message):
     with pytest.raises(ValueError, match=message):
-        instruction.answer_tokens(tiny_tokenizer, "Heat -> y", words)
+        plain.word_tokens(tiny_tokenizer, "Heat -> y", words)
 
 
 # -- curves ----------------------------------------------------------------------------------------------------------
@@ -94,10 +87,10 @@ FAST = [{"seconds": s, "targets": n, "auc": a} for s, n, a in ((0, 0, 0.5), (10,
 SLOW = [{"seconds": s, "targets": n, "auc": a} for s, n, a in ((0, 0, 0.6), (16, 50, 0.5), (40, 80, 0.75))]
 
 
-def test_curves_are_read_at_the_end_of_the_shortest(benchmark):
-    found = benchmark("peers.curves").side_by_side({"fast": FAST, "slow": SLOW}, 0.8)
-    assert (found["seconds"], found["targets"]) == (20, 80)
-    fast, slow = found["systems"]["fast"], found["systems"]["slow"]
+def test_curves_are_read_at_the_end_of_the_shortest():
+    at, found = compare.side_by_side({"fast": FAST, "slow": SLOW}, 0.8)
+    assert at == {"seconds": 20, "targets": 80, "auc": 0.8}
+    fast, slow = found["fast"], found["slow"]
     assert fast["auc_at_equal_seconds"] == 0.9
     assert slow["auc_at_equal_seconds"] == pytest.approx(0.5 + 0.25 * 4 / 24)
     assert fast["auc_at_equal_targets"] == pytest.approx(0.66)
@@ -106,20 +99,18 @@ def test_curves_are_read_at_the_end_of_the_shortest(benchmark):
     assert slow["seconds_to_auc"] is None
 
 
-def test_time_to_an_auc_is_that_of_the_first_crossing(benchmark):
-    curves = benchmark("peers.curves")
-    assert curves.seconds_to(FAST, 0.7) == 10
-    assert curves.seconds_to(SLOW, 0.6) == 0
-    assert curves.seconds_to(SLOW, 0.7) == pytest.approx(16 + 24 * 0.8)
+def test_time_to_an_auc_is_that_of_the_first_crossing():
+    assert compare.seconds_to(FAST, 0.7) == 10
+    assert compare.seconds_to(SLOW, 0.6) == 0
+    assert compare.seconds_to(SLOW, 0.7) == pytest.approx(16 + 24 * 0.8)
     fallen = [*FAST, {"seconds": 30, "targets": 300, "auc": 0.6}, {"seconds": 40, "targets": 400, "auc": 0.95}]
-    assert curves.seconds_to(fallen, 0.8) == pytest.approx(15)
+    assert compare.seconds_to(fallen, 0.8) == pytest.approx(15)
 
 
-def test_a_curve_tells_nothing_outside_its_points(benchmark):
-    curves = benchmark("peers.curves")
-    assert curves.auc_at(FAST[1:], "seconds", 5) is None
-    assert curves.auc_at(FAST, "seconds", 21) is None
-    assert curves.auc_at(FAST, "seconds", 20) == 0.9
+def test_a_curve_tells_nothing_outside_its_points():
+    assert compare.auc_at(FAST[1:], "seconds", 5) is None
+    assert compare.auc_at(FAST, "seconds", 21) is None
+    assert compare.auc_at(FAST, "seconds", 20) == 0.9
 
 
 # -- side by side ----------------------------------------------------------------------------------------------------
@@ -127,7 +118,7 @@ def test_a_curve_tells_nothing_outside_its_points(benchmark):
 
 @pytest.fixture
 def arguments(log_directory, tiny_base, tmp_path):
-    """Of a short run of compare_peers on a tiny base and log."""
+    """Of a short comparison on a tiny base and log."""
     return [
         *(
             "--data",
@@ -144,49 +135,25 @@ def arguments(log_directory, tiny_base, tmp_path):
     ]
 
 
-def test_all_systems_answer_the_same_validation_targets(benchmark, arguments, tmp_path):
-    compare, worker = benchmark("compare_peers"), benchmark("peers.worker")
-    job, stated, splits = compare.prepare(compare.parse(arguments), tmp_path)
-    (tmp_path / "job.json").write_text(json.dumps({**job, "at_targets": 1}))
-    for name in SYSTEMS:
-        worker.work(name, tmp_path)
-    measured = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SYSTEMS}
-    answers = {name: np.load(tmp_path / f"{name}.npy") for name in SYSTEMS}
-    for name in SYSTEMS:
-        # Before the first step, once a target is trained on, and at the end.
-        assert [point["steps"] for point in measured[name]["curve"]] == [0, 1, 2]
-        assert answers[name].shape == (3, stated["validation"]["targets"], 2)
-        assert np.abs(answers[name][2] - answers[name][0]).max() > 1e-4
-    assert measured["plain"]["curve"][-1]["targets"] == measured["instruction"]["curve"][-1]["targets"] == 8
-    # Streams train on the windows' targets with fewer tokens than prompts need, the instruction peer with one more.
-    assert measured["streams"]["tokens_per_target"] < measured["plain"]["tokens_per_target"]
-    assert measured["instruction"]["tokens_per_target"] == measured["plain"]["tokens_per_target"] + 1
-    # The streams' untrained answers are those to the very texts that the peers read, row by row.
-    texts, labels = worker.read_rows(tmp_path / "valid.jsonl")
-    assert labels == splits.valid.target_labels[job["validation"]].tolist()
-    torch.manual_seed(job["seed"])
-    classifier = benchmark("peers.streams").load_classifier(job["base"], splits.valid.domain, "lora", r=16, alpha=32)
-    classifier.eval()
-    for text, row in zip(texts, answers["streams"][0], strict=True):
-        ids = torch.tensor([classifier.tokenizer(text)["input_ids"]])
-        with torch.no_grad():
-            alone = classifier(ids, markers=torch.tensor([ids.shape[1] - 1])).softmax(-1)[0]
-        assert row == pytest.approx(alone.numpy(), abs=1e-5)
-
-
-@pytest.mark.slow
-def test_compare_peers_runs_each_system_in_a_process_and_writes_all_down(benchmark, arguments, tmp_path, capsys):
-    result = benchmark("compare_peers").main(arguments)
-    assert result["systems"].keys() == set(SYSTEMS)
+def test_all_systems_predict_the_same_validation_targets(arguments, tmp_path, capsys):
+    result = compare.main(arguments)
+    assert result["systems"].keys() == set(SYSTEMS) and result["validation"]["targets"] == 14
     for entry in result["systems"].values():
+        # Before the first step, once a target is trained on, and at the end.
+        assert [point["steps"] for point in entry["curve"]][-1] == 2 and entry["curve"][0]["steps"] == 0
         assert entry["peak_rss_mib"] is None or entry["peak_rss_mib"] > 100
         assert entry["targets_per_s"] == entry["targets"] / entry["seconds"]
         assert all(0 <= point["auc"] <= 1 for point in entry["curve"])
-    # Streams answer once more when they have trained on as many targets as the peers came to.
-    assert result["compared_at"]["targets"] == 8
-    assert result["systems"]["plain"]["streams_minus_this_at_the_end"]["auc"]["value"] == pytest.approx(
-        result["systems"]["streams"]["curve"][-1]["auc"] - result["systems"]["plain"]["curve"][-1]["auc"]
-    )
+    systems = result["systems"]
+    assert systems["plain"]["targets"] == systems["instruction"]["targets"] == result["compared_at"]["targets"] == 8
+    # Streams train on the windows' targets with fewer tokens than prompts need, the instruction peer with one more.
+    assert systems["streams"]["tokens_per_target"] < systems["plain"]["tokens_per_target"]
+    assert systems["instruction"]["tokens_per_target"] == systems["plain"]["tokens_per_target"] + 1
+    # Streams start from the words' rows, and so from the predictions of the untrained language model.
+    assert systems["streams"]["curve"][0]["logloss"] == pytest.approx(systems["instruction"]["curve"][0]["logloss"])
+    ends = [systems[name]["curve"][-1]["auc"] for name in ("streams", "plain")]
+    gap = systems["plain"]["streams_minus_this_at_the_end"]["auc"]["value"]
+    assert gap == pytest.approx(ends[0] - ends[1])
     text = (tmp_path / "out" / "peers.json").read_text()
     assert {"command", "date", "seed", "machine", "versions", "settings"} <= json.loads(text).keys()
     assert str(tmp_path) not in text
@@ -194,21 +161,18 @@ def test_compare_peers_runs_each_system_in_a_process_and_writes_all_down(benchma
     assert "not reached" in capsys.readouterr().out
 
 
-def test_validation_targets_come_from_as_many_users_as_there_are(benchmark, arguments, tmp_path):
-    compare = benchmark("compare_peers")
-    _, stated, splits = compare.prepare(compare.parse(arguments), tmp_path)
-    users = splits.log.user_codes[splits.valid.target_rows]
+def test_validation_targets_come_from_as_many_users_as_there_are(small_log, tiny_tokenizer):
+    streams = build_split_streams(small_log(), Domain.from_yaml(DOMAIN), tiny_tokenizer).valid
+    users = streams.log.user_codes[streams.target_rows]
     count = len(np.unique(users))
     for seed in (0, 1):
-        drawn = compare.draw_validation(splits.valid, count, seed)
-        assert len(np.unique(users[drawn])) == count
-    everything = compare.draw_validation(splits.valid, 10_000, 0)
-    assert sorted(everything) == list(range(splits.valid.num_targets))
+        assert len(np.unique(users[draw_spread_over_users(streams, count, seed)])) == count
+    assert sorted(draw_spread_over_users(streams, 10_000, 0)) == list(range(streams.num_targets))
 
 
-def test_batches_of_the_peers_hold_prompts_of_like_length(benchmark):
+def test_batches_of_the_peers_hold_prompts_of_like_length():
     lengths = np.random.default_rng(0).integers(10, 500, 400)
-    order = benchmark("compare_peers").batch_order(lengths, 8, seed=0)
+    order = compare.batch_order(lengths, 8, seed=0)
     assert sorted(order) == list(range(400))
     batches = lengths[order].reshape(-1, 8)
     assert np.mean(batches.max(1) / batches.mean(1)) < 1.1
@@ -218,12 +182,7 @@ def test_batches_of_the_peers_hold_prompts_of_like_length(benchmark):
 # -- ms-swift --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def swift(benchmark):
-    return benchmark("peers.swift")
-
-
-def test_swift_gets_one_user_message_and_a_label_a_line(swift, tmp_path):
+def test_swift_gets_one_user_message_and_a_label_a_line(tmp_path):
     swift.write_rows(tmp_path / "rows.jsonl", ["a\u2028\nb ->", "é ->"], [1, 0])
     lines = (tmp_path / "rows.jsonl").read_text().split("\n")
     assert [json.loads(line) for line in lines[:2]] == [
@@ -233,7 +192,7 @@ def test_swift_gets_one_user_message_and_a_label_a_line(swift, tmp_path):
     assert lines[2:] == [""]
 
 
-def test_swift_is_run_with_the_settings_of_the_others(swift):
+def test_swift_is_run_with_the_settings_of_the_others():
     words = swift.sft_arguments(
         "BASE", "F.jsonl", "OUT", labels=2, batch_size=4, accumulation=2, save_steps=5, learning_rate=5e-4, r=16,
         alpha=32, seed=3, max_length=700,
@@ -252,7 +211,7 @@ def test_swift_is_run_with_the_settings_of_the_others(swift):
     assert wanted.items() <= options.items()
 
 
-def test_swift_is_timed_by_its_own_log(swift, tmp_path):
+def test_swift_is_timed_by_its_own_log(tmp_path):
     rows = [
         {"loss": 0.7, "global_step/max_steps": "1/2", "train_speed(s/it)": 6.0},
         {"loss": 0.6, "global_step/max_steps": "2/2", "train_speed(s/it)": 5.5},
@@ -263,7 +222,7 @@ def test_swift_is_timed_by_its_own_log(swift, tmp_path):
     assert swift.read_seconds(tmp_path / "logging.jsonl") == {1: 6.0, 2: 11.0}
 
 
-def test_swift_says_what_it_said_when_it_fails(swift, tmp_path):
+def test_swift_says_what_it_said_when_it_fails(tmp_path):
     program = tmp_path / "bin" / "swift"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho no such model: $2; exit 3\n")
@@ -274,8 +233,8 @@ def test_swift_says_what_it_said_when_it_fails(swift, tmp_path):
         swift.run_swift(program.parent, ["sft", "BASE"], tmp_path)
 
 
-def test_swift_answers_by_the_adapter_that_it_saved(swift, benchmark, tiny_base, tmp_path):
-    plain, base = benchmark("peers.plain"), str(tiny_base("llama"))
+def test_swift_answers_by_the_adapter_that_it_saved(tiny_base, tmp_path):
+    base = str(tiny_base("llama"))
     model, tokenizer = plain.load_plain(base, 2, r=4, alpha=8)
     with torch.no_grad():
         for value in model.parameters():

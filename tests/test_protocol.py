@@ -1,6 +1,5 @@
 """The protocol's features know the past alone, and its table compares systems on the same targets."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -8,13 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.quality import count_features as features
+from benchmarks.quality import protocol
 from llmrec_peft import BehaviorLog, Domain
 from llmrec_peft.evaluation.baselines import past_rates
 from llmrec_peft.evaluation.metrics import compute_metrics
 from llmrec_peft.retrieval.histories import feedback
 from llmrec_peft.runs.split_streams import build_split_streams
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.slow
 DOMAIN = {
     "name": "movies",
     "header": "Rated by {user_id}:\n",
@@ -24,12 +25,6 @@ DOMAIN = {
     "label": {"column": "rating", "above": 3},
     "stream": {"context": 3, "targets": 4, "max_length": 400},
 }
-
-
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def naive(log, marks, points, number, others=None):
@@ -46,8 +41,7 @@ def naive(log, marks, points, number, others=None):
 
 @pytest.mark.parametrize("by", ["time", "user"])
 @pytest.mark.parametrize("negatives", [0, 2])
-def test_features_are_counts_of_what_may_be_known(by, negatives, module, small_log, tiny_tokenizer):
-    features = module("count_features")
+def test_features_are_counts_of_what_may_be_known(by, negatives, small_log, tiny_tokenizer):
     domain = Domain.from_dict({**DOMAIN, "split": {"by": by, "valid": 0.2, "test": 0.2},
                                "negatives": {"per_positive": negatives}})  # fmt: skip
     log = small_log()
@@ -75,8 +69,7 @@ def test_features_are_counts_of_what_may_be_known(by, negatives, module, small_l
             assert np.isclose(row["user_pause"], np.log1p(pause), equal_nan=True)
 
 
-def test_a_target_without_earlier_rows_has_no_pause(module, small_log):
-    features = module("count_features")
+def test_a_target_without_earlier_rows_has_no_pause():
     earlier = features.Earlier(np.array([0, 0, 1]), np.array([5, 7, 6]), rows=np.ones(3))
     keys, times = np.array([0, 0, 0, 1, 2]), np.array([5, 6, 8, 7, 9])
     assert earlier.sums("rows", keys, times).tolist() == [0, 1, 2, 1, 0]
@@ -95,11 +88,7 @@ def predicted(streams, directory: Path, p: np.ndarray, numbers: np.ndarray) -> P
     return directory
 
 
-@pytest.mark.slow
-def test_the_protocol_compares_on_the_same_targets(
-    module, log_directory, small_log, tiny_base, tiny_tokenizer, tmp_path, capsys
-):
-    protocol = module("protocol")
+def test_the_protocol_compares_on_the_same_targets(log_directory, tiny_base, tiny_tokenizer, tmp_path, capsys):
     domain = tmp_path / "domain.yaml"
     domain.write_text(json.dumps(DOMAIN))
     streams = build_split_streams(BehaviorLog.read(log_directory), Domain.from_yaml(domain), tiny_tokenizer)
@@ -146,12 +135,12 @@ def test_the_protocol_compares_on_the_same_targets(
     # The order of the answers is the first run's, their size is not.
     assert again["metrics"]["auc"] == [first["auc"]["value"]] * 2
     assert again["metrics"]["logloss"][0] == first["logloss"]["value"] != again["metrics"]["logloss"][1]
-    assert "llm, seeds None, 7: auc" in capsys.readouterr().out
+    assert "| LLM, LoRA | None, 7 |" in capsys.readouterr().out
     other = pd.read_parquet(tmp_path / "ids" / "predictions.parquet")
     other["timestamp"] += 1
     other.to_parquet(tmp_path / "ids" / "predictions.parquet")
     with pytest.raises(SystemExit):
         protocol.main(["--data", str(log_directory), "--domain", str(domain), "--base", str(tiny_base("llama")),
                        "--no-text", "--output", str(tmp_path / "none.json"), f"ids={tmp_path / 'ids'}"])  # fmt: skip
-    assert "test answers are to other targets" in capsys.readouterr().err
+    assert "test predictions are for other targets" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()

@@ -14,10 +14,10 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "llmrec_peft"
-GROUND = ("errors", "documents", "fields", "files", "probabilities", "boundary")
+GROUND = ("errors", "messages", "documents", "fields", "files", "probabilities", "boundary")
 """Files below all rooms."""
 ROOMS = (
-    "data", "models", "checkpoints", "training", "evaluation", "merging", "retrieval", "requests", "scoring", "serving",
+    "data", "models", "checkpoints", "training", "evaluation", "merging", "requests", "retrieval", "scoring", "serving",
     "distillation", "config", "runs", "memory", "recipes", "cli", "__main__",
 )  # fmt: skip
 """A room imports rooms before it, and the ground."""

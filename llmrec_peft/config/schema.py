@@ -6,11 +6,11 @@ the string under a field is its help. `parsing.parse_config` reads them from YAM
 
 from __future__ import annotations
 
+from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.config.bundle_configs import EvaluateConfig, IndexConfig, MergeConfig, RecommendConfig, ScoreConfig
 from llmrec_peft.config.data_options import DataConfig
 from llmrec_peft.config.evaluation_options import EvaluationConfig, RankingConfig
 from llmrec_peft.config.parsing import config_to_yaml, parse_config, read_config
-from llmrec_peft.boundary import exit_on_error
 from llmrec_peft.config.train_configs import (
     AdapterConfig,
     DistillConfig,

