@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import graphlib
 import subprocess
@@ -60,7 +61,7 @@ def test_no_file_is_in_a_circle(graph):
 
 
 def test_no_two_files_have_one_name():
-    counts = collections.Counter(path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    counts = collections.Counter(path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__"))
     assert not [name for name, count in counts.items() if count > 1]
 
 
@@ -82,9 +83,12 @@ def runs_of(lines: list[tuple[int, str]]) -> dict[tuple[str, ...], int]:
 
 
 def code_lines(path: Path) -> list[tuple[int, str]]:
-    """Number and text of each line that is not blank, without its indentation."""
-    lines = enumerate(path.read_text("utf-8").splitlines(), 1)
-    return [(number, line.strip()) for number, line in lines if line.strip()]
+    """Number and text of each line that is neither blank nor of an import, without its indentation."""
+    text = path.read_text("utf-8")
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    skipped = {number for node in imports for number in range(node.lineno, node.end_lineno + 1)}
+    lines = enumerate(text.splitlines(), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip() and number not in skipped]
 
 
 def test_nothing_is_written_twice():
@@ -93,7 +97,7 @@ def test_nothing_is_written_twice():
     for path in sorted(PACKAGE.rglob("*.py")):
         for run, number in runs_of(code_lines(path)).items():
             place = f"{path.relative_to(ROOT)}:{number}"
-            if run in seen and not all(line.startswith(("from ", "import ")) for line in run):
+            if run in seen:
                 twice.append(f"{place} is {seen[run]}")
             seen.setdefault(run, place)
     assert not twice

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmrec_peft.checkpoints.markdown import python_block
+from llmrec_peft.checkpoints.card_markdown import python_block
 from llmrec_peft.models.base import hub_id
 from llmrec_peft.models.stock_parts import HEAD_NAMES
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmrec_peft.checkpoints.card_examples import bundle_example, dtype_of, merged_example
-from llmrec_peft.checkpoints.markdown import code, is_number, number_text, one_line, table
+from llmrec_peft.checkpoints.card_markdown import code, is_number, number_text, one_line, table
 from llmrec_peft.files import plain
 from llmrec_peft.models.base import BASES, hub_id
 

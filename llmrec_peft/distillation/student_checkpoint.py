@@ -12,7 +12,7 @@ from llmrec_peft.checkpoints.manifest import installed
 from llmrec_peft.checkpoints.merged import loading_notes, save_merged, write_merged_manifest
 from llmrec_peft.checkpoints.model_card import CARD, student_card
 from llmrec_peft.checkpoints.output_directory import check_output, publish, scratch_beside, writing
-from llmrec_peft.checkpoints.stock_loading import prepare_tokenizer
+from llmrec_peft.checkpoints.stock_tokenizer import prepare_tokenizer
 from llmrec_peft.distillation.content_embedding import merge_content
 from llmrec_peft.distillation.distill_options import LossOptions, StudentOptions
 from llmrec_peft.models.classifier import BehaviorClassifier

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llmrec_peft.evaluation.markdown import (
+from llmrec_peft.evaluation.metrics import METRICS, compute_metrics, find_metric
+from llmrec_peft.evaluation.probability_metrics import ECE_BINS
+from llmrec_peft.evaluation.report_content import ReportContent
+from llmrec_peft.evaluation.report_markdown import (
     cell,
     interval_range,
     key_value_table,
@@ -18,9 +21,6 @@ from llmrec_peft.evaluation.markdown import (
     value_cell,
     words,
 )
-from llmrec_peft.evaluation.metrics import METRICS, compute_metrics, find_metric
-from llmrec_peft.evaluation.probability_metrics import ECE_BINS
-from llmrec_peft.evaluation.report_content import ReportContent
 from llmrec_peft.evaluation.report_scores import TRAINED, Scores
 
 TITLES = {"before": "before", "uncalibrated": "after, uncalibrated", "after": "after"}

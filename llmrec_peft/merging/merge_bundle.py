@@ -18,7 +18,7 @@ from llmrec_peft.checkpoints.manifest_schema import ADAPTER, MANIFEST, MERGED, W
 from llmrec_peft.checkpoints.merged import loading_notes, save_merged, write_merged_manifest
 from llmrec_peft.checkpoints.model_card import CARD, merged_card
 from llmrec_peft.checkpoints.output_directory import check_output, check_room, publish, scratch_beside, writing
-from llmrec_peft.checkpoints.stock_loading import prepare_tokenizer
+from llmrec_peft.checkpoints.stock_tokenizer import prepare_tokenizer
 from llmrec_peft.data.streams import Streams
 from llmrec_peft.errors import BundleError, ModelError
 from llmrec_peft.merging.comparison import (

@@ -1,7 +1,7 @@
 """A merged checkpoint compared with Transformers alone: `AutoTokenizer` on whole texts, then the stock classifier.
 
 Nothing of this package runs between a text and its logits here. A stock classifier pools the last token of a row that
-is not the pad token; `checkpoints.stock_loading` prepares the tokenizer for that.
+is not the pad token; `checkpoints.stock_tokenizer` prepares the tokenizer for that.
 """
 
 from __future__ import annotations
