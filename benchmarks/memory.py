@@ -56,7 +56,9 @@ from llmrec_peft import BehaviorLog, Domain, build_streams, load_classifier, mer
 from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.data.simulate import simulate_shop
 from llmrec_peft.data.streams import StreamSubset
-from llmrec_peft.memory import MemoryConfig, estimate_memory
+from llmrec_peft.memory.estimate import estimate_memory
+from llmrec_peft.memory.memory_options import MemoryConfig
+from llmrec_peft.merging.merge_bundle import MergeOptions
 from llmrec_peft.models.base import load_config, load_tokenizer
 from llmrec_peft.training.distributed import device_arguments
 
@@ -205,11 +207,11 @@ def make_moved_bundle(directory: str, base: str, method: str, held: str) -> None
 
 def merge_case(scratch: str, dtype: str) -> dict:
     """In a process of its own: merge a tiny bundle of the same method, wait to be watched, and merge the bundle."""
-    merge_bundle(Path(scratch, "tiny-bundle"), Path(scratch, "tiny-merged"), dtype=dtype)
+    merge_bundle(Path(scratch, "tiny-bundle"), Path(scratch, "tiny-merged"), MergeOptions(dtype=dtype))
     release_memory()
     print("ready", flush=True)
     sys.stdin.readline()
-    return merge_bundle(Path(scratch, "bundle"), Path(scratch, "merged"), dtype=dtype)
+    return merge_bundle(Path(scratch, "bundle"), Path(scratch, "merged"), MergeOptions(dtype=dtype))
 
 
 def watch_merge(process: subprocess.Popen) -> dict[str, float]:

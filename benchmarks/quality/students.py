@@ -23,6 +23,7 @@ from benchmarks.measuring import Benchmark, metrics_of, read_log, run, spread
 from llmrec_peft import Domain, Scorer
 from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import GRAPHS
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.distillation.export import export_onnx
 from llmrec_peft.evaluation.calibration import Calibration
@@ -30,6 +31,7 @@ from llmrec_peft.models.base import resolve_base
 from llmrec_peft.models.predict import predict
 from llmrec_peft.runs.split_streams import split_by_domain, streams_for_split
 from llmrec_peft.serving import OnnxScorer
+from llmrec_peft.serving.onnx_graph import Graph
 
 METRICS = ("auc", "gauc", "logloss")
 KEY = ["user_id", "item_id", "timestamp"]
@@ -105,13 +107,14 @@ def measure_int8(student: Student, place: Path, requests: list) -> tuple[dict, p
     measured = export_onnx(student.directory, place, streams=student.streams.limited(500))
     scorer = OnnxScorer.load(place, precision="int8", threads=1)
     windows = [student.streams[row] for row in np.argsort(-student.streams.lengths, kind="stable")]
-    logits = scorer._graph.answers(windows, 8000)
+    graph = Graph(place / GRAPHS["int8"], student.bundle.tokenizer.pad_token_id, threads=1)
+    logits = graph.predict(windows, 8000)
     table = student.streams.describe(np.concatenate([window.targets for window in windows])).to_pandas()
     probabilities = Calibration.from_dict(student.bundle.calibration).apply(logits)
     table[[f"p_{label}" for label in student.domain.labels]] = probabilities
     return {
         "bytes": measured["int8"]["bytes"],
-        "targets_per_second": throughput(lambda: scorer._graph.answers(windows, 8000), len(logits), 3),
+        "targets_per_second": throughput(lambda: graph.predict(windows, 8000), len(logits), 3),
         "latency_ms": latency(scorer, requests),
         "difference_to_torch": {name: measured[name]["max_difference"] for name in ("float32", "int8")},
     }, keyed(table)  # fmt: skip
