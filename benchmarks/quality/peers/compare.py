@@ -27,21 +27,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.measuring import (
-    RECIPE,
-    Benchmark,
-    PositionCounter,
-    behavior_trainer,
-    in_processes,
-    memory_mib,
-    metrics_of,
-    read_streams,
-    run,
-    stop,
-    training_arguments,
-)
+from benchmarks.measuring import RECIPE, Benchmark, in_processes, memory_mib, metrics_of, read_streams, run, stop
 from benchmarks.quality.peers import plain
 from benchmarks.quality.peers.streams import TargetPrompts, domain_with_windows, draw_spread_over_users, texts_of
+from benchmarks.training import PositionCounter, behavior_trainer, training_arguments
 from llmrec_peft import Domain, load_classifier
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.streams import StreamDataset, StreamSubset

@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.measuring import SILENT, StepClock
+from benchmarks.training import SILENT, StepClock
 
 
 def load_tokenizer(base: str):
