@@ -51,9 +51,8 @@ def shown(found: Any, digits: int = 3, sign: str = "", none: str = "not known") 
         return none if found is None else found
     if isinstance(found, float | int):
         return f"{found:{sign},.{digits}f}"
-    middle, low, high = (
-        found[key] for key in (("median", "min", "max") if "median" in found else ("value", "low", "high"))
-    )
+    names = ("median", "min", "max") if "median" in found else ("value", "low", "high")
+    middle, low, high = (found[name] for name in names)
     form = f"{sign}.{digits}f"
     if "median" in found:
         return f"{middle:{form}} ({low:{form}} to {high:{form}})"
@@ -94,8 +93,8 @@ class Prose(string.Formatter):
         return kwargs[key] if key in kwargs else at(args[0], key)
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """A spread or an interval, or any other value as usual."""
-        return shown(value, int(format_spec)) if isinstance(value, Mapping) else format(value, format_spec)
+        """A spread, an interval or nothing known, or any other value as usual."""
+        return format(value, format_spec) if isinstance(value, str | float | int) else shown(value, int(format_spec))
 
 
 _PARTS = re.split(r"<!-- (.+) -->\n", Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))[1:]
@@ -105,7 +104,8 @@ TEXTS = dict(zip(_PARTS[::2], _PARTS[1::2], strict=True))
 
 def say(name: str, found: Any = None, **values: Any) -> str:
     """A text of the template, a paragraph a line, filled with entries of a result and with other values."""
-    paragraphs = (part.strip().replace("\n", " ") for part in TEXTS[name].strip().split("\n\n"))
+    parts = TEXTS[name].strip().split("\n\n")
+    paragraphs = (part if part.startswith("|") else part.replace("\n", " ") for part in parts)
     return Prose().vformat("\n\n".join(paragraphs), (found,), values)
 
 
@@ -203,22 +203,6 @@ def step_profile(found: dict) -> str:
     return f"{text} {say('step_profile: mask', found)}" if found.get("one_mask") else text
 
 
-def score_speed(found: dict) -> str:
-    """Many candidates of one history beside independent prompts."""
-    names = {"scorer": "a new history", "extended": "a history grown by one event", "kept": "a known history"}
-    rows = [[names[key], shown(found["seconds"][key], 2), shown(value, 1)] for key, value in found["ratio"].items()]
-    return say("score_speed", found, table=table(["", "seconds", "times as fast"], rows))
-
-
-def train_speed(found: dict) -> str:
-    """Streams beside a plain Trainer."""
-    rows = [[name, *(shown(at(found["summary"][side], key), digits) for side in ("stream", "plain"))]
-            for name, key, digits in (
-        ("targets/s", "targets_per_s", 2), ("tokens a target", "tokens_per_target", 0), ("tokens/s", "tokens_per_s", 0),
-        ("share of the torch.mm rate", "matmul_share", 2), ("peak memory, MiB", "peak_rss_mib", 0))]  # fmt: skip
-    return say("train_speed", found, table=table(["", "streams", "plain"], rows))
-
-
 def cost_curves(found: dict) -> str:
     """A table and an image a curve."""
     parts = [say("cost_curves", found)]
@@ -296,11 +280,11 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("protocol_*.json", "Quality", protocol),
     ("negatives.json", "The rule of sampled negatives", negatives),
     ("few_shot.json", "Few labelled targets", few_shot),
-    ("train_speed.json", "Training speed", train_speed),
+    ("train_speed.json", "Training speed", lambda found: say("train_speed", found)),
     ("step_profile.json", "Where a training step's time goes", step_profile),
     ("step_profile_*.json", "A training step of a window with candidates", step_profile),
     ("peers.json", "Comparison with other tools", peers),
-    ("score_speed.json", "Scoring many candidates", score_speed),
+    ("score_speed.json", "Scoring many candidates", lambda found: say("score_speed", found)),
     ("cost_curves.json", "Cost of a target", cost_curves),
     ("bank.json", "Many domains on one base", lambda found: say("bank", found)),
     ("run_all.json", "How long the quick forms take", run_all),
@@ -357,46 +341,16 @@ def read(name: str) -> dict:
 
 def readme_table() -> str:
     """The README's tables: MovieLens, on the targets that every system predicted, and timings beside something else."""
-    movies, found = read("protocol_movies"), read("peers")
-    part = movies.get("shared", movies["all"])
-    trained = {name: entry["targets"] for name, entry in found["systems"].items()}
-    ratios = [trained["streams"] / targets for name, targets in trained.items() if name != "streams"]
-    return say("readme", found, targets=part["targets"], users=part["users"], quality=quality(part), timings=timings(),
-               seconds=_seconds(found), least=min(ratios), most=max(ratios)) + "\n"  # fmt: skip
-
-
-def timings() -> str:
-    """What is measured beside something else, one line each."""
-    train, score, many, small = (read(name) for name in ("train_speed", "score_speed", "bank", "students"))
-    found, settings, swaps = read("peers"), score["settings"], many["swaps_ms"]
-    stream, plain = train["summary"]["stream"], train["summary"]["plain"]
-    ids, int8, teacher = (small["systems"][name] for name in ("ids", "ids_int8", "teacher"))
-    rate = ids["targets_per_second"]["median"] / teacher["targets_per_second"]["median"]
-    gap = small["ids_on_all"]["all"]["systems"]["ids"]["minus_ids_alone"]["gauc"]
-    rows = [
-        ["training, targets/s beside a plain Trainer with PEFT, predictions equal",
-         f"{stream['targets_per_s']['median']:.1f} and {plain['targets_per_s']['median']:.2f}: "
-         f"{shown(train['summary']['ratio'], 1)} times", "train_speed"],
-        ["tokens a target, streams and plain",
-         f"{stream['tokens_per_target']['median']:.0f} and {plain['tokens_per_target']['median']:.0f}", "train_speed"],
-        *([f"{found['settings']['seconds']:.0f} s of training beside {PEERS[name]}: targets/s; AUC less its",
-           f"{found['systems']['streams']['targets_per_s']:.1f} and {found['systems'][name]['targets_per_s']:.2f}; "
-           f"{_gap(found['systems'][name])}", "peers"] for name in ("instruction", "swift")),
-        *([f"{settings['candidates']} candidates after {settings['history_tokens']} tokens, {what}, beside a padded "
-           "batch of prompts", f"{shown(score['ratio'][key], 1)} times as fast", "score_speed"]
-          for key, what in (("scorer", "a new history"), ("kept", "a known one"))),
-        [f"a bank of two domains on {many['settings']['requests']} mixed requests, throughput of one merged model's",
-         shown(many["throughput_of_merged"], 2), "bank"],
-        [f"a swap in memory; from disk; memory a domain of {many['many']['domains']}",
-         f"{swaps['in_memory']['median']:.2f} ms; {swaps['on_disk']['median']:.0f} ms; "
-         f"{many['many']['mb_per_domain']:.0f} MB", "bank"],
-        ["a student of item ids beside its teacher, one core",
-         f"{ids['targets_per_second']['median']:,.0f} targets/s, {rate:,.0f} times; AUC "
-         f"{ids['quality']['auc']['value']:.3f} and {teacher['quality']['auc']['value']:.3f}", "students"],
-        ["the same as int8 ONNX, 50 candidates", f"{int8['latency_ms']['p99']:.1f} ms at P99", "students"],
-        ["the same beside a student without a teacher, GAUC", shown(gap, 3, "+"), "students"],
-    ]  # fmt: skip
-    return table(["what", "figure", "file"], [[what, figure, f"`{name}.json`"] for what, figure, name in rows])
+    movies, peer, small = read("protocol_movies"), read("peers"), read("students")
+    part, systems = movies.get("shared", movies["all"]), peer["systems"]
+    ratios = [systems["streams"]["targets"] / one["targets"] for name, one in systems.items() if name != "streams"]
+    rates = {name: small["systems"][name]["targets_per_second"]["median"] for name in ("ids", "teacher")}
+    found = {"part": part, "train": read("train_speed"), "peers": peer, "score": read("score_speed"),
+             "bank": read("bank"), **small["systems"]}  # fmt: skip
+    gain = small["ids_on_all"]["all"]["systems"]["ids"]["minus_ids_alone"]["gauc"]
+    return say("readme", found, quality=quality(part), seconds=_seconds(peer), least=min(ratios), most=max(ratios),
+               gaps={name: _gap(systems[name]) for name in ("instruction", "swift")}, gain=shown(gain, 3, "+"),
+               faster=rates["ids"] / rates["teacher"]) + "\n"  # fmt: skip
 
 
 TABLES: dict[Path, Callable[[], str]] = {README: readme_table, DISTILLING: lambda: students(read("students")) + "\n"}
