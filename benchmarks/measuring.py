@@ -9,7 +9,6 @@ import gc
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import statistics
@@ -34,6 +33,7 @@ from benchmarks import results_page
 from llmrec_peft import BehaviorLog, Domain, LLMRecError
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.evaluation.bootstrap import differences, intervals
+from llmrec_peft.files import plain, write_json
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.runs.split_streams import SplitStreams, build_split_streams
 from llmrec_peft.runs.split_streams import read_log as read_configured_log
@@ -231,11 +231,8 @@ def header(text: str, seed: int) -> dict[str, Any]:
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Write JSON atomically, with the minutes since the script began, and the result's plots beside it."""
     path = Path(path)
-    result = {**result, "minutes": result.get("minutes", (time.perf_counter() - STARTED) / 60)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_json({**result, "minutes": (time.perf_counter() - STARTED) / 60}, path)
     if path.stem in ("cost_curves", "peers", "students"):
         from benchmarks import plots
 
@@ -243,7 +240,7 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -316,12 +313,7 @@ def memory_mib(key: str = "VmHWM", process: int | str = "self") -> float | None:
 
 def plain_intervals(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Intervals of evaluation.bootstrap for JSON: value, low and high; null where there is none, as with one user."""
-
-    def plain(one: Any) -> dict[str, float | None]:
-        numbers = {key: float(getattr(one, key)) for key in ("value", "low", "high")}
-        return {key: number if math.isfinite(number) else None for key, number in numbers.items()}
-
-    return {name: plain(one) for name, one in found.items()}
+    return plain({name: {key: getattr(one, key) for key in ("value", "low", "high")} for name, one in found.items()})
 
 
 def metrics_of(

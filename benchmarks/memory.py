@@ -31,16 +31,8 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.measuring import (
-    ROOT,
-    Benchmark,
-    in_processes,
-    memory_mib,
-    read_streams,
-    release_memory,
-    reset_peak,
-    run,
-)
+from benchmarks import measuring
+from benchmarks.measuring import ROOT, Benchmark, in_processes, memory_mib, read_streams, run
 from benchmarks.training import behavior_trainer, make_bundle, training_arguments, warm_up
 from llmrec_peft import Domain, load_classifier, merge_bundle
 from llmrec_peft.data.streams import StreamSubset
@@ -88,13 +80,13 @@ def train_case(case: dict, given: dict, scratch: str) -> dict:
         trainer_of(tiny, chosen[:BATCH], settings()).train()
     arguments = settings()  # ZeRO-3 partitions what is loaded from here on
     del tiny
-    release_memory()
+    measuring.release_memory()
     before = memory_mib("VmRSS")
     classifier = load_classifier(options.base, **load)
     for parameter in classifier.parameters():
         parameter.data = parameter.data.clone()
     trainer = trainer_of(classifier, chosen, arguments)
-    reset_peak()
+    measuring.reset_peak()
     trainer.train()
     lengths, targets = streams.lengths[chosen], np.diff(streams.target_offsets)[chosen]
     return {"measured_mib": memory_mib() - before, "before_mib": before, "length": int(lengths.max()),
@@ -190,7 +182,7 @@ def bundle_case(directory: str, base: str, method: str, held: str) -> None:
 def merge_case(scratch: str, dtype: str) -> dict:
     """In a process of its own: merge a tiny bundle of the same method, wait to be watched, and merge the bundle."""
     merge_bundle(Path(scratch, "tiny-bundle"), Path(scratch, "tiny-merged"), MergeOptions(dtype=dtype))
-    release_memory()
+    measuring.release_memory()
     print("ready", flush=True)
     sys.stdin.readline()
     return merge_bundle(Path(scratch, "bundle"), Path(scratch, "merged"), MergeOptions(dtype=dtype))
@@ -227,9 +219,9 @@ def merge_measured(entry: dict, scratch: Path) -> dict:
         in_processes(__file__, scratch, "bundle_case", str(scratch / target), base, entry["method"], entry["held"])
     (found,), seen = in_processes(__file__, scratch, "merge_case", str(scratch), entry["dtype"], watch=watch_merge)
     size = found["bytes"] / MIB
-    kept = ("seconds", "max_difference", "mean_difference", "spread", "answers")
+    named = ("seconds", "max_difference", "mean_difference", "spread", "answers")
     return {**entry, "checkpoint_mib": size, **seen, "anonymous_ratio": seen["anonymous_mib"] / size,
-            "resident_ratio": seen["resident_mib"] / size, **{key: found[key] for key in kept}}  # fmt: skip
+            "resident_ratio": seen["resident_mib"] / size, **{key: found[key] for key in named}}  # fmt: skip
 
 
 def merge(options: argparse.Namespace, scratch: Path) -> dict:

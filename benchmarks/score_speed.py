@@ -6,7 +6,7 @@
 
 history: many candidates of one user's real history, by a LoRA bundle (rank 16, all linear layers), in turns with
 each candidate as a prompt of its own in padded batches of --batch rows, as a user of Transformers would score them.
-`scorer` encodes the history anew, `kept` has it in the prefix cache, `extended` has it less its newest event.
+`scorer` encodes the history anew, `cached` has it in the prefix cache, `extended` has it less its newest event.
 
 bank: two bundles on one base, mixed requests with histories of 20 items, in turns: one merged model scores all of them
 in batches of the same rows; the bank scores each by its domain's bundle. Also the time of swaps, and the memory of
@@ -27,18 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measuring import (
-    ROOT,
-    Benchmark,
-    in_turns,
-    memory_mib,
-    ratios,
-    read_log,
-    release_memory,
-    run,
-    spread,
-    stop,
-)
+from benchmarks import measuring
+from benchmarks.measuring import ROOT, Benchmark, in_turns, memory_mib, ratios, read_log, run, spread, stop
 from benchmarks.training import RANK, make_bundle
 from llmrec_peft import BehaviorLog, Domain, DomainBank, Scorer
 from llmrec_peft.checkpoints.loading import load_trained
@@ -48,51 +38,37 @@ from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.requests.batching import CandidateGroup
 from llmrec_peft.requests.request import Request
 from llmrec_peft.requests.request_encoder import RequestEncoder
+from llmrec_peft.runs.logged_events import LoggedEvents
 
 # -- requests --------------------------------------------------------------------------------------
 
 
-def event_of(log: BehaviorLog, domain: Domain, row: int, item: int | None = None) -> dict:
-    """A row of the log, or another item at its place, as an event: the item and the row's columns of the template."""
-    names = [name for name in domain.event_columns if name not in log.items.column_names]
-    code = int(log.item_codes[row]) if item is None else item
-    return {"item_id": log.items.column("item_id")[code].as_py(),
-            **{name: log.interactions.column(name)[row].as_py() for name in names}}  # fmt: skip
+def items_at(log: BehaviorLog, logged: LoggedEvents, user: int, items: np.ndarray) -> list:
+    """Items (codes [n]) as events, with the other columns of the template from the user's newest row."""
+    return logged.events(items, logged.moments(log.user_offsets[[user + 1]] - 1) * len(items))
 
 
 def pick_request(log: BehaviorLog, scorer: Scorer, least: int, candidates: int, seed: int) -> tuple[list, list]:
     """The first user whose newest events fill `least` tokens, and candidates from the whole item table."""
-    domain, rng = scorer.domain, np.random.default_rng(seed)
-    classes, window = domain.classes(log), domain.stream.context + domain.stream.targets - 1
+    rng, logged = np.random.default_rng(seed), LoggedEvents(log, scorer.domain)
     for user in range(log.num_users):
-        rows = np.arange(log.user_offsets[user], log.user_offsets[user + 1])
-        rows = rows[classes[rows] >= 0][-window:]
-        history = [(event_of(log, domain, int(row)), domain.labels[classes[row]]) for row in rows]
+        history = logged.history(user)
         prefix = scorer.encoder.encode_history(history)
-        sizes = len(prefix.header) + np.cumsum([0, *map(len, prefix.events)])[1:]
-        if history and sizes[-1] >= least:
-            history = history[-len(sizes) :][: int(np.searchsorted(sizes, least)) + 1]
-            items = rng.choice(log.num_items, candidates, replace=False)
-            return history, [event_of(log, domain, int(rows[len(history) - 1]), int(item)) for item in items]
+        sizes = len(prefix.header) + np.cumsum([len(event) for event in prefix.events])
+        if len(sizes) and sizes[-1] >= least:
+            history = history[len(history) - len(sizes) :][: int(np.searchsorted(sizes, least)) + 1]
+            return history, items_at(log, logged, user, rng.choice(log.num_items, candidates, replace=False))
     stop("no user of this log has a history of so many tokens; lower --tokens")
 
 
+def predict_batches(classifier, batches: list[dict]) -> np.ndarray:
+    """Logits [markers, labels] of batches."""
+    names = ("input_ids", "position_ids", "markers", "attention_mask", "segment")
+    with torch.inference_mode():
+        return np.concatenate([classifier(**{name: batch[name] for name in names}).numpy() for batch in batches])
+
+
 # -- history ---------------------------------------------------------------------------------------
-
-
-def predict_prompts(bundle, prompts: list[np.ndarray], batch: int) -> np.ndarray:
-    """Logits [prompts, labels] of independent prompts in padded batches."""
-    found = []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        length = max(map(len, part))
-        ids = torch.full((len(part), length), bundle.tokenizer.pad_token_id)
-        for row, prompt in enumerate(part):
-            ids[row, : len(prompt)] = torch.from_numpy(prompt)
-        markers = torch.tensor([row * length + len(prompt) - 1 for row, prompt in enumerate(part)])
-        with torch.inference_mode():
-            found.append(bundle.classifier(ids, markers=markers).numpy())
-    return np.concatenate(found)
 
 
 def history(options: argparse.Namespace, scratch: Path) -> dict:
@@ -103,8 +79,9 @@ def history(options: argparse.Namespace, scratch: Path) -> dict:
     fresh, cached = Scorer.load(directory, log, cache_bytes=0), Scorer.load(directory, log)
     past, candidates = pick_request(log, fresh, options.tokens, options.candidates, options.seed)
     encoded = fresh.encoder.encode(Request(past, candidates))
-    prefix = np.concatenate(encoded.prefix.pieces())
-    prompts = [np.concatenate([prefix, candidate]) for candidate in encoded.candidates]
+    group, pad = CandidateGroup(None, encoded.prefix.pieces(), encoded.candidates), loaded.tokenizer.pad_token_id
+    prompts = [group.stream(number, number + 1) for number in range(len(candidates))]
+    batches = [collate(prompts[first : first + options.batch], pad) for first in range(0, len(prompts), options.batch)]
     found: dict[str, np.ndarray] = {}
 
     def grow() -> None:
@@ -112,21 +89,22 @@ def history(options: argparse.Namespace, scratch: Path) -> dict:
         found["grown"].score(past[:-1], candidates[:1])
 
     ways = {
-        "independent": lambda: found.update(independent=predict_prompts(loaded, prompts, options.batch)),
+        "independent": lambda: found.update(independent=predict_batches(loaded.classifier, batches)),
         "scorer": lambda: found.update(scorer=fresh.score(past, candidates)),
         "extended": lambda: found.update(extended=found["grown"].score(past, candidates)),
-        "kept": lambda: found.update(kept=cached.score(past, candidates)),
+        "cached": lambda: found.update(cached=cached.score(past, candidates)),
     }
     seconds = in_turns(ways, options.rounds, grow)
     wanted = Calibration.from_dict(loaded.calibration).apply(found["independent"])
     return {
         "settings": {
             "data": log.name, "domain": domain.name, "candidates": len(candidates), "history_events": len(past),
-            "history_tokens": len(prefix), "independent_tokens": sum(map(len, prompts)), "batch": options.batch,
+            "history_tokens": len(group.prefix_ids), "independent_tokens": sum(map(len, prompts)),
+            "batch": options.batch,
         },
         "seconds": {name: spread(times) for name, times in seconds.items()},
-        "ratio": {name: ratios(seconds, "independent", name) for name in ("scorer", "kept", "extended")},
-        "largest_difference": max(float(np.abs(found[name] - wanted).max()) for name in ("scorer", "kept", "extended")),
+        "ratio": {name: ratios(seconds, "independent", name) for name in ("scorer", "cached", "extended")},
+        "largest_difference": max(float(np.abs(found[name] - wanted).max()) for name in ways if name != "independent"),
         "rounds": seconds,
     }  # fmt: skip
 
@@ -136,11 +114,11 @@ def history(options: argparse.Namespace, scratch: Path) -> dict:
 
 def draw_requests(log: BehaviorLog, domain: Domain, options: argparse.Namespace) -> list[tuple]:
     """Requests (domain, history, candidates, user) of the domains `one` and `two` in turn."""
-    rng = np.random.default_rng(options.seed)
-    user = {name: log.interactions.column(name)[0].as_py() for name in domain.header_columns}
+    rng, logged = np.random.default_rng(options.seed), LoggedEvents(log, domain)
+    user = {name: logged.first(0, name) for name in domain.header_columns}
 
-    def events(count: int) -> list[dict]:
-        return [event_of(log, domain, 0, int(item)) for item in rng.integers(log.num_items, size=count)]
+    def events(count: int) -> list:
+        return items_at(log, logged, 0, rng.integers(log.num_items, size=count))
 
     def labels(count: int) -> list[str]:
         return [domain.labels[number] for number in rng.integers(len(domain.labels), size=count)]
@@ -158,14 +136,6 @@ def request_batches(encoder: RequestEncoder, requests: list[tuple], batch_tokens
         streams.append(group.stream(0, len(candidates)))
     groups = plan_micro_batches(np.array([len(stream) for stream in streams]), batch_tokens)
     return [collate([streams[row] for row in group], 0) for group in groups]
-
-
-def predict_batches(classifier, batches: list[dict]) -> None:
-    """A forward pass over each batch."""
-    with torch.inference_mode():
-        for batch in batches:
-            names = ("input_ids", "position_ids", "markers", "attention_mask", "segment")
-            classifier(**{name: batch[name] for name in names})
 
 
 def bank(options: argparse.Namespace, scratch: Path) -> dict:
@@ -214,7 +184,7 @@ def many(options: argparse.Namespace, scratch: Path, bundle: Path) -> dict[str, 
     for place in places:  # one copy on the disk is enough: a bank tells bundles apart by their place
         shutil.copytree(bundle, place, copy_function=lambda source, target: Path(target).hardlink_to(source))
     served = DomainBank.load(options.base, {"first": bundle})
-    release_memory()
+    measuring.release_memory()
     before = memory_mib("RssAnon") or 0
     for place in places:
         served.add(place.name, place, None)

@@ -24,19 +24,12 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import training
 from benchmarks.cost_curves import CURVES_BENCHMARK, TRAINING
 from benchmarks.measuring import RECIPE, Benchmark, in_turns, memory_mib, ratios, read_streams, run, spread, stop
 from benchmarks.quality.peers.plain import PromptDataset, load_plain, plain_logits, plain_trainer
 from benchmarks.quality.peers.streams import texts_of
-from benchmarks.training import (
-    RANK,
-    PositionCounter,
-    attention_flops,
-    flops_per_token,
-    matmul_rate,
-    train_streams,
-    train_timed,
-)
+from benchmarks.training import RANK, PositionCounter, matmul_rate, train_streams
 from llmrec_peft import load_classifier
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.streams import IndependentPrompts, StreamDataset, StreamSubset
@@ -99,7 +92,7 @@ class PlainSide:
             self.model, self.tokenizer, prompts, self.scratch, batch_size=self.batch_size, seed=self.options.seed,
             accumulation=max(1, len(prompts) // (steps * self.batch_size)), learning_rate=self.options.learning_rate,
         )  # fmt: skip
-        return train_timed(trainer, clock, self.counter, len(prompts), sum(prompts.lengths))
+        return training.train_timed(trainer, clock, self.counter, len(prompts), sum(prompts.lengths))
 
 
 def check_equal(classifier, plain: PlainSide, windows: StreamSubset, count: int) -> float:
@@ -143,12 +136,12 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict:
         theirs = plain.train(plain.prompts(windows, spread_over_lengths(windows, options.peer_targets)), options.steps)
         ratio = ours["targets_per_s"] / theirs["targets_per_s"]
         measured.append({"stream": ours, "plain": theirs, "ratio": ratio, "matmul_flops_per_s": rate})
-    counts = flops_per_token(classifier)
+    counts = training.flops_per_token(classifier)
     return {
         "log": {"interactions": len(streams.log), "users": streams.log.num_users},
         "split": {"windows": len(train), "targets": train.num_targets,
                   "tokens_per_target": int(train.lengths.sum()) / train.num_targets},
-        "domain": train.domain.to_dict(), "answers_max_difference": difference,
+        "domain": train.domain.to_dict(), "logits_max_difference": difference,
         "plain_batch_size": {"chosen": plain.batch_size, "targets_per_s": speeds}, "rss_loaded_mib": loaded, **counts,
         "summary": summarise(measured, counts["flops_per_token"]), "rounds": measured,
     }  # fmt: skip
@@ -209,8 +202,8 @@ def profile_step(options: argparse.Namespace, scratch: Path) -> dict:
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step()
     times = {event.key: float(event.self_cpu_time_total) for event in recorded.key_averages()}
-    weights = flops_per_token(classifier)["flops_per_token"] * len(window)
-    both = weights + attention_flops(window.position_ids, classifier.config, training=True)
+    weights = training.flops_per_token(classifier)["flops_per_token"] * len(window)
+    both = weights + training.attention_flops(window.position_ids, classifier.config, training=True)
     mask = {"seconds": spread(seconds["mask"]), "ratio": ratios(seconds, "mask", "step")} if candidates else None
     pairs = list(zip(seconds["step"], rates[1:], strict=True))
     return {

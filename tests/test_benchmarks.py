@@ -96,7 +96,7 @@ def test_both_sides_train_on_the_same_targets(run, monkeypatch, capsys):
         "32",
     ]
     result = run("train_speed compare", *words)
-    assert result["answers_max_difference"] <= 1e-4 and len(result["rounds"]) == 2
+    assert result["logits_max_difference"] <= 1e-4 and len(result["rounds"]) == 2
     for entry in result["rounds"]:
         assert entry["plain"]["targets"] == 3 and entry["stream"]["steps"] == 1
         # Padding is never negative, and each side computed at least the tokens that it was given.
