@@ -7,7 +7,7 @@ Each case runs in processes of its own, which first do the same with something t
 load at their first use do not count.
 
 train: two steps of two micro-batches by method, with and without activation checkpointing, and under ZeRO in two
-processes; beside what the estimator says. Measured is the peak of resident memory (VmHWM) less what was resident before
+processes, beside the estimate. The measure is the peak of resident memory (VmHWM) less what was resident before
 the base was loaded. The base's weights are copied out of their file, as a GPU would get them: as pages of a mapped file
 they become resident when something reads them. glibc gives freed blocks back at once, so that resident memory is memory
 in use. --add keeps the other rows of the result file; --again estimates its rows again and measures nothing.

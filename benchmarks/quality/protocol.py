@@ -101,11 +101,11 @@ def boosted(split: Split, seed: int) -> Predictions:
 
 def collaborative(split: Split, seed: int) -> Predictions:
     """Scores of collaborative models, each turned into a probability by a regression on validation."""
-    train, marks = split.streams.splits.train.rows, split.feedback
-    index = RetrievalIndex.fit(split.log, train, marks, seed=seed, timed=split.domain.split.by == "time")
-    found = {name: index.target_features(split.log, marks, split.points[name].rows, split.points[name].items)
+    train, labels = split.streams.splits.train.rows, split.feedback
+    index = RetrievalIndex.fit(split.log, train, labels, seed=seed, timed=split.domain.split.by == "time")
+    found = {name: index.target_features(split.log, labels, split.points[name].rows, split.points[name].items)
              for name in ("valid", "test")}  # fmt: skip
-    both = len(np.unique(marks[train])) > 1 and (marks == 0).any()
+    both = len(np.unique(labels[train])) > 1 and (labels == 0).any()
     models = {
         "popularity": ["popularity"], "co_occurrence": ["cooccurrence"],
         "matrix_factorisation": ["item_rate", "user_rate", "label_factors"] if both else ["factors"],
@@ -122,7 +122,7 @@ def frozen_text(split: Split, base: str) -> Predictions:
     """A regression on embeddings of the item's text and of what the user took and left before."""
     vectors, inputs = embeddings(split.streams.train, base), {}
     for name, part in split.points.items():
-        took, left = (profile(split.log, split.feedback == sign, vectors, part) for sign in (1, 0))
+        took, left = (profile(split.log, split.feedback == label, vectors, part) for label in (1, 0))
         own, rate = vectors[part.items], split.frames[name][["user_rate", "user_count"]].to_numpy()
         inputs[name] = np.hstack([own, own * took, own * left, rate]).astype(np.float32)
     truth, fits = split.labels["valid"], []

@@ -1,11 +1,11 @@
-"""Lists of items, ranked by the LLM, by the LLM fused with a retrieval index, and by collaborative models alone.
+"""Candidate sets ranked by the LLM, by the LLM fused with a retrieval index, and by collaborative models alone.
 
     python -m benchmarks.quality.recommend --data DIR --bundle OUT/bundle [--targets 150] [--candidates 20]
 
-A positive of the test split whose item was new to its user stands in one list with items of the catalogue that the user
-had not taken before, drawn uniformly; each system orders the list knowing what came strictly before. Collaborative
+A candidate set is a positive of the test split whose item was new to its user, and uniformly drawn items of the
+catalogue that the user had not taken before. Each system ranks it by what came strictly before. Collaborative
 models and the fusion are those of the bundle's retrieval index, which recipes/index.py made. gauc is the chance that
-the positive stands above another item of its list, ties half, as a mean over targets.
+the positive ranks above another item of its set, ties half, as a mean over targets.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def training_of(run_directory: Path) -> dict | None:
 
 BENCHMARK = Benchmark(measure, "recommend_{domain}.json", {
     "bundle": (..., "a bundle with a retrieval index"), "targets": (150, "positives"),
-    "candidates": (20, "items of a list"), "batch_tokens": (2500, "tokens of a batch, at most"),
+    "candidates": (20, "items of a candidate set"), "batch_tokens": (2500, "tokens of a batch, at most"),
     "bootstrap": (1000, "samples of the intervals"),
 }, "movies")  # fmt: skip
 

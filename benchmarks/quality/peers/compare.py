@@ -166,13 +166,13 @@ def peer_system(job: dict, scratch: str, words: bool):
     else:
         model, tokenizer = plain.load_plain(job["base"], len(outcomes), **lora)
         tokens = None
-    asked = plain.PromptDataset(*job["validation_prompts"], tokenizer)
-    rows = [(ids, [len(ids) - 1]) for ids in asked.prompts]
+    prompts = plain.PromptDataset(*job["validation_prompts"], tokenizer)
+    rows = [(ids, [len(ids) - 1]) for ids in prompts.prompts]
 
     def probabilities() -> torch.Tensor:
         if words:
             return plain.word_probabilities(model, rows, tokens)
-        return plain.plain_logits(model, tokenizer, asked, job["evaluation_batch"]).softmax(1)
+        return plain.plain_logits(model, tokenizer, prompts, job["evaluation_batch"]).softmax(1)
 
     trainer, _ = plain.plain_trainer(
         model, tokenizer, plain.PromptDataset(*job["training_prompts"], tokenizer, tokens), scratch,

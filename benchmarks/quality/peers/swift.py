@@ -1,7 +1,7 @@
 """ms-swift's sequence classification in an environment of its own, as a user would run it: `swift sft` on a JSONL file.
 
-What is timed is what ms-swift itself logs: seconds since training began, up to each step's log. The process's start,
-loading and tokenising are left out; saving the checkpoints before that step is in it (adapters alone, some 20 MB each).
+Times are those that ms-swift itself logs: seconds since training began, up to each step's log. They leave out the
+start of the process, loading and tokenising, and include saving earlier checkpoints (adapters alone, some 20 MB each).
 Peak memory is that of the largest process that `swift sft` starts. Its checkpoints are stock PEFT adapters, so they are
 loaded with PEFT here and predict as the plain peer does, outside the time.
 
