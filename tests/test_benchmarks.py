@@ -82,19 +82,8 @@ def test_commands_in_results_show_no_place_outside_the_repository(tmp_path):
 
 @pytest.mark.slow
 def test_both_sides_train_on_the_same_targets(run, monkeypatch, capsys):
-    words = [
-        "--rounds",
-        "2",
-        "--batch-size",
-        "2",
-        "--peer-targets",
-        "3",
-        "--peer-batch-sizes",
-        "1",
-        "2",
-        "--matmul-sizes",
-        "32",
-    ]
+    words = ["--rounds", "2", "--batch-size", "2", "--peer-targets", "3", "--peer-batch-sizes", "1", "2",
+             "--matmul-sizes", "32"]  # fmt: skip
     result = run("train_speed compare", *words)
     assert result["logits_max_difference"] <= 1e-4 and len(result["rounds"]) == 2
     for entry in result["rounds"]:
@@ -168,22 +157,8 @@ def test_attention_counts_the_pairs_that_the_mask_allows(small_log, tiny_base, k
 
 POINTS = {"context": [0, 3], "targets": [1, 2, 4], "candidates": [1, 6], "rank": [2, 16], "layers": [1, 2]}
 CURVES = [word for name, xs in POINTS.items() for word in (f"--{name}", *map(str, xs))]
-CURVES += [
-    "--window",
-    "3",
-    "4",
-    "--rounds",
-    "2",
-    "--step-tokens",
-    "1",
-    "--tokens",
-    "60",
-    "--max-length",
-    "2048",
-    "--matmul-sizes",
-    "2",
-    "1",
-]
+CURVES += ["--window", "3", "4", "--rounds", "2", "--step-tokens", "1", "--tokens", "60", "--max-length", "2048",
+           "--matmul-sizes", "2", "1"]  # fmt: skip
 
 
 @pytest.mark.slow

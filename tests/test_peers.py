@@ -113,16 +113,8 @@ def test_a_curve_tells_nothing_outside_its_points():
 def arguments(log_directory, tiny_base, tmp_path):
     """Of a short comparison on a tiny base and log."""
     return [
-        *(
-            "--data",
-            str(log_directory),
-            "--domain",
-            str(DOMAIN),
-            "--base",
-            str(tiny_base("llama")),
-            "--seconds",
-            "1000",
-        ),
+        *("--data", str(log_directory), "--domain", str(DOMAIN), "--base", str(tiny_base("llama"))),
+        *("--seconds", "1000"),
         *("--steps", "2", "--validation", "14", "--pool", "40", "--context", "3", "--targets", "4"),
         *("--peer-batch", "4", "--learning-rate", "0.01", "--output", str(tmp_path / "out" / "peers.json")),
     ]
