@@ -56,7 +56,8 @@ from llmrec_peft import BehaviorLog, Domain, build_streams, load_classifier, mer
 from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.data.simulate import simulate_shop
 from llmrec_peft.data.streams import StreamSubset
-from llmrec_peft.memory import MemoryConfig, estimate_memory
+from llmrec_peft.memory.estimate import estimate_memory
+from llmrec_peft.memory.memory_options import MemoryConfig
 from llmrec_peft.models.base import load_config, load_tokenizer
 from llmrec_peft.training.distributed import device_arguments
 

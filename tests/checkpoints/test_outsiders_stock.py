@@ -190,7 +190,7 @@ def test_earlier_bundles_load_and_earlier_merged_models_are_refused(tmp_path):
     bundle = write_bundle(tmp_path / "bundle", base, r=4)
     merge_bundle(bundle, tmp_path / "merged")
     edit_manifest(
-        bundle, lambda manifest: manifest.update(with_checksum({**manifest, "tokenizer": {"fingerprint": raw}}, MERGED))
+        bundle, lambda manifest: manifest.update(with_checksum({**manifest, "tokenizer": {"fingerprint": raw}}))
     )
     load_trained(bundle)
     merge_bundle(bundle, tmp_path / "again")

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.checkpoints.loading import LoadOptions, load_classifier, load_trained
 from llmrec_peft.checkpoints.manifest import read_manifest
-from llmrec_peft.checkpoints.manifest_schema import ADAPTER, MANIFEST
+from llmrec_peft.checkpoints.manifest_schema import ADAPTER, MANIFEST, MERGED
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.errors import BundleError, ModelError
@@ -368,7 +368,7 @@ def test_differences_are_looked_for_in_what_was_written(bundle, tmp_path, monkey
 def test_a_second_merge_is_refused(merged, tmp_path):
     for refused in (
         lambda: merge_bundle(merged, tmp_path / "twice"),
-        lambda: load_trained(merged),
+        lambda: load_trained(merged, kind=ADAPTER),
         lambda: read_manifest(merged, ADAPTER),
     ):
         with pytest.raises(BundleError, match=r"merged is a merged model and no bundle: .* in its weights already"):
@@ -465,12 +465,12 @@ class TestTampering:
     def test_edited_manifest(self, change, message, merged):
         edit_manifest(merged, change)
         with pytest.raises(BundleError, match=message):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     def test_edited_config(self, merged):
         edit(merged / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
         with pytest.raises(BundleError, match="config.json has the SHA-256 .*, but behavior.json says"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     @pytest.mark.parametrize("where", [-1, -40_000])
     def test_one_changed_weight(self, merged, where):
@@ -479,62 +479,62 @@ class TestTampering:
         content[where] ^= 1
         path.write_bytes(content)
         with pytest.raises(BundleError, match="have the fingerprint .*, but behavior.json says"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     @pytest.mark.parametrize("keep", [0, 5, -1])
     def test_truncated_weights(self, merged, keep):
         path = merged / "model.safetensors"
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(BundleError, match="cut short|its header says"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     def test_pickle_under_the_weights_name(self, merged):
         torch.save({"score.weight": torch.zeros(2, 32)}, merged / "model.safetensors")
         with pytest.raises(BundleError, match="not a safetensors file"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "a.PKL"])
     def test_extra_weights(self, merged, name):
         (merged / name).write_bytes(pickle.dumps({}))
         with pytest.raises(BundleError, match=f"holds '{name}' beside"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     def test_link_out(self, merged, tmp_path):
         outside = tmp_path / "outside"
         (merged / "model.safetensors").rename(outside)
         (merged / "model.safetensors").symlink_to(outside)
         with pytest.raises(BundleError, match="model.safetensors is a link out of the merged model"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     def test_index_that_leaves_the_directory(self, merged):
         (merged / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": "../outside.safetensors"}})
         )
         with pytest.raises(BundleError, match="no map from tensors to files beside it"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     def test_another_tokenizer(self, merged):
         edit(merged / "tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}))
         with pytest.raises(BundleError, match="tokenizer of fingerprint"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     @pytest.mark.parametrize("name", ["behavior.json", "config.json", "model.safetensors"])
     def test_missing_file(self, merged, name):
         (merged / name).unlink()
         with pytest.raises(BundleError, match=name):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     def test_missing_tokenizer(self, merged):
         (merged / "tokenizer.json").unlink()
         (merged / "tokenizer_config.json").unlink()
         with pytest.raises(BundleError, match="tokenizer"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
     @pytest.mark.parametrize("content", [b"{", b"[]"])
     def test_manifest_that_is_no_mapping(self, merged, content):
         (merged / MANIFEST).write_bytes(content)
         with pytest.raises(BundleError, match="not readable JSON|where a mapping belongs"):
-            load_trained(merged)
+            load_trained(merged, kind=MERGED)
 
 
 # -- a merged model as a base ------------------------------------------------------------------

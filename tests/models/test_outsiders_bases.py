@@ -27,6 +27,7 @@ from llmrec_peft.checkpoints.bundle import save_bundle
 from llmrec_peft.checkpoints.loading import LoadOptions, load_trained
 from llmrec_peft.data.collator import StreamCollator, collate
 from llmrec_peft.data.streams import IndependentPrompts
+from llmrec_peft.merging.merge_bundle import MergeOptions
 from llmrec_peft.models import selftest
 from llmrec_peft.models.lora import linear_names, rewritten
 from llmrec_peft.models.predict import predict
@@ -145,7 +146,7 @@ def test_merged(family, base_of, streams_for_split, tmp_path):
     classifier = load_classifier(str(base_of(family)), CANDIDATES, "lora", attn=family.attn, head_scale=3.0)
     train(classifier, streams_for_split(CANDIDATES))
     bundle = save_bundle(tmp_path / "bundle", classifier, classifier.tokenizer, CANDIDATES.to_dict())
-    merge_bundle(bundle, tmp_path / "merged", dtype="float32")
+    merge_bundle(bundle, tmp_path / "merged", MergeOptions(dtype="float32"))
     merged = load_trained(tmp_path / "merged", LoadOptions(attn=family.attn)).classifier
     for event in EVENTS:
         assert np.abs(alone(merged, event) - alone(classifier, event)).max() < TOLERANCE

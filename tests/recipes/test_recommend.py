@@ -543,7 +543,7 @@ def test_a_broken_bundle_answers_nobody(recipe, flags, tiny_base, domain, tmp_pa
         classifier.head.weight.fill_(1e38)
     save_bundle(tmp_path / "broken", classifier, classifier.tokenizer, domain.to_dict())
     flags = [*flags, f"--bundle={tmp_path / 'broken'}"]
-    assert "answers that are not finite" in refused(recipe, capsys, flags, tmp_path / "out")
+    assert "logits that are not finite" in refused(recipe, capsys, flags, tmp_path / "out")
     line = refused(recipe, capsys, flags, tmp_path / "out", "--on_error=skip")
     assert "none of the 10 users got a recommendation" in line
     assert len(lines(tmp_path / "out")) == 10 and not len(pq.read_table(tmp_path / "out" / "recommendations.parquet"))
