@@ -45,7 +45,7 @@ def arguments(log_directory, tiny_base, tmp_path):
     ]
 
 
-def test_windows_drawn_hold_the_targets_asked_for(streams, capsys):
+def test_windows_drawn_hold_the_requested_targets(streams, capsys):
     train = streams().train
     parts = [few_shot.draw(train, 16, seed) for seed in (0, 0, 1)]
     assert parts[0].windows.tolist() == parts[1].windows.tolist() != parts[2].windows.tolist()
@@ -84,7 +84,7 @@ def test_prompts_are_what_the_windows_say_of_the_same_targets(streams):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("changes", [{}, {"simultaneous": "isolate", "stream": {"context": 5, "targets": 12}}])
-def test_instruction_answers_inside_a_window_as_after_each_prompt(streams, tiny_base, changes):
+def test_instruction_predicts_inside_a_window_as_after_each_prompt(streams, tiny_base, changes):
     test = streams(**changes).test
     test = StreamSubset(test, np.arange(len(test)))
     has_candidates = [bool((test[number].segment > 0).any()) for number in range(len(test))]
@@ -107,7 +107,7 @@ def test_instruction_answers_inside_a_window_as_after_each_prompt(streams, tiny_
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_both_systems_train_on_and_answer_the_same_targets(arguments, monkeypatch, tmp_path, capsys):
+def test_both_systems_train_on_and_predict_the_same_targets(arguments, monkeypatch, tmp_path, capsys):
     seen = {"streams": [], "instruction": []}
 
     def of_streams(model, args, windows, *rest):

@@ -107,7 +107,7 @@ def test_time_to_an_auc_is_that_of_the_first_crossing():
     assert compare.seconds_to(fallen, 0.8) == pytest.approx(15)
 
 
-def test_a_curve_tells_nothing_outside_its_points():
+def test_a_curve_has_no_value_outside_its_points():
     assert compare.auc_at(FAST[1:], "seconds", 5) is None
     assert compare.auc_at(FAST, "seconds", 21) is None
     assert compare.auc_at(FAST, "seconds", 20) == 0.9
@@ -222,7 +222,7 @@ def test_swift_is_timed_by_its_own_log(tmp_path):
     assert swift.read_seconds(tmp_path / "logging.jsonl") == {1: 6.0, 2: 11.0}
 
 
-def test_swift_says_what_it_said_when_it_fails(tmp_path):
+def test_swift_reports_its_output_when_it_fails(tmp_path):
     program = tmp_path / "bin" / "swift"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho no such model: $2; exit 3\n")
@@ -233,7 +233,7 @@ def test_swift_says_what_it_said_when_it_fails(tmp_path):
         swift.run_swift(program.parent, ["sft", "BASE"], tmp_path)
 
 
-def test_swift_answers_by_the_adapter_that_it_saved(tiny_base, tmp_path):
+def test_swift_predicts_with_the_adapter_that_it_saved(tiny_base, tmp_path):
     base = str(tiny_base("llama"))
     model, tokenizer = plain.load_plain(base, 2, r=4, alpha=8)
     with torch.no_grad():

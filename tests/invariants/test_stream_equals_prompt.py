@@ -103,7 +103,7 @@ def test_stream_equals_prompt(kind, method, attn, short, make, case, tiny_tokeni
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_changed_history_changes_the_answer(kind, make, case):
+def test_a_changed_history_changes_the_prediction(kind, make, case):
     """Were the answers blind to history, the test above would show nothing."""
     classifier = make(kind)
     for shape in SHAPES:
@@ -127,7 +127,7 @@ def test_a_candidate_that_others_could_see_would_show(make, case, tiny_tokenizer
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_predict_answers_every_target_whatever_the_batch(shape, make, small_log, tiny_tokenizer):
+def test_predict_covers_every_target_whatever_the_batch(shape, make, small_log, tiny_tokenizer):
     classifier, domain = make(), domain_of(shape)
     streams = build_streams(small_log(users=6, events=8).split().train, domain, tiny_tokenizer)
     classifier.train()

@@ -97,7 +97,7 @@ def test_layers_choose_which_layers_adapt(make):
         make("llama", "adapter", layers=[0, 5])
 
 
-def test_dropout_only_when_asked(make):
+def test_dropout_only_when_set(make):
     plain = [adapter.dropout for _, adapter in adapters_of(make("llama", "adapter").model)]
     assert all(isinstance(module, nn.Identity) for module in plain)
     dropping = [adapter.dropout for _, adapter in adapters_of(make("llama", "adapter", dropout=0.2).model)]

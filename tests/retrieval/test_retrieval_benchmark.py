@@ -24,7 +24,7 @@ def test_places_are_those_of_ranked_lists():
         assert ranking.one_relevant(above, tied, 100)["hr@100"] == pytest.approx(ranking.hit_rate(rows, 100)[0])
 
 
-def test_it_runs_and_says_how(small_tables, tiny_base, tmp_path):
+def test_it_runs_and_describes_itself(small_tables, tiny_base, tmp_path):
     (tmp_path / "movies").mkdir()
     for name, table in zip(("interactions", "items"), small_tables, strict=True):
         pq.write_table(table, tmp_path / "movies" / f"{name}.parquet")
