@@ -24,6 +24,7 @@ from llmrec_peft.checkpoints.manifest_schema import CONFIG, MANIFEST, WEIGHTS
 from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
 from llmrec_peft.models import base as base_module
+from tests.support.pairwise import diagonal
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2", "bert")
 
@@ -68,8 +69,7 @@ def rewrite_weights(directory, tensors):
     edit_manifest(directory, lambda m: m["files"].update({n: sha256(directory / n) for n in (CONFIG, WEIGHTS)}))
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "adapter", "head", "full"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method"), diagonal(KINDS, ("lora", "qlora", "adapter", "head", "full")))
 def test_saved_and_loaded_equals_in_memory_and_not_the_base(kind, method, make, shake, save, answer, prompt):
     base = make(kind, method)
     untrained = answer(base, with_mask(prompt))

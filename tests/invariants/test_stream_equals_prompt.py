@@ -15,17 +15,14 @@ from llmrec_peft.data.streams import build_streams
 from llmrec_peft.models import attention
 from llmrec_peft.models.predict import predict
 from tests.reference import NaiveStreams, sampled_items
+from tests.support.pairwise import pairwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2")
-MODELS = [(kind, "lora", attn) for kind in KINDS for attn in ("sdpa", "eager")]
-MODELS += [
-    ("llama", "adapter", "sdpa"),
-    ("gpt2", "adapter", "eager"),
-    ("qwen2", "head", "sdpa"),
-    ("mistral", "full", "eager"),
-]
+METHODS = ("lora", "adapter", "head", "full")
+# `short` is the length at which attention in blocks begins: 2 gives blocks, 1000 one mask.
+MODELS = pairwise(KINDS, METHODS, ("sdpa", "eager"), (2, 1000))
 SHAPES = {
     "prefix": {"simultaneous": "order"},
     "candidates": {"simultaneous": "isolate", "negatives": {"per_positive": 1}},
@@ -90,10 +87,9 @@ def in_batches(classifier, streams, size, side, pad):
     return torch.cat([classifier(**batch) for batch in batches])
 
 
-@pytest.mark.parametrize("short", [2, 1000])
-@pytest.mark.parametrize(("kind", "method", "attn"), MODELS)
+@pytest.mark.parametrize(("kind", "method", "attn", "short"), MODELS)
 def test_stream_equals_prompt(kind, method, attn, short, make, case, tiny_tokenizer, monkeypatch):
-    """With attention in blocks (`short` is where they begin), and under one mask."""
+    """With attention in blocks and under one mask."""
     monkeypatch.setattr(attention, "SHORT", short)
     classifier = make(kind, method, attn=attn)
     for shape in SHAPES:

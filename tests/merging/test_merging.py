@@ -33,6 +33,7 @@ from llmrec_peft.models.base_weights import base_fingerprint
 from llmrec_peft.models.stock_parts import head_of
 from tests.conftest import ROOT
 from tests.support.bundles import DOMAIN, answers, edit, edit_manifest, stock_answers, write_bundle
+from tests.support.pairwise import diagonal
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2", "bert")
 pytestmark = [
@@ -65,8 +66,7 @@ def check_merged(bundle: Path, merged: Path, base: Path, atol: float = 2e-5) -> 
 # -- equality ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method"), diagonal(KINDS, ("lora", "full", "qlora")))
 def test_merged_predicts_as_adapted_and_not_as_the_base(kind, method, tiny_base, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", tiny_base(kind), method)
     found = merge_bundle(bundle, tmp_path / "merged")
