@@ -86,6 +86,11 @@ def _train(command: str, args: list[str]) -> None:
         print(usage, file=sys.stdout if args else sys.stderr)
         raise SystemExit(0 if args else 2)
     with exit_on_error():
+        if args[0].startswith("-"):
+            raise ConfigError(
+                f"llmrec train: the tuning method comes first, before {args[0]}; write llmrec train METHOD {args[0]} "
+                f"..., with METHOD one of {', '.join(METHODS)}"
+            )
         _check_name(args[0], METHODS, "tuning method")
     _run_recipe(args[0], args[1:], f"llmrec train {args[0]}")
 
@@ -113,7 +118,8 @@ def _configs(command: str, args: list[str]) -> None:
 
     from llmrec_peft.config.shipped import copy_shipped, shipped_files
 
-    parser = argparse.ArgumentParser(prog="llmrec configs", description=COMMANDS["configs"][1])
+    summary = COMMANDS["configs"][1]
+    parser = argparse.ArgumentParser(prog="llmrec configs", description=f"{summary[0].upper()}{summary[1:]}.")
     parser.add_argument("--copy", metavar="DIR", help="copy the files below this directory")
     options = parser.parse_args(args)
     with exit_on_error():

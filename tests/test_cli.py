@@ -105,6 +105,11 @@ def test_a_launcher_names_the_file_of_its_steps(path):
         (["trian"], "error: llmrec: unknown command 'trian'; did you mean train?\n"),
         (["xyzzy"], f"error: llmrec: unknown command 'xyzzy'; use one of {', '.join(COMMANDS)}\n"),
         (["train", "lroa"], "error: llmrec: unknown tuning method 'lroa'; did you mean lora?\n"),
+        (
+            ["train", "--launch", "zero3", "lora"],
+            "error: llmrec train: the tuning method comes first, before --launch; write llmrec train METHOD --launch "
+            "..., with METHOD one of lora, qlora, adapter, head, full\n",
+        ),
         (["merge", "--bundel", "b"], "error: the command line: unknown key --bundel; did you mean --bundle?\n"),
         (["train", "lora", "--launch"], "error: --launch must be followed by a value, not ''; give one\n"),
         (
@@ -144,7 +149,8 @@ def test_a_missing_package_names_its_extra(monkeypatch, capsys):
     with pytest.raises(ModuleNotFoundError):
         main(["merge", "--bundle", "b", "--output_dir", "o"])
     monkeypatch.delitem(sys.modules, "llmrec_peft.recipes.merge")
-    monkeypatch.delitem(sys.modules, "llmrec_peft.merging.merging", raising=False)
+    for name in [name for name in sys.modules if name.startswith("llmrec_peft.merging.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     line = refused(["merge", "--bundle", "b", "--output_dir", "o"], capsys)
     assert line == "error: this command needs the package torch; install it with: pip install 'llmrec-peft[train]'\n"

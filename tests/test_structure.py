@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import collections
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,12 @@ def test_rooms_import_rooms_before_them(graph):
     assert not backwards
     above = {module: others for module, others in graph.items() if room_of(module) in GROUND}
     assert not {other for others in above.values() for other in others if room_of(other) not in GROUND}
+
+
+def test_contributing_names_the_rooms_in_their_order():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    listed = text.partition("**Imports go one way:**")[2].partition(". The")[0]
+    assert re.findall(r"`(\w+)`", listed) == [room for room in ROOMS if room != "__main__"]
 
 
 def test_no_file_is_in_a_circle(graph):

@@ -86,7 +86,9 @@ def download_movielens(
         DataError: an unknown name, a transfer that keeps failing, a wrong checksum, an unsafe archive.
     """
     if name not in ARCHIVES and (url is None or checksum is None):
-        raise DataError(f"no archive {name!r}; known are {listed(list(ARCHIVES))}; give url= and checksum= for another")
+        raise DataError(
+            f"no archive {name!r}; known are {listed(list(ARCHIVES))}; give the URL and the checksum of another"
+        )
     if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
         raise DataError(f"archive name {name!r} must be a plain directory name, such as ml-latest-small")
     url = url or ARCHIVES[name].url
@@ -260,9 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line: download a data set and print its directory; on failure print one line and exit with code 2."""
     parser = argparse.ArgumentParser(prog="llmrec download", description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default="ml-latest-small", help=f"one of {listed(list(ARCHIVES))}")
-    parser.add_argument("--directory", help="where to put it; default: the package's cache directory")
-    parser.add_argument("--url", help="another URL of the archive")
-    parser.add_argument("--checksum", help="sha256:<hex> or md5:<hex> of another edition")
+    parser.add_argument("--directory", help="parent directory of the data set; default: the package's cache directory")
+    parser.add_argument("--url", help="URL of the archive, to use another mirror or edition")
+    parser.add_argument("--checksum", help="checksum of the archive at --url, as sha256:<hex> or md5:<hex>")
     options = parser.parse_args(arguments)
     try:
         with exit_on_error():

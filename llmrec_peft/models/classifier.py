@@ -201,11 +201,12 @@ class BehaviorClassifier(nn.Module):
             trainable += count if parameter.requires_grad else 0
         return trainable, total
 
-    def summary(self) -> str:
-        """One line for the log: method, base, parameters that train, head."""
+    def summary(self, base: str | None = None) -> str:
+        """One line for the log: method, `base` (None for the name or path of its base), trained parameters, labels."""
         trainable, total = self.trainable_parameters()
+        base = base or self.base or self.config.model_type
         return (
-            f"{self.method} on {self.base or self.config.model_type}: {trainable:,} of {total:,} parameters train "
+            f"{self.method} on {base}: {trainable:,} of {total:,} parameters train "
             f"({trainable / total:.2%}), {len(self.labels)} labels ({', '.join(self.labels)})"
         )
 

@@ -133,7 +133,7 @@ def _distill(config: DistillConfig, state: PartialState) -> dict[str, Any]:
         # The student.
         with raise_on_all_ranks():
             classifier, fingerprint = _load_student(config, plan, streams, outputs, source)
-        show(classifier.summary())
+        show(classifier.summary(f"the {config.student.kind} student"))  # its base is a scratch directory
         metadata = StudentMetadata(config.student, config.loss, outputs.describe(teacher.manifest), plan.kept_layers)
 
         # Trainer: on all windows, or on those with predictions.

@@ -84,9 +84,9 @@ def _streams(
 
 def _print(found: dict[str, Any], directory: Path) -> None:
     on = "synthetic inputs" if found["streams"] == "samples" else found["streams"]
-    print(f"{found['answers']:,} predictions on {on}; adapted and merged differ by")
-    print(f"  {found['max_difference']:.3g} in a logit at most (tolerance {found['tolerance']:.3g})")
-    print(f"  {found['mean_difference']:.3g} in the mean; the logits' standard deviation is {found['spread']:.3g}")
+    print(f"{found['answers']:,} predictions on {on}, adapted and merged model:")
+    print(f"  largest difference of a logit {found['max_difference']:.3g} (tolerance {found['tolerance']:.3g})")
+    print(f"  mean difference {found['mean_difference']:.3g}; standard deviation of the logits {found['spread']:.3g}")
     if found["auc_adapted"] is not None and found["auc_merged"] is not None:
         print(f"  AUC {found['auc_adapted']:.6f} adapted, {found['auc_merged']:.6f} merged")
     _print_stock(found)
@@ -94,12 +94,12 @@ def _print(found: dict[str, Any], directory: Path) -> None:
 
 
 def _print_stock(found: dict[str, Any]) -> None:
-    """Print how far the predictions of stock classes are."""
+    """Print the differences between stock Transformers classes and this package."""
     count, same = found["stock_prompts"], found["text_same_tokens"]
-    print(f"{count} prompts in stock classes: {found['stock_difference']:.3g} in a logit at most on the same tokens")
+    print(f"{count} prompts in stock Transformers classes, merged model and this package:")
+    print(f"  largest difference of a logit {found['stock_difference']:.3g} on the same tokens")
     if same is None:
         return
-    text = f"{found['text_difference']:.3g} where each text is tokenised as a whole"
-    print(f"  {text}; {same} of {count} prompts then have the same tokens")
+    print(f"  {found['text_difference']:.3g} on prompts tokenized as one text; {same} of {count} have the same tokens")
     if found["text_left_difference"] > max(found["text_difference"], found["tolerance"]):
-        print(f"  {found['text_left_difference']:.3g} with padding on the left: pad on the right")
+        print(f"  {found['text_left_difference']:.3g} with left padding: use right padding")

@@ -75,7 +75,7 @@ def recommend(config: RecommendConfig) -> None:
             pending = shards.pending(errors=config.on_error == "skip")
         left = sum(len(shards.rows(number)) for number in pending)
         earlier = f", {len(users) - left:,} of them done by an earlier run" if left < len(users) else ""
-        show(f"{len(users):,} users in {len(shards):,} shards{earlier}; the log knows {users.known:,}")
+        show(f"{len(users):,} users in {len(shards):,} shards{earlier}; {users.known:,} of them in the log")
 
         # Recommend: each process writes every N-th of these shards.
         start = time.perf_counter()

@@ -62,7 +62,7 @@ def train(config: TrainRecipeConfig) -> dict[str, Any]:
             log = read_log(config.data)
 
         # Streams of the training, validation and test split.
-        show(f"log: {log!r}; making token streams of it")
+        show(f"log: {log!r}; building token streams")
         with raise_on_all_ranks():
             with timings.timed("reading"):
                 streams = build_split_streams(log, config.domain, tokenizer)

@@ -111,7 +111,7 @@ class Fusion:
         none = cls._none(sides, features.names, count, people)
         rarer = int(min(truth.sum(), count - truth.sum())) if count else 0
         if count < MIN_TARGETS or people < MIN_USERS or rarer < MIN_OF_CLASS:
-            return replace(none, why=f"not fitted: {count} targets of {people} users, {rarer} of the rarer kind")
+            return replace(none, why=f"not fitted: {count} targets of {people} users, {rarer} of the minority class")
         columns, frame = standardise(np.column_stack([z, values]))
         losses = cross_validate(z, columns, truth, owners, seed)
         # The choice is between out-of-fold losses: z alone was not fitted here, so its loss is out of fold too.

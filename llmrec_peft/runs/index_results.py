@@ -97,7 +97,7 @@ def print_comparison(
     for system in (LLM, COLLABORATIVE):
         lines[f"{FUSED} - {system}"] = _cells(gaps[system], sign=True)
     print_table(lines)
-    print(f"fusion: {fusion.why}, of {fusion.targets:,} validation targets of {fusion.users:,} users")
+    print(f"fusion: {fusion.why} ({fusion.targets:,} validation targets of {fusion.users:,} users)")
     print(_verdict(fusion, gaps[LLM]))
     _note_shifted_shares(valid)
 

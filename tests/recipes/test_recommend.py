@@ -138,7 +138,7 @@ def test_each_user_once_as_the_library_recommends(recipe, flags, bundle, data, l
         check(table, user, scorer.recommend(history_of(log, domain, user), k=3, pool=5))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["recommendations.parquet"]
     printed = capsys.readouterr().out
-    assert "10 users in 4 shards; the log knows 8" in printed
+    assert "10 users in 4 shards; 8 of them in the log" in printed
     assert re.search(r"10 users in [\d.]+ s: [\d.]+ users/s", printed)
     assert f"written to {tmp_path / 'out' / 'recommendations.parquet'}: 30 rows of 10 users" in printed
 

@@ -77,8 +77,8 @@ def few(n):
     ("change", "why"),
     [
         (few(MIN_TARGETS - 1), f"not fitted: {MIN_TARGETS - 1} targets"),
-        (few(0), "not fitted: 0 targets of 0 users, 0 of the rarer kind"),
-        (lambda a: [*a[:2], np.ones_like(a[2]), a[3]], "0 of the rarer kind"),
+        (few(0), "not fitted: 0 targets of 0 users, 0 of the minority class"),
+        (lambda a: [*a[:2], np.ones_like(a[2]), a[3]], "0 of the minority class"),
         (lambda a: [*a[:3], np.zeros_like(a[3])], "targets of 1 users"),
         (lambda a: [a[0], Features(NAMES, a[1].values * np.nan), *a[2:]], "not fitted: 0 targets"),
     ],
