@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 OUT ?= out/demo
+# Two workers of one thread each; a worker that runs out of tests takes over some of the other's.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format bench clean
@@ -40,10 +43,10 @@ format: $(READY) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 test: lint ## Check style and types, and run the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow" --durations 20
+	$(PYTEST) -m "not slow" --durations 20
 
 test-all: lint ## Check style and types, and run all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: $(READY) ## Run the quick form of the benchmarks and print their tables (under 30 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.run_all $(if $(DATA),--data $(DATA)) $(if $(DOMAIN),--domain $(DOMAIN))

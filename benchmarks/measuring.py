@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, the host, timing in turns, memory, trainers, bootstrap and result files.
+"""Shared by the benchmarks: options, processes, result files, timing in turns, memory and intervals.
 
 Run a benchmark as a module from the repository's root: `python -m benchmarks.train_speed compare --data DIR`.
 """
@@ -9,7 +9,6 @@ import gc
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import statistics
@@ -31,9 +30,10 @@ import transformers
 import yaml
 
 from benchmarks import results_page
-from llmrec_peft import BehaviorLog, BehaviorTrainer, Domain, LLMRecError
+from llmrec_peft import BehaviorLog, Domain, LLMRecError
 from llmrec_peft.config.schema import DataConfig
 from llmrec_peft.evaluation.bootstrap import differences, intervals
+from llmrec_peft.files import plain, write_json
 from llmrec_peft.models.base import load_tokenizer, resolve_base
 from llmrec_peft.runs.split_streams import SplitStreams, build_split_streams
 from llmrec_peft.runs.split_streams import read_log as read_configured_log
@@ -231,11 +231,8 @@ def header(text: str, seed: int) -> dict[str, Any]:
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Write JSON atomically, with the minutes since the script began, and the result's plots beside it."""
     path = Path(path)
-    result = {**result, "minutes": result.get("minutes", (time.perf_counter() - STARTED) / 60)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_json({**result, "minutes": (time.perf_counter() - STARTED) / 60}, path)
     if path.stem in ("cost_curves", "peers", "students"):
         from benchmarks import plots
 
@@ -243,11 +240,11 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-# -- logs and trainers -----------------------------------------------------------------------------
+# -- logs ------------------------------------------------------------------------------------------
 
 
 def read_log(options: argparse.Namespace) -> BehaviorLog:
@@ -261,62 +258,19 @@ def read_streams(options: argparse.Namespace, domain: Domain | None = None) -> S
     return build_split_streams(read_log(options), domain, load_tokenizer(resolve_base(options.base)))
 
 
-SILENT = {"save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True,
-          "dataloader_pin_memory": False, "lr_scheduler_type": "constant", "num_train_epochs": 1}  # fmt: skip
-"""Arguments of a Trainer that is measured: one epoch, a constant learning rate, nothing saved or logged."""
-
-
-def training_arguments(scratch: str | Path, **changes: Any) -> transformers.TrainingArguments:
-    """Arguments of a BehaviorTrainer that is measured."""
-    arguments = {"output_dir": str(scratch), "remove_unused_columns": False, **SILENT, **changes}
-    return transformers.TrainingArguments(**arguments)
-
-
-def behavior_trainer(
-    classifier, arguments: transformers.TrainingArguments, windows, micro_tokens: int, *callbacks: Any
-) -> BehaviorTrainer:
-    """A BehaviorTrainer that prints nothing."""
-    trainer = BehaviorTrainer(classifier, arguments, windows, tokenizer=classifier.tokenizer, micro_tokens=micro_tokens,
-                              callbacks=list(callbacks))  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-class StepClock(transformers.TrainerCallback):
-    """Seconds from the start of the first epoch to the end of the last step; set-up does not count."""
-
-    def __init__(self) -> None:
-        self.seconds, self.steps = 0.0, 0
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Start once."""
-        if not self.steps:
-            self._start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop, until the end of the next step."""
-        self.steps += 1
-        self.seconds = time.perf_counter() - self._start
-
-
-class PositionCounter:
-    """Counts the positions that a model computes in training, padding included, at its embedding."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.count = 0
-        model.get_input_embeddings().register_forward_hook(self._add)
-
-    def _add(self, module, inputs, output) -> None:
-        self.count += inputs[0].numel() if module.training else 0
-
-
 # -- time and memory -------------------------------------------------------------------------------
 
 
-def in_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round, after a round that does not count; every other round goes backwards."""
+def in_turns(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after a round that does not count; every other round goes backwards.
+
+    before: called at the start of each round, outside the time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-1, rounds):
+        before()
         for name in list(ways) if number % 2 else list(ways)[::-1]:
             start = time.perf_counter()
             ways[name]()
@@ -359,12 +313,7 @@ def memory_mib(key: str = "VmHWM", process: int | str = "self") -> float | None:
 
 def plain_intervals(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Intervals of evaluation.bootstrap for JSON: value, low and high; null where there is none, as with one user."""
-
-    def plain(one: Any) -> dict[str, float | None]:
-        numbers = {key: float(getattr(one, key)) for key in ("value", "low", "high")}
-        return {key: number if math.isfinite(number) else None for key, number in numbers.items()}
-
-    return {name: plain(one) for name, one in found.items()}
+    return plain({name: {key: getattr(one, key) for key in ("value", "low", "high")} for name, one in found.items()})
 
 
 def metrics_of(

@@ -1,14 +1,13 @@
-"""Peak memory of training, of merging, and of reading a large log.
+"""Peak memory of training and of merging.
 
     python -m benchmarks.memory train [--data DIR --domain FILE] [--only METHOD ...] [--zero 0 1 2 3] [--add] [--again]
     python -m benchmarks.memory merge [--only NUMBER ...]
-    python -m benchmarks.memory log [--rows 10000000]
 
 Each case runs in processes of its own, which first do the same with something tiny, so that code and libraries that
 load at their first use do not count.
 
 train: two steps of two micro-batches by method, with and without activation checkpointing, and under ZeRO in two
-processes; beside what the estimator says. Measured is the peak of resident memory (VmHWM) less what was resident before
+processes, beside the estimate. The measure is the peak of resident memory (VmHWM) less what was resident before
 the base was loaded. The base's weights are copied out of their file, as a GPU would get them: as pages of a mapped file
 they become resident when something reads them. glibc gives freed blocks back at once, so that resident memory is memory
 in use. --add keeps the other rows of the result file; --again estimates its rows again and measures nothing.
@@ -16,9 +15,6 @@ in use. --add keeps the other rows of the result file; --again estimates its row
 merge: peaks from right before the merge, beside the size of the merged checkpoint, of anonymous memory (RssAnon, which
 the process has written) and of all resident memory (with pages of mapped files, which the system can drop). Bases are
 SmolLM2-135M and random Llamas of about 0.45 GB as merged.
-
-log: ten million interactions from shuffled parquet to streams with a text of its own for each event. Beside resident
-and anonymous memory it counts blocks of Python's allocator, which tell how many rows were Python objects at once.
 """
 
 import argparse
@@ -28,36 +24,21 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import transformers
 
-from benchmarks.measuring import (
-    ROOT,
-    Benchmark,
-    behavior_trainer,
-    in_processes,
-    memory_mib,
-    read_streams,
-    release_memory,
-    reset_peak,
-    run,
-    training_arguments,
-)
-from benchmarks.train_speed import warm_up
-from llmrec_peft import BehaviorLog, Domain, build_streams, load_classifier, merge_bundle
-from llmrec_peft.checkpoints.bundle import save_bundle
-from llmrec_peft.data.simulate import simulate_shop
+from benchmarks import measuring
+from benchmarks.measuring import ROOT, Benchmark, in_processes, memory_mib, read_streams, run
+from benchmarks.training import behavior_trainer, make_bundle, training_arguments, warm_up
+from llmrec_peft import Domain, load_classifier, merge_bundle
 from llmrec_peft.data.streams import StreamSubset
 from llmrec_peft.memory.estimate import estimate_memory
 from llmrec_peft.memory.memory_options import MemoryConfig
+from llmrec_peft.merging.merge_bundle import MergeOptions
 from llmrec_peft.models.base import load_config, load_tokenizer
 from llmrec_peft.training.distributed import device_arguments
 
@@ -99,13 +80,13 @@ def train_case(case: dict, given: dict, scratch: str) -> dict:
         trainer_of(tiny, chosen[:BATCH], settings()).train()
     arguments = settings()  # ZeRO-3 partitions what is loaded from here on
     del tiny
-    release_memory()
+    measuring.release_memory()
     before = memory_mib("VmRSS")
     classifier = load_classifier(options.base, **load)
     for parameter in classifier.parameters():
         parameter.data = parameter.data.clone()
     trainer = trainer_of(classifier, chosen, arguments)
-    reset_peak()
+    measuring.reset_peak()
     trainer.train()
     lengths, targets = streams.lengths[chosen], np.diff(streams.target_offsets)[chosen]
     return {"measured_mib": memory_mib() - before, "before_mib": before, "length": int(lengths.max()),
@@ -192,25 +173,19 @@ def make_base(directory: str | Path, dtype: str, layers: int, width: int, tokeni
     tokenizer.save_pretrained(directory)
 
 
-def make_moved_bundle(directory: str, base: str, method: str, held: str) -> None:
-    """A bundle whose trained weights were moved by seeded noise, as training might have."""
+def bundle_case(directory: str, base: str, method: str, held: str) -> None:
+    """In a process of its own: make a bundle."""
     domain = Domain.from_yaml(ROOT / "recipes/configs/movies/domain.yaml")
-    torch.manual_seed(0)
-    classifier, generator = load_classifier(base, domain, method, dtype=held), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in classifier.parameters():
-            if value.requires_grad:
-                value.add_(0.1 * value.std().clamp(min=0.01) * torch.randn(value.shape, generator=generator))
-    save_bundle(directory, classifier, classifier.tokenizer, domain.to_dict())
+    make_bundle(directory, base, domain, method, dtype=held)
 
 
 def merge_case(scratch: str, dtype: str) -> dict:
     """In a process of its own: merge a tiny bundle of the same method, wait to be watched, and merge the bundle."""
-    merge_bundle(Path(scratch, "tiny-bundle"), Path(scratch, "tiny-merged"), dtype=dtype)
-    release_memory()
+    merge_bundle(Path(scratch, "tiny-bundle"), Path(scratch, "tiny-merged"), MergeOptions(dtype=dtype))
+    measuring.release_memory()
     print("ready", flush=True)
     sys.stdin.readline()
-    return merge_bundle(Path(scratch, "bundle"), Path(scratch, "merged"), dtype=dtype)
+    return merge_bundle(Path(scratch, "bundle"), Path(scratch, "merged"), MergeOptions(dtype=dtype))
 
 
 def watch_merge(process: subprocess.Popen) -> dict[str, float]:
@@ -241,91 +216,17 @@ def merge_measured(entry: dict, scratch: Path) -> dict:
             in_processes(__file__, scratch, "make_base", str(scratch / base), *BASES[base])
     place = str(scratch / entry["base"]) if entry["base"] in BASES else entry["base"]
     for target, base in (("bundle", place), ("tiny-bundle", str(scratch / "tiny"))):
-        in_processes(
-            __file__, scratch, "make_moved_bundle", str(scratch / target), base, entry["method"], entry["held"]
-        )
+        in_processes(__file__, scratch, "bundle_case", str(scratch / target), base, entry["method"], entry["held"])
     (found,), seen = in_processes(__file__, scratch, "merge_case", str(scratch), entry["dtype"], watch=watch_merge)
     size = found["bytes"] / MIB
-    kept = ("seconds", "max_difference", "mean_difference", "spread", "answers")
+    named = ("seconds", "max_difference", "mean_difference", "spread", "answers")
     return {**entry, "checkpoint_mib": size, **seen, "anonymous_ratio": seen["anonymous_mib"] / size,
-            "resident_ratio": seen["resident_mib"] / size, **{key: found[key] for key in kept}}  # fmt: skip
+            "resident_ratio": seen["resident_mib"] / size, **{key: found[key] for key in named}}  # fmt: skip
 
 
 def merge(options: argparse.Namespace, scratch: Path) -> dict:
     """Peak memory and time of merging a bundle, beside the size of the merged checkpoint."""
     return {"rows": [merge_measured(CASES[number], scratch) for number in options.only]}
-
-
-# -- log -------------------------------------------------------------------------------------------
-
-AT_ONCE = 500_000  # rows
-PRICED = {"name": "shop", "event": "{title} at {price:.2f}", "outcomes": {"skip": " no\n", "click": " yes\n"},
-          "stream": {"context": 10, "targets": 30, "max_length": 2048}}  # fmt: skip
-
-
-def write_log(directory: Path, rows: int, items: int = 50_000) -> None:
-    """Write a shuffled log of `rows` interactions of rows / 50 users."""
-    rng, numbers = np.random.default_rng(0), pc.cast(pa.array(np.arange(items)), pa.string())
-    ids = pc.binary_join_element_wise("item", numbers, "-")
-    titles = pc.binary_join_element_wise("Product number", numbers, " ")
-    pq.write_table(pa.table({"item_id": ids, "title": titles}), directory / "items.parquet")
-    with contextlib.ExitStack() as stack:
-        writer = None
-        for start in range(0, rows, AT_ONCE):
-            count = min(AT_ONCE, rows - start)
-            users = pc.cast(pa.array(rng.integers(0, max(rows // 50, 1), count)), pa.string())
-            table = pa.table({
-                "user_id": pc.binary_join_element_wise("user", users, "-"),
-                "item_id": ids.take(pa.array(rng.integers(0, items, count))),
-                "timestamp": rng.integers(1_500_000_000, 1_700_000_000, count),
-                "label": rng.integers(0, 2, count).astype(np.int8), "price": rng.random(count),
-            })  # fmt: skip
-            place = directory / "interactions.parquet"
-            writer = writer or stack.enter_context(pq.ParquetWriter(place, table.schema))
-            writer.write_table(table)
-
-
-def log_case(directory: str, base: str) -> dict[str, float]:
-    """In a process of its own: read the log, and look at memory and Python's blocks twenty times a second."""
-    domain, tokenizer = Domain.from_dict(PRICED), load_tokenizer(base)
-    # A small log first, so that what the libraries load at their first use does not count.
-    build_streams(simulate_shop(users=5).split().train, domain, tokenizer)[0]
-    before = (memory_mib("RssAnon") or 0.0, sys.getallocatedblocks())
-    peaks, stopped = list(before), threading.Event()
-
-    def watch() -> None:
-        while not stopped.wait(0.05):
-            peaks[:] = map(max, peaks, (memory_mib("RssAnon") or 0.0, sys.getallocatedblocks()))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    times = [time.perf_counter()]
-    log = BehaviorLog.read(directory)
-    times.append(time.perf_counter())
-    streams = build_streams(log.split().train, domain, tokenizer)
-    times.append(time.perf_counter())
-    for number in np.linspace(0, len(streams) - 1, 1000).astype(int):
-        if len(streams[number]) != streams.lengths[number]:
-            raise SystemExit(f"stream {number} is not as long as planned")
-    times.append(time.perf_counter())
-    stopped.set()
-    watcher.join()
-    names = ("seconds_to_read", "seconds_to_streams", "seconds_for_1000_streams")
-    return {
-        "rows": len(log), **dict(zip(names, np.diff(times).tolist(), strict=True)), "targets": streams.num_targets,
-        "streams": len(streams), "peak_rss_mib": memory_mib(), "peak_anonymous_mib": peaks[0],
-        "anonymous_before_mib": before[0], "anonymous_after_mib": memory_mib("RssAnon"),
-        "arrow_pool_after_mib": pa.total_allocated_bytes() / MIB, "peak_python_blocks": peaks[1] - before[1],
-    }  # fmt: skip
-
-
-def read_large_log(options: argparse.Namespace, scratch: Path) -> dict:
-    """Time and memory from a large parquet log to streams."""
-    directory = scratch / "log"
-    directory.mkdir()
-    write_log(directory, options.rows)
-    size = sum(entry.stat().st_size for entry in directory.iterdir()) / MIB
-    return {"parquet_mib": size, **in_processes(__file__, scratch, "log_case", str(directory), options.base)[0][0]}
 
 
 BENCHMARKS = {
@@ -336,7 +237,6 @@ BENCHMARKS = {
         "again": (False, "estimate the rows of the result file again, and measure nothing"),
     }),
     "merge": Benchmark(merge, "merge.json", {"only": (list(range(11)), "numbers of cases (default: all)")}),
-    "log": Benchmark(read_large_log, "data_memory.json", {"rows": (10_000_000, "interactions")}),
 }  # fmt: skip
 
 

@@ -2,23 +2,25 @@
 
     python benchmarks/results_page.py
 
-Every figure on the page stands in a file, and every file says how it was made. A test compares the pages with what this
-would write.
+The prose is in results_page.md. Every figure on the page is in a file, and every file says how it was made. A test
+compares the pages with what this would write.
 """
 
 import json
+import re
 import statistics
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results.md"
-README = ROOT / "README.md"
-DISTILLING = ROOT / "docs" / "distilling.md"
+PAGE, README, DISTILLING = ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "distilling.md"
 IMAGES = "../benchmarks/results/"  # from the page
 MARKS = ("<!-- results: python benchmarks/results_page.py -->\n", "<!-- end of results -->\n")
+OLDER = {"protocol_retail": "2026-11-28"}
+"""Results that a change of the code left behind, and its day: an older file gets the note of the template."""
 
 # Systems in the order of their tables, with their names; students that are not named are left out of theirs.
 SYSTEMS = {
@@ -31,37 +33,30 @@ SYSTEMS = {
 }  # fmt: skip
 PEERS = {
     "streams": "streams", "plain": "Trainer with PEFT's sequence classification",
-    "instruction": "instruction tuning on the answer's word (TALLRec's way)", "swift": "ms-swift, seq_cls",
+    "instruction": "instruction tuning on the label word (TALLRec's way)", "swift": "ms-swift, seq_cls",
 }  # fmt: skip
 STUDENTS = {
-    "teacher": "teacher (LoRA on SmolLM2-135M)", "ids": "ids: content and answers", "ids_int8": "ids, int8 ONNX",
-    "ids_content": "ids: content alone", "ids_answers": "ids: answers alone", "ids_alone": "ids, without the teacher",
-    "shallow": "shallow, 10 of 30 layers", "shallow_alone": "shallow, without the teacher's answers",
+    "teacher": "teacher (LoRA on SmolLM2-135M)", "ids": "ids: content and predictions", "ids_int8": "ids, int8 ONNX",
+    "ids_content": "ids: content alone", "ids_answers": "ids: predictions alone",
+    "ids_alone": "ids, without the teacher", "shallow": "shallow, 10 of 30 layers",
+    "shallow_alone": "shallow, without the teacher's predictions",
 }  # fmt: skip
-OLDER = {
-    "protocol_retail": (
-        "2026-11-28",
-        "Measured under the former rule of sampled negatives, by which a negative of the test could be an item that "
-        "the user had taken before; what the rule changes for systems without an LLM stands under the next heading.",
-    ),
-}
-"""Results that a change of the code left behind: the day of the change, and what the page says until a newer run."""
 
-
-# -- cells and tables ------------------------------------------------------------------------------
+# -- cells, tables and prose -----------------------------------------------------------------------
 
 
 def shown(found: Any, digits: int = 3, sign: str = "", none: str = "not known") -> str:
-    """A number, a median with the least and the greatest, or a value with its interval."""
-    form = f"{{:{sign},.{digits}f}}" if isinstance(found, float | int) else f"{{:{sign}.{digits}f}}"
+    """A number, a median with minimum and maximum, or a value with its interval."""
     if isinstance(found, str | None):
         return none if found is None else found
-    if not isinstance(found, Mapping):
-        return form.format(found)
+    if isinstance(found, float | int):
+        return f"{found:{sign},.{digits}f}"
+    names = ("median", "min", "max") if "median" in found else ("value", "low", "high")
+    middle, low, high = (found[name] for name in names)
+    form = f"{sign}.{digits}f"
     if "median" in found:
-        return f"{form.format(found['median'])} ({form.format(found['min'])} to {form.format(found['max'])})"
-    ends = "" if found["low"] is None else f" [{form.format(found['low'])}, {form.format(found['high'])}]"
-    return form.format(found["value"]) + ends
+        return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+    return f"{middle:{form}}" + ("" if low is None else f" [{low:{form}}, {high:{form}}]")
 
 
 def at(found: Any, path: str, default: Any = None) -> Any:
@@ -90,10 +85,35 @@ def named(records: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
     return {names[key]: records[key] for key in names if key in records}
 
 
+class Prose(string.Formatter):
+    """Fills `{path/of/an/entry:format}` of a text; the format of a spread or an interval is its number of digits."""
+
+    def get_value(self, key: Any, args: Any, kwargs: Any) -> Any:
+        """A value given by name, or an entry of the result."""
+        return kwargs[key] if key in kwargs else at(args[0], key)
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """A spread, an interval or nothing known, or any other value as usual."""
+        return format(value, format_spec) if isinstance(value, str | float | int) else shown(value, int(format_spec))
+
+
+_PARTS = re.split(r"<!-- (.+) -->\n", Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))[1:]
+TEXTS = dict(zip(_PARTS[::2], _PARTS[1::2], strict=True))
+"""The texts of results_page.md by name."""
+
+
+def say(name: str, found: Any = None, **values: Any) -> str:
+    """A text of the template, a paragraph a line, filled with entries of a result and with other values."""
+    parts = TEXTS[name].strip().split("\n\n")
+    paragraphs = (part if part.startswith("|") else part.replace("\n", " ") for part in parts)
+    return Prose().vformat("\n\n".join(paragraphs), (found,), values)
+
+
 # -- sections --------------------------------------------------------------------------------------
 
 METRICS = {"AUC": ("metrics/auc", 3), "GAUC": ("metrics/gauc", 3), "logloss": ("metrics/logloss", 3)}
-SEEDED = ("auc", "gauc", "logloss", "ne", "ece")
+FEW = ("both_rates", "lightgbm", "ids", "ids_distilled", "llm", "fused")
+"""Systems of the tables by slice."""
 
 
 def quality(part: dict) -> str:
@@ -105,8 +125,7 @@ def quality(part: dict) -> str:
 
 def by_slice(part: dict) -> str:
     """GAUC of some systems by slice, where all have one."""
-    few = ("both_rates", "lightgbm", "ids", "ids_distilled", "llm", "fused")
-    chosen = [name for name in few if name in part["systems"]]
+    chosen = [name for name in FEW if name in part["systems"]]
     paths = [f"systems/{name}/gauc/value" for name in chosen]
     rows = [[title, f"{one['targets']:,}", *(shown(at(one, path)) for path in paths)]
             for title, one in part["slices"].items() if all(at(one, path) is not None for path in paths)]  # fmt: skip
@@ -118,26 +137,22 @@ def protocol(found: dict) -> str:
     parts, budget = [], found["budgets"].get("llm")
     if budget and "seconds" in budget:
         device = f" ({budget['device']})" if "device" in budget else ""
-        parts.append(f"The LLM trained {budget.get('max_steps', budget.get('epochs'))} steps: about "
-                     f"{budget['targets']:,} of {found['split']['train']:,} training targets in "
-                     f"{budget['seconds'] / 60:.0f} minutes{device}; the others saw all of them.")  # fmt: skip
-    for key, what in (("shared", "that every system answered"), ("all", "of the test split")):
+        steps = budget.get("max_steps", budget.get("epochs"))
+        parts.append(say("protocol: budget", budget, steps=steps, train=found["split"]["train"], device=device,
+                         minutes=budget["seconds"] / 60))  # fmt: skip
+    for key, what in (("shared", "that every system predicted"), ("all", "of the test split")):
         if key in found:
-            part = found[key]
-            parts += [f"The {part['targets']:,} targets {what}, of {part['users']:,} users, {part['positives']:,} of "
-                      "them positive:", quality(part)]  # fmt: skip
-            slices = by_slice(part)
-            parts += [f"GAUC by slice, on the targets {what}:", slices] if slices else []
+            parts.append(say("protocol: part", found[key], what=what, quality=quality(found[key])))
+            slices = by_slice(found[key])
+            parts += [say("protocol: slices", what=what, slices=slices)] if slices else []
     if "seeds" in found:
         rows = {}
         for name, one in named(found["seeds"], SYSTEMS).items():
             spreads = {key: {"median": statistics.median(v), "min": min(v), "max": max(v)}
                        for key, v in one["metrics"].items()}  # fmt: skip
             rows[name] = spreads | {"seeds": ", ".join(map(str, one["seeds"]))}
-        parts += ["Training again with other seeds, on the targets that every system and seed answered, the median "
-                  "with the least and the greatest:",
-                  table_of("system", rows, {"seeds": ("seeds",), **{
-                      name: (name.lower(), 3) for name in ("AUC", "GAUC", "logloss", "NE", "ECE")}})]  # fmt: skip
+        columns = {name: (name.lower(), 3) for name in ("AUC", "GAUC", "logloss", "NE", "ECE")}
+        parts.append(say("protocol: seeds", table=table_of("system", rows, {"seeds": ("seeds",), **columns})))
     return "\n\n".join(parts)
 
 
@@ -159,25 +174,14 @@ def negatives(found: dict) -> str:
     columns = {}
     for title, key in (("AUC", "auc"), ("GAUC", "gauc"), ("logloss", "logloss"), ("AUC on new items", "new")):
         columns |= {f"{title}, former": (f"former/{key}", 3), title: (f"present/{key}", 3)}
-    return (
-        "Formerly no negative was an item that the user took in the same split, which let negatives of valid and test "
-        "be items taken in an earlier one, and let those of training tell of the future. Now none is an item that the "
-        "user has in the log at that moment or before, in any split. Shares of the negatives whose item the user took "
-        "before the positive, at its moment, and later, by any row of the log:\n\n"
-        + table(["split", "rule", "negatives", "taken before", "taken then", "taken later"], counts)
-        + f"\n\nThe test split under both rules, {present['targets']:,} targets in each, by the systems that need no "
-        f"LLM; the former rule is the code of commit a100933:\n\n{table_of('system', rows, columns)}\n\n"
-        f"{rules['present']['positives taken before']:.1%} of the test's positives are items that the user took "
-        "before, and by the present rule no negative is. So a repeat purchase is always a positive, and what sees it "
-        "gains most: a part of the present AUC says no more than that. The last two columns leave it out: they are of "
-        f"items that the user had not taken, {present['slices'][new]['targets']:,} targets by the present rule. "
-        "Figures of the two rules are not to be compared as progress."
-    )
+    head = ["split", "rule", "negatives", "taken before", "taken then", "taken later"]
+    return say("negatives", present, counts=table(head, counts), quality=table_of("system", rows, columns),
+               repeats=rules["present"]["positives taken before"], new=present["slices"][new]["targets"])  # fmt: skip
 
 
 def few_shot(found: dict) -> str:
     """Few labelled targets: medians over the seeds, and streams minus instruction tuning by seed."""
-    settings, test, metrics = found["settings"], found["test"], ("auc", "gauc", "logloss")
+    settings, metrics = found["settings"], ("auc", "gauc", "logloss")
     rows = [
         [targets if targets != "0" else "0 (untrained)", PEERS[name], str(len(found["runs"][name][targets])),
          *(shown(sizes[targets][metric]) for metric in metrics), f"{sizes[targets]['seconds']['median']:.0f}"]
@@ -185,73 +189,23 @@ def few_shot(found: dict) -> str:
     ]  # fmt: skip
     rows.append(["", "the user's newest outcomes alone, up to ten, with five more at the log's rate", "",
                  *(shown(found["newest_rate"][metric]) for metric in metrics), ""])  # fmt: skip
-    text = (
-        f"LoRA on {settings['base']}, trained on the same targets, each after at most {settings['history']} events, in "
-        f"whole passes until {settings['seen']} or more are seen, {settings['batch_size'] * settings['window']} a step "
-        f"(streams: windows of {settings['window']}); {test['targets']:,} test targets of {test['users']} users. "
-        "Median and range over the seeds (the last row: a bootstrap interval); seconds are those of training.\n\n"
-    ) + table(["labelled targets", "system", "seeds", "AUC", "GAUC", "logloss", "seconds"], rows)
-    rows = [
-        [targets, str(run["seed"]), *(shown(run["metrics"][metric], 3, "+") for metric in ("auc", "gauc"))]
-        for targets, runs in found["streams_minus_instruction"]["runs"].items() for run in runs
-    ]  # fmt: skip
-    if rows:
-        text += (
-            "\n\nOne learning rate for both, untuned. A step of streams has targets of one or a few users, one of "
-            "prompts of more. Streams minus instruction tuning, the same targets and seed:\n\n"
-        ) + table(["labelled targets", "seed", "AUC", "GAUC"], rows)
-    return text
+    head = ["labelled targets", "system", "seeds", "AUC", "GAUC", "logloss", "seconds"]
+    text = say("few_shot", found, step=settings["batch_size"] * settings["window"], table=table(head, rows))
+    rows = [[targets, str(run["seed"]), *(shown(run["metrics"][metric], 3, "+") for metric in metrics[:2])]
+            for targets, runs in found["streams_minus_instruction"]["runs"].items() for run in runs]  # fmt: skip
+    gaps = table(["labelled targets", "seed", "AUC", "GAUC"], rows)
+    return f"{text}\n\n{say('few_shot: gaps', table=gaps)}" if rows else text
 
 
 def step_profile(found: dict) -> str:
     """Where a step's time goes, and its share of the matrix-product rate."""
-    kinds, masked = found["profile"], found.get("one_mask")
-    text = (
-        f"A micro-batch of {found['tokens']:,} tokens ({found['targets']} targets) takes {shown(found['seconds'], 2)} "
-        f"s: products with weights {kinds['products']:.0%}, attention {kinds['attention']:.0%}, the rest "
-        f"{kinds['rest']:.0%}. It reaches {shown(found['matmul_share'], 2)} of the torch.mm rate, attention counted as "
-        f"no work, and {shown(found['matmul_share_with_attention'], 2)} with its own products counted. Were these as "
-        f"fast as torch.mm and all else free, the first would be {found['ceiling']:.2f}. The last layer counts whole "
-        "in all of these, though most of it is left out."
-    )
-    if masked:
-        text += f" It is {shown(masked['ratio'], 2)} times as fast as under one mask ({shown(masked['seconds'], 2)} s)."
-    return text
-
-
-def score_speed(found: dict) -> str:
-    """Many candidates of one history beside independent prompts."""
-    names = {"scorer": "a new history", "extended": "a history grown by one event", "kept": "a known history"}
-    rows = [[names[key], shown(found["seconds"][key], 2), shown(value, 1)] for key, value in found["ratio"].items()]
-    return (
-        f"{found['settings']['candidates']} candidates after {found['settings']['history_tokens']} tokens, beside a "
-        f"padded batch of independent prompts ({shown(found['seconds']['independent'], 1)} s):\n\n"
-    ) + table(["", "seconds", "times as fast"], rows)
-
-
-def train_speed(found: dict) -> str:
-    """Streams beside a plain Trainer."""
-    summary = found["summary"]
-    rows = [[name, *(shown(at(summary[side], key), digits) for side in ("stream", "plain"))] for name, key, digits in (
-        ("targets/s", "targets_per_s", 2), ("tokens a target", "tokens_per_target", 0), ("tokens/s", "tokens_per_s", 0),
-        ("share of the torch.mm rate", "matmul_share", 2), ("peak memory, MiB", "peak_rss_mib", 0))]  # fmt: skip
-    return (
-        f"Streams beside a plain Trainer with PEFT, on the same targets: {shown(summary['ratio'], 1)} times as many "
-        f"targets/s.\n\n{table(['', 'streams', 'plain'], rows)}"
-    )
+    text = say("step_profile", found)
+    return f"{text} {say('step_profile: mask', found)}" if found.get("one_mask") else text
 
 
 def cost_curves(found: dict) -> str:
     """A table and an image a curve."""
-    settings = found["settings"]
-    parts = [
-        f"A window has {settings['window'][0]} history events and {settings['window'][1]} to answer, LoRA rank "
-        f"{settings['default_rank']} and {settings['base']} all of its layers, where a table does not say otherwise. "
-        "Shares are of what the tokens' products with weights alone would allow at the torch.mm rate of the same "
-        "round; with attention, its own products count too. Both count the last layer whole, though most of it runs at "
-        "the answers alone, so that the shares of few layers are too high. The rate is timed once a curve and round, "
-        "and swings: small differences between shares say nothing. Memory is the peak of the whole process."
-    ]  # fmt: skip
+    parts = [say("cost_curves", found)]
     for name, curve in found["curves"].items():
         columns = {f"{curve['unit']}/s": ("per_s", 2), "share of what products allow": ("share", 2),
                    "with attention": ("share_with_attention", 2), "peak MiB": ("peak_mib", 0)}  # fmt: skip
@@ -260,24 +214,13 @@ def cost_curves(found: dict) -> str:
     return "\n\n".join(parts)
 
 
-def bank(found: dict) -> str:
-    """Throughput and swaps of a bank."""
-    return (
-        f"A bank of two bundles on mixed requests reaches {shown(found['throughput_of_merged'], 2)} of one merged "
-        f"model's throughput; a swap takes {found['swaps_ms']['in_memory']['median']:.2f} ms in memory and "
-        f"{found['swaps_ms']['on_disk']['median']:.0f} ms from disk."
-    )
-
-
 def students(found: dict) -> str:
     """Quality, size, throughput and latency of a teacher and its students."""
     columns = {"AUC": ("quality/auc", 3), "GAUC": ("quality/gauc", 3), "MB": ("mb", 1),
                "targets/s": ("targets_per_second/median", 0, "", ""), "P50 ms": ("latency_ms/p50", 1, "", ""),
                "P99 ms": ("latency_ms/p99", 1, "", "")}  # fmt: skip
-    rows = {
-        title: system | {"mb": system["bytes"] / 1e6} for title, system in named(found["systems"], STUDENTS).items()
-    }
-    return f"{found['targets']:,} test targets of {found['users']} users:\n\n{table_of('system', rows, columns)}"
+    rows = {name: one | {"mb": one["bytes"] / 1e6} for name, one in named(found["systems"], STUDENTS).items()}
+    return say("students", found, table=table_of("system", rows, columns))
 
 
 def _seconds(found: dict) -> str:
@@ -298,7 +241,7 @@ def _gap(entry: dict) -> str:
 
 
 def peers(found: dict) -> str:
-    """Streams beside what a user would pick instead."""
+    """Streams beside other tools."""
     where, rows = found["compared_at"], {}
     for name, entry in found["systems"].items():
         first, end = entry["curve"][0], entry["curve"][-1]
@@ -307,52 +250,43 @@ def peers(found: dict) -> str:
                                      "end": _interval(end["auc"], end["auc_interval"])}  # fmt: skip
     columns = {
         "targets/s": ("targets_per_s", 2), "tokens a target": ("tokens_per_target", 0), "peak MiB": ("peak_rss_mib", 0),
-        "targets trained on": ("trained",), "AUC at the start": ("start", 3, "", "not asked"),
+        "targets trained on": ("trained",), "AUC at the start": ("start", 3, "", "not measured"),
         "AUC at the end": ("end",), f"AUC at {where['seconds']:.0f} s": ("auc_at_equal_seconds", 3),
         f"AUC at {where['targets']} targets": ("auc_at_equal_targets", 3),
         f"s to AUC {where['auc']:.2f}": ("seconds_to_auc", 0, "", "not reached"),
     }  # fmt: skip
-    validation, settings = found["validation"], found["settings"]
-    text = (
-        f"Each trained LoRA of one rank on one base for {_seconds(found)} s on the targets of the "
-        f"same windows, and answered {validation['targets']} validation targets of {validation['users']} users. "
-        "Seconds are those of training alone; each starts as by default, streams from the label words' rows. Peers "
-        f"compute {settings['peer_batch'] // settings['peer_accumulation']} prompts at once, streams "
-        f"{settings['micro_tokens']:,} tokens, which their memory shows; the peers' batch was not tuned (plain is "
-        "faster with one prompt at a time, see training speed). AUC between two points of a curve is taken to run "
-        f"straight. One seed; plain and swift compute the same, and end at the same answers.\n\n"
-        f"{table_of('system', rows, columns)}"
-    )
+    batch = found["settings"]["peer_batch"] // found["settings"]["peer_accumulation"]
+    parts = [say("peers", found, seconds=_seconds(found), batch=batch, table=table_of("system", rows, columns))]
     gaps = [f"{PEERS[name]} {_gap(entry)}" for name, entry in found["systems"].items()
             if "streams_minus_this_at_the_end" in entry]  # fmt: skip
-    text += f"\n\nAUC of streams at the end minus that of: {'; '.join(gaps)}." if gaps else ""
-    return f"{text}\n\n![Validation AUC against seconds of training]({IMAGES}peers.png)"
+    parts += [say("peers: gaps", gaps="; ".join(gaps))] if gaps else []
+    return "\n\n".join([*parts, say("peers: image", images=IMAGES)])
 
 
 def run_all(found: dict) -> str:
     """Seconds of the quick forms."""
     steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in found["seconds"].items())
-    failed = f" Failed: {', '.join(found['failed'])}." if found["failed"] else ""
-    return f"All quick forms, on what `make bench` takes: {found['minutes']:.1f} minutes. Seconds: {steps}.{failed}"
+    return say("run_all", found, steps=steps,
+               failed=f" Failed: {', '.join(found['failed'])}." if found["failed"] else "")  # fmt: skip
 
 
 def serve_size(found: dict) -> str:
     """Sizes of the installed extras."""
     sizes = ", ".join(f"`[{extra}]` {part['mb']:.0f} MB" for extra, part in found["extras"].items())
-    return f"Installed in an environment of its own: {sizes} (limit for `[serve]`: {found['limit_mb']} MB)."
+    return say("serve_size", found, sizes=sizes)
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("protocol_*.json", "Quality", protocol),
     ("negatives.json", "The rule of sampled negatives", negatives),
     ("few_shot.json", "Few labelled targets", few_shot),
-    ("train_speed.json", "Training speed", train_speed),
+    ("train_speed.json", "Training speed", lambda found: say("train_speed", found)),
     ("step_profile.json", "Where a training step's time goes", step_profile),
-    ("step_profile_*.json", "The same of a window with candidates", step_profile),
-    ("peers.json", "Beside what a user would pick instead", peers),
-    ("score_speed.json", "Scoring many candidates", score_speed),
-    ("cost_curves.json", "What a target costs", cost_curves),
-    ("bank.json", "Many domains on one base", bank),
+    ("step_profile_*.json", "A training step of a window with candidates", step_profile),
+    ("peers.json", "Comparison with other tools", peers),
+    ("score_speed.json", "Scoring many candidates", lambda found: say("score_speed", found)),
+    ("cost_curves.json", "Cost of a target", cost_curves),
+    ("bank.json", "Many domains on one base", lambda found: say("bank", found)),
     ("run_all.json", "How long the quick forms take", run_all),
     ("serve_size.json", "What serving installs", serve_size),
 )
@@ -360,46 +294,14 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
 
 def section(name: str, found: dict) -> str:
     """What the page says of a result file of this name; its entries where the page has no section for it."""
-    for pattern, _, write in SECTIONS:
+    for pattern, _, write in (*SECTIONS, ("students.json", "", students)):
         if Path(name).match(pattern):
             return write(found)
-    if name == "students.json":
-        return students(found)
-    return json.dumps({key: value for key, value in found.items() if key not in ("machine", "versions", "rounds")},
-                      indent=1)  # fmt: skip
+    shown_keys = [key for key in found if key not in ("machine", "versions", "rounds")]
+    return json.dumps({key: found[key] for key in shown_keys}, indent=1)
 
 
 # -- pages -----------------------------------------------------------------------------------------
-
-OPENING = """# Results
-
-Written by `python benchmarks/results_page.py` from the files in `benchmarks/results`; every figure is in one of them.
-Brackets are 95 % bootstrap intervals over users, parentheses the least and the greatest of several rounds or seeds.
-Differences are paired on the same users. All of it ran on CPU, in float32 unless said; **nothing here was ever measured
-on a GPU**. Ranking of candidates and distilled students have pages of their own: [recommending](recommending.md),
-[distilling](distilling.md).
-"""
-
-CLAIMS = """
-Where this toolkit is better: training and scoring streams takes a fraction of the time of prompts at equal answers
-(memory is alike where micro-batches are); a fusion of the LLM with collaborative scores beats the LLM, and is ahead of
-everything else on retail; its students of item ids answer thousands of times as fast at the same AUC. Where it is no
-better: after six minutes of training beside its peers, its AUC on a hundred targets cannot be told from theirs. Where
-it is worse: with 16 labels streams end below instruction tuning in AUC, and below the untrained head, in two of three
-seeds; after the few steps that two cores can afford, the LLM alone stays behind gradient boosting on counts on every
-log here, behind a regression on both rates on coupons, and near chance on retail's sampled negatives; a few labels of
-movies do not take it past a user's newest outcomes in AUC and logloss. A training step of a log with both outcomes
-reaches half of the machine's matrix-product rate, as a plain Trainer's does; 80 % was the aim. Not measured: any GPU, a
-base above 135 M parameters, long training, more than one seed of the LLM (movies: two, few labels: three). The curve of
-candidates below is older than attention in blocks; scoring speed is not. What is said of retail's quality was measured
-under the former rule of sampled negatives.
-"""
-
-
-QUICK = """
-These are quick forms: few steps, few targets, one round. They show that everything runs, and what it takes; there is
-nothing to conclude from their quality.
-"""
 
 
 def provenance(results: Path) -> str:
@@ -420,13 +322,12 @@ def provenance(results: Path) -> str:
 
 def page(results: Path = RESULTS) -> str:
     """The text of docs/results.md, or the same of another directory of results, for a page beside it."""
-    parts = [OPENING + (CLAIMS if results == RESULTS else QUICK)]
+    parts = [TEXTS["opening"] + TEXTS["claims" if results == RESULTS else "quick"].removesuffix("\n")]
     for pattern, title, write in SECTIONS:
         for path in sorted(results.glob(pattern)):
             found = json.loads(path.read_text(encoding="utf-8"))
             full = f"{title}: {path.stem.removeprefix(pattern.partition('*')[0])}" if "*" in pattern else title
-            changed, note = OLDER.get(path.stem, ("", ""))
-            note = f"{note}\n\n" if found["date"] < changed else ""
+            note = f"{say(f'{path.stem}: older')}\n\n" if found["date"] < OLDER.get(path.stem, "") else ""
             parts.append(f"## {full}\n\n`{found['command']}`\n\n{note}{write(found)}\n")
     parts.append(f"## How each file was made\n\n{provenance(results)}\n")
     text = "\n".join(parts)
@@ -440,52 +341,16 @@ def read(name: str) -> dict:
 
 def readme_table() -> str:
     """The README's tables: MovieLens, on the targets that every system predicted, and timings beside something else."""
-    found = read("protocol_movies")
-    part = found.get("shared", found["all"])
-    return f"{part['targets']:,} test targets of {part['users']} users:\n\n{quality(part)}\n\n{timings()}\n"
-
-
-def timings() -> str:
-    """What is measured beside something else, one line each."""
-    train, score, many, small = (read(name) for name in ("train_speed", "score_speed", "bank", "students"))
-    found, settings, swaps = read("peers"), score["settings"], many["swaps_ms"]
-    stream, plain = train["summary"]["stream"], train["summary"]["plain"]
-    ids, int8, teacher = (small["systems"][name] for name in ("ids", "ids_int8", "teacher"))
-    rate = ids["targets_per_second"]["median"] / teacher["targets_per_second"]["median"]
-    gap = small["ids_on_all"]["all"]["systems"]["ids"]["minus_ids_alone"]["gauc"]
-    rows = [
-        ["training, targets/s beside a plain Trainer with PEFT, answers equal",
-         f"{stream['targets_per_s']['median']:.1f} and {plain['targets_per_s']['median']:.2f}: "
-         f"{shown(train['summary']['ratio'], 1)} times", "train_speed"],
-        ["tokens a target, streams and plain",
-         f"{stream['tokens_per_target']['median']:.0f} and {plain['tokens_per_target']['median']:.0f}", "train_speed"],
-        *([f"{found['settings']['seconds']:.0f} s of training beside {PEERS[name]}: targets/s; AUC less its",
-           f"{found['systems']['streams']['targets_per_s']:.1f} and {found['systems'][name]['targets_per_s']:.2f}; "
-           f"{_gap(found['systems'][name])}", "peers"] for name in ("instruction", "swift")),
-        *([f"{settings['candidates']} candidates after {settings['history_tokens']} tokens, {what}, beside a padded "
-           "batch of prompts", f"{shown(score['ratio'][key], 1)} times as fast", "score_speed"]
-          for key, what in (("scorer", "a new history"), ("kept", "a known one"))),
-        [f"a bank of two domains on {many['settings']['requests']} mixed requests, throughput of one merged model's",
-         shown(many["throughput_of_merged"], 2), "bank"],
-        [f"a swap in memory; from disk; memory a domain of {many['many']['domains']}",
-         f"{swaps['in_memory']['median']:.2f} ms; {swaps['on_disk']['median']:.0f} ms; "
-         f"{many['many']['mb_per_domain']:.0f} MB", "bank"],
-        ["a student of item ids beside its teacher, one core",
-         f"{ids['targets_per_second']['median']:,.0f} targets/s, {rate:,.0f} times; AUC "
-         f"{ids['quality']['auc']['value']:.3f} and {teacher['quality']['auc']['value']:.3f}", "students"],
-        ["the same as int8 ONNX, 50 candidates", f"{int8['latency_ms']['p99']:.1f} ms at P99", "students"],
-        ["the same beside a student without a teacher, GAUC", shown(gap, 3, "+"), "students"],
-    ]  # fmt: skip
-    trained = {name: entry["targets"] for name, entry in found["systems"].items()}
-    others = [targets for name, targets in trained.items() if name != "streams"]
-    said = (
-        f"In those {_seconds(found)} s streams saw {trained['streams'] / max(others):.0f} to "
-        f"{trained['streams'] / min(others):.0f} times as many targets as the peers, whose batch of "
-        f"{found['settings']['peer_batch']} prompts was not tuned; on {found['validation']['targets']} validation "
-        "targets no AUC can be told from another's: that run shows speed, not quality."
-    )
-    lines = [[what, figure, f"`{name}.json`"] for what, figure, name in rows]
-    return f"{table(['what', 'figure', 'file'], lines)}\n\n{said}"
+    movies, peer, small = read("protocol_movies"), read("peers"), read("students")
+    part, systems = movies.get("shared", movies["all"]), peer["systems"]
+    ratios = [systems["streams"]["targets"] / one["targets"] for name, one in systems.items() if name != "streams"]
+    rates = {name: small["systems"][name]["targets_per_second"]["median"] for name in ("ids", "teacher")}
+    found = {"part": part, "train": read("train_speed"), "peers": peer, "score": read("score_speed"),
+             "bank": read("bank"), **small["systems"]}  # fmt: skip
+    gain = small["ids_on_all"]["all"]["systems"]["ids"]["minus_ids_alone"]["gauc"]
+    return say("readme", found, quality=quality(part), seconds=_seconds(peer), least=min(ratios), most=max(ratios),
+               gaps={name: _gap(systems[name]) for name in ("instruction", "swift")}, gain=shown(gain, 3, "+"),
+               faster=rates["ids"] / rates["teacher"]) + "\n"  # fmt: skip
 
 
 TABLES: dict[Path, Callable[[], str]] = {README: readme_table, DISTILLING: lambda: students(read("students")) + "\n"}

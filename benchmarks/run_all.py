@@ -5,7 +5,7 @@
 It trains a small LLM adapter, a fusion and two students by the recipes, compares them with the other systems, times
 training and scoring, and prints the page of results. Quick forms show that everything runs; there are few steps, few
 targets and one round, so quality says nothing. Without --data a simulated shop is drawn. A step that fails is named at
-the end, and the others go on. Memory, merging, negatives, retrieval and the size of an installation have no quick form.
+the end, and the others go on. Memory, merging, negatives and the size of an installation have no quick form.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def plan(data: str, domain: Path, out: Path) -> dict[str, list[str]]:
                        "--evaluation.before", "false", "--evaluation.valid_targets", "200", "--evaluation.test_targets",
                        "300", "--train.max_steps", "8", "--train.eval_steps", "0", "--train.early_stopping", "0"),
         "ids": recipe("distill", "ids", *student, "--loss.soft", "0", "--loss.pairs", "0"),
-        "distill": recipe("distill", "ids_distilled", *student, "--answers.targets", "400"),
+        "distill": recipe("distill", "ids_distilled", *student, "--teacher_outputs.targets", "400"),
         "index": recipe("index", "fuse", "--bundle", bundle, "--valid_targets", "200", "--test_targets", "300"),
         "protocol": module("quality.protocol", f"protocol_{config.name}", *both, "--no-text", "--bootstrap", "200",
                            f"llm={out / 'llm'}", f"fused={out / 'fuse'}:fused", f"ids={out / 'ids'}",

@@ -6,11 +6,11 @@
 
 history: many candidates of one user's real history, by a LoRA bundle (rank 16, all linear layers), in turns with
 each candidate as a prompt of its own in padded batches of --batch rows, as a user of Transformers would score them.
-`scorer` encodes the history anew, `kept` has it in the prefix cache, `extended` has it less its newest event.
+`scorer` encodes the history anew, `cached` has it in the prefix cache, `extended` has it less its newest event.
 
 bank: two bundles on one base, mixed requests with histories of 20 items, in turns: one merged model scores all of them
-in the bank's own batches; the bank scores each by its domain's bundle. Also the time when PEFT loads the bundle for
-each request, of swaps, and the memory of many domains.
+in batches of the same rows; the bank scores each by its domain's bundle. Also the time of swaps, and the memory of
+many domains.
 
 install: disk blocks of site-packages, bytecode included, after `pip install llmrec-peft[EXTRA]` in a new environment,
 without pip and setuptools. MB are 10^6 bytes.
@@ -19,177 +19,94 @@ without pip and setuptools. MB are 10^6 bytes.
 import argparse
 import functools
 import shutil
-import statistics
 import subprocess
-import tempfile
 import time
 import venv
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from benchmarks.measuring import (
-    ROOT,
-    Benchmark,
-    in_turns,
-    memory_mib,
-    ratios,
-    read_log,
-    release_memory,
-    reset_peak,
-    run,
-    spread,
-    stop,
-)
-from llmrec_peft import BehaviorLog, Domain, DomainBank, Scorer, load_classifier
-from llmrec_peft.checkpoints.bundle import save_bundle
+from benchmarks import measuring
+from benchmarks.measuring import ROOT, Benchmark, in_turns, memory_mib, ratios, read_log, run, spread, stop
+from benchmarks.training import RANK, make_bundle
+from llmrec_peft import BehaviorLog, Domain, DomainBank, Scorer
 from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.data.batches import plan_micro_batches
 from llmrec_peft.data.collator import collate
-from llmrec_peft.data.layout import Stream, StreamBuilder
-from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.evaluation.calibration import Calibration
-from llmrec_peft.models.base import load_tokenizer, resolve_base
-from llmrec_peft.models.classifier import BehaviorClassifier
+from llmrec_peft.requests.batching import CandidateGroup
+from llmrec_peft.requests.request import Request
+from llmrec_peft.requests.request_encoder import RequestEncoder
+from llmrec_peft.runs.logged_events import LoggedEvents
 
-# -- bundles and requests --------------------------------------------------------------------------
-
-
-def make_bundle(directory: Path, base: str, domain: Domain, seed: int) -> Path:
-    """A bundle whose B factors are random, as after training: zeros would be as fast, and hide a wrong prediction."""
-    torch.manual_seed(seed)
-    classifier = load_classifier(base, domain, "lora", r=16)
-    with torch.no_grad():
-        for name, value in classifier.named_parameters():
-            if "lora_B" in name:
-                value.normal_(std=0.01)
-    return save_bundle(directory, classifier, classifier.tokenizer, domain.to_dict())
+# -- requests --------------------------------------------------------------------------------------
 
 
-class RequestTokens:
-    """Tokens of requests, without the scorer: events are mappings with an `item_id` of the log's item table."""
-
-    def __init__(self, domain: Domain, tokenizer, log: BehaviorLog) -> None:
-        self.domain, self.vocabulary = domain, Vocabulary(domain, tokenizer)
-        self.words = dict(zip(domain.labels, self.vocabulary.outcomes, strict=True))
-        self.items = {row["item_id"]: row for row in log.items.to_pylist()}
-
-    def events(self, events: list[dict]) -> list[np.ndarray]:
-        """Tokens of each event with its marker."""
-        rows = [self.items[event["item_id"]] | event for event in events]
-        columns = {name: pa.array([row[name] for row in rows]) for name in self.domain.event_columns}
-        flat, offsets = self.vocabulary.tokens(self.vocabulary.events(columns).to_pylist())
-        parts = np.split(flat, offsets[1:-1])
-        return [np.concatenate([part, self.vocabulary.marker]) for part in parts]
-
-    def prefix(self, history: list[tuple[dict, str]], user: dict | None = None) -> np.ndarray:
-        """Tokens of the header and the history."""
-        columns = {name: pa.array([value]) for name, value in (user or {}).items()}
-        parts = [self.vocabulary.prefix, self.vocabulary.tokens(self.vocabulary.headers(columns, 1).to_pylist())[0]]
-        for tokens, (_, label) in zip(self.events([event for event, _ in history]), history, strict=True):
-            parts += [tokens, self.words[label]]
-        return np.concatenate(parts)
+def items_at(log: BehaviorLog, logged: LoggedEvents, user: int, items: np.ndarray) -> list:
+    """Items (codes [n]) as events, with the other columns of the template from the user's newest row."""
+    return logged.events(items, logged.moments(log.user_offsets[[user + 1]] - 1) * len(items))
 
 
-def event_of(log: BehaviorLog, domain: Domain, row: int, item: int | None = None) -> dict:
-    """A row of the log, or another item at its place, as an event: the item and the row's columns of the template."""
-    names = [name for name in domain.event_columns if name not in log.items.column_names]
-    code = int(log.item_codes[row]) if item is None else item
-    return {"item_id": log.items.column("item_id")[code].as_py(),
-            **{name: log.interactions.column(name)[row].as_py() for name in names}}  # fmt: skip
-
-
-def pick_request(log: BehaviorLog, tokens: RequestTokens, least: int, candidates: int, seed: int) -> tuple[list, list]:
+def pick_request(log: BehaviorLog, scorer: Scorer, least: int, candidates: int, seed: int) -> tuple[list, list]:
     """The first user whose newest events fill `least` tokens, and candidates from the whole item table."""
-    domain, rng = tokens.domain, np.random.default_rng(seed)
-    classes, window = domain.classes(log), domain.stream.context + domain.stream.targets - 1
+    rng, logged = np.random.default_rng(seed), LoggedEvents(log, scorer.domain)
     for user in range(log.num_users):
-        rows = np.arange(log.user_offsets[user], log.user_offsets[user + 1])
-        rows = rows[classes[rows] >= 0][-window:]
-        history = [(event_of(log, domain, int(row)), domain.labels[classes[row]]) for row in rows]
-        sizes = [len(tokens.prefix(history[: count + 1])) for count in range(len(history))]
-        if history and sizes[-1] >= least:
-            history = history[: int(np.searchsorted(sizes, least)) + 1]
-            items = rng.choice(log.num_items, candidates, replace=False)
-            return history, [event_of(log, domain, int(rows[len(history) - 1]), int(item)) for item in items]
+        history = logged.history(user)
+        prefix = scorer.encoder.encode_history(history)
+        sizes = len(prefix.header) + np.cumsum([len(event) for event in prefix.events])
+        if len(sizes) and sizes[-1] >= least:
+            history = history[len(history) - len(sizes) :][: int(np.searchsorted(sizes, least)) + 1]
+            return history, items_at(log, logged, user, rng.choice(log.num_items, candidates, replace=False))
     stop("no user of this log has a history of so many tokens; lower --tokens")
+
+
+def predict_batches(classifier, batches: list[dict]) -> np.ndarray:
+    """Logits [markers, labels] of batches."""
+    names = ("input_ids", "position_ids", "markers", "attention_mask", "segment")
+    with torch.inference_mode():
+        return np.concatenate([classifier(**{name: batch[name] for name in names}).numpy() for batch in batches])
 
 
 # -- history ---------------------------------------------------------------------------------------
 
 
-def predict_prompts(bundle, prompts: list[np.ndarray], batch: int) -> np.ndarray:
-    """Logits [prompts, labels] of independent prompts in padded batches."""
-    found = []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        length = max(map(len, part))
-        ids = torch.full((len(part), length), bundle.tokenizer.pad_token_id)
-        for row, prompt in enumerate(part):
-            ids[row, : len(prompt)] = torch.from_numpy(prompt)
-        markers = torch.tensor([row * length + len(prompt) - 1 for row, prompt in enumerate(part)])
-        with torch.inference_mode():
-            found.append(bundle.classifier(ids, markers=markers).numpy())
-    return np.concatenate(found)
-
-
 def history(options: argparse.Namespace, scratch: Path) -> dict:
     """Many candidates of one history, beside a padded batch of independent prompts."""
     log, domain = read_log(options), Domain.from_yaml(options.domain)
-    directory = Path(options.bundle or make_bundle(scratch / "bundle", options.base, domain, options.seed))
+    directory = Path(options.bundle or make_bundle(scratch / "bundle", options.base, domain, seed=options.seed, r=RANK))
     loaded = load_trained(directory)
-    tokens = RequestTokens(domain, loaded.tokenizer, log)
-    past, candidates = pick_request(log, tokens, options.tokens, options.candidates, options.seed)
-    prefix = tokens.prefix(past)
-    prompts = [np.concatenate([prefix, candidate]) for candidate in tokens.events(candidates)]
     fresh, cached = Scorer.load(directory, log, cache_bytes=0), Scorer.load(directory, log)
+    past, candidates = pick_request(log, fresh, options.tokens, options.candidates, options.seed)
+    encoded = fresh.encoder.encode(Request(past, candidates))
+    group, pad = CandidateGroup(None, encoded.prefix.pieces(), encoded.candidates), loaded.tokenizer.pad_token_id
+    prompts = [group.stream(number, number + 1) for number in range(len(candidates))]
+    batches = [collate(prompts[first : first + options.batch], pad) for first in range(0, len(prompts), options.batch)]
     found: dict[str, np.ndarray] = {}
 
-    def remember(name: str, work):
-        return lambda: found.update({name: work()})
+    def grow() -> None:
+        found["grown"] = Scorer.load(directory, log)
+        found["grown"].score(past[:-1], candidates[:1])
 
-    seconds: dict[str, list[float]] = {}
-    worst, calibration = 0.0, Calibration.from_dict(loaded.calibration)
-    for number in range(options.rounds + 1):
-        grown = Scorer.load(directory, log)
-        grown.score(past[:-1], candidates[:1])
-        ways = {
-            "independent": remember("independent", lambda: predict_prompts(loaded, prompts, options.batch)),
-            "scorer": remember("scorer", lambda: fresh.score(past, candidates)),
-            "extended": remember("extended", lambda grown=grown: grown.score(past, candidates)),
-            "kept": remember("kept", lambda: cached.score(past, candidates)),
-        }
-        for name, work in ways.items():
-            start = time.perf_counter()
-            work()
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-        wanted = calibration.apply(found.pop("independent"))
-        worst = max(worst, *(float(np.abs(one - wanted).max()) for one in found.values()))
-        if number == 0:  # the first round warms up
-            seconds.clear()
+    ways = {
+        "independent": lambda: found.update(independent=predict_batches(loaded.classifier, batches)),
+        "scorer": lambda: found.update(scorer=fresh.score(past, candidates)),
+        "extended": lambda: found.update(extended=found["grown"].score(past, candidates)),
+        "cached": lambda: found.update(cached=cached.score(past, candidates)),
+    }
+    seconds = in_turns(ways, options.rounds, grow)
+    wanted = Calibration.from_dict(loaded.calibration).apply(found["independent"])
     return {
         "settings": {
             "data": log.name, "domain": domain.name, "candidates": len(candidates), "history_events": len(past),
-            "history_tokens": len(prefix), "independent_tokens": sum(map(len, prompts)), "batch": options.batch,
+            "history_tokens": len(group.prefix_ids), "independent_tokens": sum(map(len, prompts)),
+            "batch": options.batch,
         },
         "seconds": {name: spread(times) for name, times in seconds.items()},
-        "ratio": {name: ratios(seconds, "independent", name) for name in ("scorer", "kept", "extended")},
-        "largest_difference": worst, "memory_mb": candidate_memory(fresh, past, candidates), "rounds": seconds,
+        "ratio": {name: ratios(seconds, "independent", name) for name in ("scorer", "cached", "extended")},
+        "largest_difference": max(float(np.abs(found[name] - wanted).max()) for name in ways if name != "independent"),
+        "rounds": seconds,
     }  # fmt: skip
-
-
-def candidate_memory(scorer: Scorer, past: list, candidates: list) -> dict[str, float]:
-    """Peak above rest while these and ten times as many candidates are scored, MB."""
-    peaks = {}
-    for times in (1, 10):
-        many = [dict(one, title=f"{n} {one['item_id']}") for n in range(times) for one in candidates]
-        reset_peak()
-        before = memory_mib("VmRSS")
-        scorer.score(past, many)
-        peaks[str(len(many))] = ((memory_mib() or 0) - (before or 0)) * 2**20 / 1e6
-    return peaks
 
 
 # -- bank ------------------------------------------------------------------------------------------
@@ -197,11 +114,11 @@ def candidate_memory(scorer: Scorer, past: list, candidates: list) -> dict[str, 
 
 def draw_requests(log: BehaviorLog, domain: Domain, options: argparse.Namespace) -> list[tuple]:
     """Requests (domain, history, candidates, user) of the domains `one` and `two` in turn."""
-    rng = np.random.default_rng(options.seed)
-    user = {name: log.interactions.column(name)[0].as_py() for name in domain.header_columns}
+    rng, logged = np.random.default_rng(options.seed), LoggedEvents(log, domain)
+    user = {name: logged.first(0, name) for name in domain.header_columns}
 
-    def events(count: int) -> list[dict]:
-        return [event_of(log, domain, 0, int(item)) for item in rng.integers(log.num_items, size=count)]
+    def events(count: int) -> list:
+        return items_at(log, logged, 0, rng.integers(log.num_items, size=count))
 
     def labels(count: int) -> list[str]:
         return [domain.labels[number] for number in rng.integers(len(domain.labels), size=count)]
@@ -210,75 +127,41 @@ def draw_requests(log: BehaviorLog, domain: Domain, options: argparse.Namespace)
              user) for number in range(options.requests)]  # fmt: skip
 
 
-def request_batches(tokens: RequestTokens, requests: list[tuple], batch_tokens: int) -> list[dict]:
+def request_batches(encoder: RequestEncoder, requests: list[tuple], batch_tokens: int) -> list[dict]:
     """The rows of requests in batches: a shared prefix, and a segment for each candidate."""
     streams = []
     for _, past, candidates, user in requests:
-        build = StreamBuilder([tokens.prefix(past, user)])
-        markers = [build.candidate(candidate, candidate[:0]) for candidate in tokens.events(candidates)]
-        zeros = np.zeros(len(markers), np.int64)
-        streams.append(Stream(*build.arrays(), np.array(markers), zeros, zeros, zeros))
+        encoded = encoder.encode(Request(past, candidates, user))
+        group = CandidateGroup(None, encoded.prefix.pieces(), encoded.candidates)
+        streams.append(group.stream(0, len(candidates)))
     groups = plan_micro_batches(np.array([len(stream) for stream in streams]), batch_tokens)
     return [collate([streams[row] for row in group], 0) for group in groups]
-
-
-def predict_batches(classifier, batches: list[dict]) -> None:
-    """A forward pass over each batch."""
-    with torch.inference_mode():
-        for batch in batches:
-            names = ("input_ids", "position_ids", "markers", "attention_mask", "segment")
-            classifier(**{name: batch[name] for name in names})
 
 
 def bank(options: argparse.Namespace, scratch: Path) -> dict:
     """A bank of domains on one base: throughput, swaps and memory."""
     log, domain = read_log(options), Domain.from_yaml(options.domain)
-    bundles = [make_bundle(scratch / f"bundle-{number}", options.base, domain, number) for number in range(2)]
+    bundles = [make_bundle(scratch / f"bundle-{n}", options.base, domain, seed=n, r=RANK) for n in range(2)]
     names = dict(zip(("one", "two"), bundles, strict=True))
     served = DomainBank.load(options.base, names, dict.fromkeys(names, log))
     requests = draw_requests(log, domain, options)
-    tokens = RequestTokens(domain, load_tokenizer(resolve_base(options.base)), log)
-    batches = request_batches(tokens, requests, options.batch_tokens)
+    batches = request_batches(served.scorer("one").encoder, requests, options.batch_tokens)
     merged = load_trained(bundles[0]).classifier
     merged.model = merged.model.merge_and_unload()
     merged.eval()
-    seconds = in_turns(
-        {
-            "merged": lambda: predict_batches(merged, batches),
-            "bank": lambda: served.score(requests, batch_tokens=options.batch_tokens),
-        },
-        options.rounds,
-    )
-    single = [request_batches(tokens, [request], options.batch_tokens) for request in requests[:2]]
-    per_request = load_per_request(options.base, [names[request[0]] for request in requests[:2]], domain.labels, single)
+    ways = {
+        "merged": lambda: predict_batches(merged, batches),
+        "bank": lambda: served.score(requests, batch_tokens=options.batch_tokens),
+    }
+    seconds = in_turns(ways, options.rounds)
     size = sum(int(batch["input_ids"].numel()) for batch in batches)
     return {
         "settings": {"data": log.name, "domain": domain.name, "tokens": size},
-        "seconds": {name: spread(values) for name, values in seconds.items()}
-        | {"load_per_request": {"per_request": per_request}},
+        "seconds": {name: spread(values) for name, values in seconds.items()},
         "throughput_of_merged": ratios(seconds, "merged", "bank"),
-        "throughput_of_load_per_request": per_request * len(requests) / statistics.median(seconds["bank"]),
         "swaps_ms": swaps(served, bundles, scratch, options.rounds),
         "many": many(options, scratch, bundles[0]), "rounds": seconds,
     }  # fmt: skip
-
-
-def load_per_request(base: str, bundles: list[Path], labels: list[str], batches: list[list[dict]]) -> float:
-    """Median seconds of PEFT's way to change adapters: load the bundle onto a base in memory, predict, unload."""
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
-    source = resolve_base(base)
-    stock = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(labels), dtype=torch.float32)
-    stock.config.pad_token_id = load_tokenizer(source).pad_token_id
-    seconds = []
-    for bundle, part in zip(bundles, batches, strict=True):
-        start = time.perf_counter()
-        model = PeftModel.from_pretrained(stock, bundle).eval()
-        predict_batches(BehaviorClassifier(model, "lora", labels), part)
-        stock = model.unload()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def swaps(served: DomainBank, bundles: list[Path], scratch: Path, rounds: int) -> dict[str, dict[str, float]]:
@@ -301,16 +184,12 @@ def many(options: argparse.Namespace, scratch: Path, bundle: Path) -> dict[str, 
     for place in places:  # one copy on the disk is enough: a bank tells bundles apart by their place
         shutil.copytree(bundle, place, copy_function=lambda source, target: Path(target).hardlink_to(source))
     served = DomainBank.load(options.base, {"first": bundle})
-    release_memory()
-    before, start = memory_mib("RssAnon"), time.perf_counter()
+    measuring.release_memory()
+    before = memory_mib("RssAnon") or 0
     for place in places:
         served.add(place.name, place, None)
-    seconds, after = time.perf_counter() - start, memory_mib("RssAnon")
-    return {
-        "domains": len(places), "seconds_to_load": seconds,
-        "mb_per_domain": ((after or 0) - (before or 0)) * 2**20 / 1e6 / len(places),
-        "mb_of_tensors": served.sizes()[places[0].name] / 1e6,
-    }  # fmt: skip
+    used = ((memory_mib("RssAnon") or 0) - before) * 2**20 / 1e6
+    return {"domains": len(places), "mb_per_domain": used / len(places)}
 
 
 # -- install ---------------------------------------------------------------------------------------
@@ -322,27 +201,26 @@ FORBIDDEN = ("torch", "transformers", "pyarrow")
 
 def install(options: argparse.Namespace, scratch: Path) -> dict:
     """What `pip install llmrec-peft[serve]` takes on the disk."""
-    extras = {extra: install_extra(extra) for extra in options.extras}
+    extras = {extra: install_extra(extra, scratch / extra) for extra in options.extras}
     if extras.get("serve", {"mb": 0})["mb"] >= LIMIT_MB:
         stop(f"serve takes {extras['serve']['mb']:.1f} MB, and {LIMIT_MB} are its limit")
     return {"limit_mb": LIMIT_MB, "extras": extras}
 
 
-def install_extra(extra: str) -> dict:
+def install_extra(extra: str, place: Path) -> dict:
     """Megabytes of an extra in an environment of its own, in all and by directory, the largest first."""
-    with tempfile.TemporaryDirectory(prefix="serve-size-") as scratch:
-        source = Path(scratch) / "source"  # a build leaves its files beside the source
-        shutil.copytree(ROOT / "llmrec_peft", source / "llmrec_peft", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, source)
-        venv.create(scratch, with_pip=True)
-        python = Path(scratch) / "bin" / "python"
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-c", ROOT / "constraints.txt", f"{source}[{extra}]"], check=True)
-        subprocess.run([python, "-c", "import llmrec_peft.serving"], check=True, cwd=scratch)
-        (site,) = Path(scratch).glob("lib/python*/site-packages")
-        sizes = {path.name: disk_bytes(path) / 1e6 for path in site.iterdir()
-                 if not path.name.startswith(THERE_BEFORE)}  # fmt: skip
+    source = place / "source"  # a build leaves its files beside the source
+    shutil.copytree(ROOT / "llmrec_peft", source / "llmrec_peft", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    venv.create(place, with_pip=True)
+    python = place / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", f"{source}[{extra}]"], check=True)
+    subprocess.run([python, "-c", "import llmrec_peft.serving"], check=True, cwd=place)
+    (site,) = place.glob("lib/python*/site-packages")
+    sizes = {path.name: disk_bytes(path) / 1e6 for path in site.iterdir()
+             if not path.name.startswith(THERE_BEFORE)}  # fmt: skip
     heavy = sorted(set(sizes) & set(FORBIDDEN))
     if heavy:
         stop(f"{extra} installs {', '.join(heavy)}, which serving must not need")

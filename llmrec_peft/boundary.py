@@ -30,7 +30,7 @@ def exit_on_error() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        _say("interrupted")
+        _print_line("interrupted")
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         line = str(error) if isinstance(error, LLMRecError) else machine_fault(error)
@@ -39,12 +39,12 @@ def exit_on_error() -> Iterator[None]:
         _log.debug("refused", exc_info=True)
         if isinstance(error, BrokenPipeError):
             _drop_output()
-        if not getattr(error, "said_elsewhere", False):
-            _say(line)
+        if not getattr(error, "reported_elsewhere", False):
+            _print_line(line)
         raise SystemExit(USAGE_ERROR) from None
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     with contextlib.suppress(OSError):
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
 

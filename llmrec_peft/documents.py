@@ -158,7 +158,7 @@ def read_yaml(path: str | Path, *, error: type[LLMRecError], what: str | None = 
 
     Args:
         what: names it in messages in place of its path.
-        kind: of file, such as `domain file`, for messages.
+        kind: kind of file in messages, such as `domain file`.
 
     Raises:
         error: not readable, not UTF-8, not YAML, too large or too deep, or a key twice in one mapping.
@@ -272,9 +272,9 @@ def check_tree(
         elif strict and isinstance(node, float) and not abs(node) < float("inf"):
             refuse(f"holds the number {node}, which is not finite")
         elif strict and isinstance(node, str) and has_surrogates(node):
-            refuse("holds half a surrogate pair, which is no character")
+            refuse("holds half a surrogate pair, which is not a character")
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which is no character."""
+    """Whether a text holds half of a surrogate pair, which is not a character."""
     return _HALF_PAIR.search(text) is not None

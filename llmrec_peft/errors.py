@@ -5,7 +5,7 @@ LLMRecError (a ValueError)
 ├── DataError        a log, an item table or a split that breaks a rule
 ├── DomainError      a domain file that cannot be used
 ├── StreamError      an event or a window that cannot become a stream
-├── ModelError       a base model or method that cannot do what is asked
+├── ModelError       a base model or method that does not support the request
 └── BundleError      an adapter bundle that is damaged or does not match
 
 Each message is one line that names the thing, the rule, the value received and the next step.
@@ -24,10 +24,10 @@ class LLMRecError(ValueError):
     """Base of all errors that this package raises on purpose.
 
     Line breaks and other characters that cannot be printed are escaped. A message of more than 2,000 characters loses
-    its middle. `said_elsewhere` is set if several processes fail by one error and another process prints it.
+    its middle. `reported_elsewhere` is set if several processes fail by one error and another process prints it.
     """
 
-    said_elsewhere = False
+    reported_elsewhere = False
 
     def __init__(self, message: object = "") -> None:
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
@@ -51,7 +51,7 @@ class StreamError(LLMRecError):
 
 
 class ModelError(LLMRecError):
-    """A base model or a tuning method that cannot do what is asked."""
+    """A base model or a tuning method that does not support the request."""
 
 
 class BundleError(LLMRecError):
@@ -83,7 +83,7 @@ def input_errors(kind: type[LLMRecError], what: str, advice: str) -> Iterator[No
     except Exception as error:
         raise kind(f"{what} cannot be used ({type(error).__name__}: {one_line(error)}); {advice}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of a library in Rust; it is no Exception, and has no module
+        if type(error).__name__ != "PanicException":  # of a library in Rust; not an Exception, and without a module
             raise
         raise kind(f"{what} cannot be used ({one_line(error)}); {advice}") from error
 
@@ -157,5 +157,5 @@ def one_line(error: BaseException, limit: int = 160) -> str:
 
 
 def joined_lines(error: BaseException, limit: int = 300) -> str:
-    """All lines of an error's message joined to one, cut to `limit` characters, without the final period."""
+    """All lines of an error's message in one line, cut to `limit` characters, without the final period."""
     return " ".join(str(error).split())[:limit].rstrip(". ")

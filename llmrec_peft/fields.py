@@ -64,14 +64,14 @@ class Bounds:
         high = f"{'below' if self.below else 'at most'} {_plain(self.high)}"
         finite = isinstance(value, numbers.Integral) or abs(value) < float("inf")
         if self.high <= 1:
-            said = f"{low} and {high}"
+            bound = f"{low} and {high}"
         elif finite and value > self.low:
-            said = high
+            bound = high
         elif brief and (whole or (finite and self.above)):
-            said = low
+            bound = low
         else:
-            said = f"{'a whole' if whole else 'a finite'} number {low if self.above else f'of {low}'}"
-        return ", or ".join([said, *map(_plain, self.also)])
+            bound = f"{'a whole' if whole else 'a finite'} number {low if self.above else f'of {low}'}"
+        return ", or ".join([bound, *map(_plain, self.also)])
 
 
 def number(

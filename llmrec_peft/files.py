@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def _check_replaced(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "It is no regular file, so it is not replaced", str(path))
+            raise FileExistsError(errno.EEXIST, "It is not a regular file, so it is not replaced", str(path))
 
 
 @contextmanager

@@ -26,7 +26,8 @@ import torch
 
 pytest_plugins = ["tests.support.domains"]
 
-torch.set_num_threads(2)
+# Tiny models gain nothing from threads, and where several workers share the cores, threads wait for each other.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -304,6 +305,11 @@ def exported(tiny_base, tmp_path_factory) -> tuple[Path, Path, dict[str, object]
     merge_bundle(place / "bundle", place / "merged")
     measured = export_onnx(place / "merged", place / "onnx")
     return place / "merged", place / "onnx", measured
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the launches: they take longest, and no worker is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("launch") is None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

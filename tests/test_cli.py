@@ -241,4 +241,4 @@ def test_the_readmes_commands_are_accepted(line, handed_over, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main([*line.split()[1:], "--print_config"])
-    assert caught.value.code == 0 and capsys.readouterr().out.startswith(("data:", "base:"))
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith(("data:", "base:", "teacher:"))

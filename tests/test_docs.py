@@ -129,7 +129,7 @@ def test_results_in_the_readme_are_those_of_the_files():
     assert f"GAUC | {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" in flat
 
 
-def test_the_page_of_results_is_what_the_files_say():
+def test_the_page_of_results_matches_the_files():
     assert pages.PAGE.read_text(encoding="utf-8") == pages.page(), "run python benchmarks/results_page.py"
     for path in pages.TABLES:
         assert path.read_text(encoding="utf-8") == pages.with_table(path), path.name

@@ -45,7 +45,7 @@ def arguments(log_directory, tiny_base, tmp_path):
     ]
 
 
-def test_windows_drawn_hold_the_targets_asked_for(streams, capsys):
+def test_windows_drawn_hold_the_requested_targets(streams, capsys):
     train = streams().train
     parts = [few_shot.draw(train, 16, seed) for seed in (0, 0, 1)]
     assert parts[0].windows.tolist() == parts[1].windows.tolist() != parts[2].windows.tolist()
@@ -84,7 +84,7 @@ def test_prompts_are_what_the_windows_say_of_the_same_targets(streams):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("changes", [{}, {"simultaneous": "isolate", "stream": {"context": 5, "targets": 12}}])
-def test_instruction_answers_inside_a_window_as_after_each_prompt(streams, tiny_base, changes):
+def test_instruction_predicts_inside_a_window_as_after_each_prompt(streams, tiny_base, changes):
     test = streams(**changes).test
     test = StreamSubset(test, np.arange(len(test)))
     has_candidates = [bool((test[number].segment > 0).any()) for number in range(len(test))]
@@ -94,20 +94,20 @@ def test_instruction_answers_inside_a_window_as_after_each_prompt(streams, tiny_
         for value in model.parameters():
             if value.requires_grad:
                 value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
-    answers = few_shot.first_tokens(tokenizer, test.parent.domain.outcomes)
-    assert [tokenizer.decode([token]) for token in answers] == [" no", " yes"]
+    words = few_shot.first_tokens(tokenizer, test.parent.domain.outcomes)
+    assert [tokenizer.decode([token]) for token in words] == [" no", " yes"]
     rows = few_shot.rows_of(test)
     assert len(rows) < test.parent.num_targets and sum(len(places) for _, places in rows) == test.parent.num_targets
-    found = few_shot.word_probabilities(model, rows, answers)
+    found = few_shot.word_probabilities(model, rows, words)
     alone = IndependentPrompts(test)
     for number, row in enumerate(found):
         with torch.no_grad():
-            logits = model(input_ids=torch.from_numpy(alone[number].input_ids)[None].long()).logits[0, -1, answers]
+            logits = model(input_ids=torch.from_numpy(alone[number].input_ids)[None].long()).logits[0, -1, words]
         assert row.numpy() == pytest.approx(logits.softmax(0).numpy(), abs=1e-5)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_both_systems_train_on_and_answer_the_same_targets(arguments, monkeypatch, tmp_path, capsys):
+def test_both_systems_train_on_and_predict_the_same_targets(arguments, monkeypatch, tmp_path, capsys):
     seen = {"streams": [], "instruction": []}
 
     def of_streams(model, args, windows, *rest):
@@ -138,7 +138,7 @@ def test_both_systems_train_on_and_answer_the_same_targets(arguments, monkeypatc
         # 16 targets are seen: in two passes of one step each, or in one pass of two steps.
         assert [(one["passes"], one["steps"]) for one in runs["8"] + runs["16"]] == [(2, 2), (2, 2), (1, 2), (1, 2)]
         assert runs is not streams or runs["16"][0]["tokens_of_a_pass"] < instruction["16"][0]["tokens_of_a_pass"]
-    # Both start from the same answers, and end with others.
+    # Both start from the same predictions, and end with others.
     for metric in few_shot.METRICS:
         before = streams["0"][0]["metrics"][metric]["value"]
         assert before == pytest.approx(instruction["0"][0]["metrics"][metric]["value"], abs=1e-5)

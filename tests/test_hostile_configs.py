@@ -263,7 +263,7 @@ def test_a_pattern_is_matched_in_linear_time(pattern):
     assert time.process_time() - began < 1
 
 
-def test_a_pattern_is_kept_as_the_names_that_it_matched(tiny_base):
+def test_a_pattern_is_stored_as_the_names_that_it_matched(tiny_base):
     made = load_classifier(
         str(tiny_base("llama")), {"outcomes": DOMAIN["outcomes"]}, method="lora", target_modules=r".*\.(q|v)_proj"
     )

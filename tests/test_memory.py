@@ -285,7 +285,7 @@ def test_the_table_adds_up(tiny_base, capsys):
         (["--lora.r", "0"], "r must be a whole number of at least 1, not 0"),
         (["--gpus", "none"], "gpus must be a whole number, not 'none'"),
         (["--gpu", "2"], "unknown key --gpu; did you mean --gpus?"),
-        (["--base", "nothing/like/this"], "is no embedded name"),
+        (["--base", "nothing/like/this"], "is not an embedded name"),
         (["--method", "full", "--dtype", "bfloat16"], "must be float32 with method full"),
         (["--lora.layers", "[7]"], "layers names layer 7, but the base has 2"),
         (["--length", "10", "--targets", "11"], "targets must be at most the length 10, not 11"),
@@ -300,7 +300,7 @@ def test_bad_values_get_one_line(tiny_base, args, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_a_base_that_cannot_be_used_says_so(tmp_path):
+def test_a_base_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ModelError, match="encoder-decoder"):
         estimate_memory(MemoryConfig(base=str(tmp_path)))

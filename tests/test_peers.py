@@ -10,11 +10,12 @@ import torch
 from benchmarks.quality.peers import compare, plain, swift
 from benchmarks.quality.peers.streams import draw_spread_over_users
 from llmrec_peft import Domain
+from llmrec_peft.models.head import first_tokens
 from llmrec_peft.runs.split_streams import build_split_streams
 from tests.conftest import ROOT
 
 DOMAIN = ROOT / "recipes" / "configs" / "movies" / "domain.yaml"
-WORDS = [" no\n", " yes\n"]
+OUTCOMES = {"dislike": " no\n", "like": " yes\n"}
 TEXTS = ["Heat (Action, Crime) ->", "Movies one viewer rated:\nToy Story (Animation) -> yes\nHeat (Action, Crime) ->"]
 SYSTEMS = ("plain", "instruction", "streams")
 
@@ -28,13 +29,13 @@ pytestmark = [
 
 @pytest.fixture
 def model(tiny_base):
-    """A language model with LoRA that is not where it started, its tokenizer, and the tokens of its answers."""
+    """A language model with LoRA that is not where it started, its tokenizer, and the tokens of its label words."""
     model, tokenizer = plain.load_instruction(str(tiny_base("llama")), r=4, alpha=8)
     with torch.no_grad():
         for value in model.parameters():
             if value.requires_grad:
                 value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
-    return model, tokenizer, plain.word_tokens(tokenizer, TEXTS[0], WORDS)
+    return model, tokenizer, first_tokens(tokenizer, OUTCOMES)
 
 
 def last_logits(model, tokenizer, text: str) -> torch.Tensor:
@@ -44,21 +45,21 @@ def last_logits(model, tokenizer, text: str) -> torch.Tensor:
         return model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
 
 
-def test_instruction_scores_with_the_softmax_of_the_two_answer_tokens(model):
-    model, tokenizer, answers = model
-    assert [tokenizer.decode([token]) for token in answers] == [" no", " yes"]
-    prompts = plain.PromptDataset(TEXTS, [0, 1], tokenizer, answers)
-    found = plain.word_probabilities(model, [(ids, [len(ids) - 1]) for ids in prompts.prompts], answers)
+def test_instruction_scores_with_the_softmax_of_the_two_label_words(model):
+    model, tokenizer, words = model
+    assert [tokenizer.decode([token]) for token in words] == [" no", " yes"]
+    prompts = plain.PromptDataset(TEXTS, [0, 1], tokenizer, words)
+    found = plain.word_probabilities(model, [(ids, [len(ids) - 1]) for ids in prompts.prompts], words)
     for text, row in zip(TEXTS, found, strict=True):
-        no, yes = (last_logits(model, tokenizer, text)[token].double() for token in answers)
+        no, yes = (last_logits(model, tokenizer, text)[token].double() for token in words)
         assert row[1].item() == pytest.approx((yes.exp() / (no.exp() + yes.exp())).item(), abs=1e-5)
         assert row.sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_instruction_learns_the_answer_token_alone_over_the_whole_vocabulary(model, tmp_path):
-    model, tokenizer, answers = model
-    prompts = plain.PromptDataset(TEXTS, [1, 0], tokenizer, answers)
-    assert [label for label in prompts[1]["labels"] if label != -100] == [answers[0]]
+def test_instruction_learns_the_label_word_alone_over_the_whole_vocabulary(model, tmp_path):
+    model, tokenizer, words = model
+    prompts = plain.PromptDataset(TEXTS, [1, 0], tokenizer, words)
+    assert [label for label in prompts[1]["labels"] if label != -100] == [words[0]]
     trainer, _ = plain.plain_trainer(
         model, tokenizer, prompts, tmp_path, batch_size=2, train_sampling_strategy="sequential"
     )
@@ -67,18 +68,10 @@ def test_instruction_learns_the_answer_token_alone_over_the_whole_vocabulary(mod
     with torch.no_grad():
         loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(2))
     wanted = [
-        -last_logits(model, tokenizer, text).log_softmax(-1)[answers[label]].item()
+        -last_logits(model, tokenizer, text).log_softmax(-1)[words[label]].item()
         for text, label in zip(TEXTS, [1, 0], strict=True)
     ]
     assert loss.item() == pytest.approx(np.mean(wanted), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "words, message", [([" yes\n", " yes"], "begin with the same token"), (["es", " no"], "changes the tokens")]
-)
-def test_instruction_refuses_words_that_do_not_tell_answers_apart(tiny_tokenizer, words, message):
-    with pytest.raises(ValueError, match=message):
-        plain.word_tokens(tiny_tokenizer, "Heat -> y", words)
 
 
 # -- curves ----------------------------------------------------------------------------------------------------------
@@ -120,16 +113,8 @@ def test_a_curve_tells_nothing_outside_its_points():
 def arguments(log_directory, tiny_base, tmp_path):
     """Of a short comparison on a tiny base and log."""
     return [
-        *(
-            "--data",
-            str(log_directory),
-            "--domain",
-            str(DOMAIN),
-            "--base",
-            str(tiny_base("llama")),
-            "--seconds",
-            "1000",
-        ),
+        *("--data", str(log_directory), "--domain", str(DOMAIN), "--base", str(tiny_base("llama"))),
+        *("--seconds", "1000"),
         *("--steps", "2", "--validation", "14", "--pool", "40", "--context", "3", "--targets", "4"),
         *("--peer-batch", "4", "--learning-rate", "0.01", "--output", str(tmp_path / "out" / "peers.json")),
     ]
@@ -233,7 +218,7 @@ def test_swift_says_what_it_said_when_it_fails(tmp_path):
         swift.run_swift(program.parent, ["sft", "BASE"], tmp_path)
 
 
-def test_swift_answers_by_the_adapter_that_it_saved(tiny_base, tmp_path):
+def test_swift_predicts_by_the_adapter_that_it_saved(tiny_base, tmp_path):
     base = str(tiny_base("llama"))
     model, tokenizer = plain.load_plain(base, 2, r=4, alpha=8)
     with torch.no_grad():

@@ -132,7 +132,7 @@ def test_the_protocol_compares_on_the_same_targets(log_directory, tiny_base, tin
     again = result["seeds"]["llm"]
     assert again["seeds"] == [None, 7] and set(result["seeds"]) == {"llm"}
     first = result["shared"]["systems"]["llm"]["metrics"]
-    # The order of the answers is the first run's, their size is not.
+    # The order of the predictions is the first run's, their size is not.
     assert again["metrics"]["auc"] == [first["auc"]["value"]] * 2
     assert again["metrics"]["logloss"][0] == first["logloss"]["value"] != again["metrics"]["logloss"][1]
     assert "| LLM, LoRA | None, 7 |" in capsys.readouterr().out

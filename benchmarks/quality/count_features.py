@@ -99,10 +99,10 @@ class CountFeatures:
     """
 
     def __init__(self, log: BehaviorLog, domain: Domain, train_rows: np.ndarray, by: str) -> None:
-        self._log, self._by, marks = log, by, feedback(log, domain)
-        rows = np.flatnonzero(marks >= 0)
+        self._log, self._by, labels = log, by, feedback(log, domain)
+        rows = np.flatnonzero(labels >= 0)
         users, items, times = log.user_codes[rows].astype(np.int64), log.item_codes[rows], log.timestamps[rows]
-        values = {"rows": np.ones(len(rows)), "positives": (marks[rows] == 1).astype(np.float64)}
+        values = {"rows": np.ones(len(rows)), "positives": (labels[rows] == 1).astype(np.float64)}
         self._user = Earlier(users, times, **values)
         self._pair = Earlier(users * log.num_items + items, times, **values)
         self._groups, self._member = _groups_of(log)

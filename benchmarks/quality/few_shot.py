@@ -21,21 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measuring import (
-    Benchmark,
-    StepClock,
-    behavior_trainer,
-    columns,
-    metrics_of,
-    read_streams,
-    run,
-    spread,
-    stop,
-    training_arguments,
-)
+from benchmarks.measuring import Benchmark, columns, metrics_of, read_streams, run, spread, stop
 from benchmarks.quality.count_features import CountFeatures, Points
 from benchmarks.quality.peers.plain import PromptDataset, load_instruction, plain_trainer, word_probabilities
 from benchmarks.quality.peers.streams import TargetPrompts, domain_with_windows, draw_spread_over_users
+from benchmarks.training import StepClock, behavior_trainer, training_arguments
 from llmrec_peft import load_classifier
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.data.streams import StreamDataset, StreamSubset

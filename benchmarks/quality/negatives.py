@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measuring import Benchmark, read_streams, run
+from benchmarks.quality.count_features import Earlier
 from benchmarks.quality.protocol import Split, boosted, collaborative, compared, counted, regression
 from llmrec_peft.data.streams import StreamDataset
 
@@ -23,22 +24,14 @@ def shares(streams: StreamDataset) -> dict[str, float]:
     """Of a split's sampled negatives: how many, and the shares whose item the user took before, then and later."""
     log, chosen = streams.log, streams.sampled
     rows, items = streams.target_rows[chosen], streams.target_items[chosen]
-    keys = log.user_codes.astype(np.int64) * log.num_items + log.item_codes
-    order = np.lexsort((log.timestamps, keys))
-    wanted = log.user_codes[rows].astype(np.int64) * log.num_items + items
-    begin, end = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
-    times, place, moment = log.timestamps[order], np.minimum(begin, len(order) - 1), log.timestamps[rows]
-    met, first, last = end > begin, times[place], times[np.maximum(end - 1, 0)]
-    moments = np.unique(log.timestamps)
-
-    def exact(pairs: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """A key of user, item and moment."""
-        return pairs * np.int64(len(moments)) + np.searchsorted(moments, at)
-
-    same = np.isin(exact(wanted, moment), exact(keys, log.timestamps))
+    pairs = log.user_codes.astype(np.int64) * log.num_items + log.item_codes
+    wanted, moment = log.user_codes[rows].astype(np.int64) * log.num_items + items, log.timestamps[rows]
+    counts = Earlier(pairs, log.timestamps, rows=np.ones(len(log)))
+    before, until, ever = (counts.sums("rows", wanted, np.broadcast_to(at, len(rows)))
+                           for at in (moment, np.nextafter(moment, np.inf), np.inf))  # fmt: skip
     return {"positives": int((~chosen).sum()), "negatives": int(chosen.sum()),
-            "taken before": float((met & (first < moment)).mean()), "taken then": float(same.mean()),
-            "taken later": float((met & (last > moment)).mean())}  # fmt: skip
+            "taken before": float((before > 0).mean()), "taken then": float((until > before).mean()),
+            "taken later": float((ever > until).mean())}  # fmt: skip
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict:

@@ -32,7 +32,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.measuring import Benchmark, columns, metrics_of, read_streams, run, stop
-from benchmarks.quality.count_features import CountFeatures, Points
+from benchmarks.quality.count_features import CountFeatures, Earlier, Points
 from llmrec_peft import Domain
 from llmrec_peft.data.streams import StreamDataset
 from llmrec_peft.evaluation.metrics import compute_metrics
@@ -101,11 +101,11 @@ def boosted(split: Split, seed: int) -> Predictions:
 
 def collaborative(split: Split, seed: int) -> Predictions:
     """Scores of collaborative models, each turned into a probability by a regression on validation."""
-    train, marks = split.streams.splits.train.rows, split.feedback
-    index = RetrievalIndex.fit(split.log, train, marks, seed=seed, timed=split.domain.split.by == "time")
-    found = {name: index.target_features(split.log, marks, split.points[name].rows, split.points[name].items)
+    train, labels = split.streams.splits.train.rows, split.feedback
+    index = RetrievalIndex.fit(split.log, train, labels, seed=seed, timed=split.domain.split.by == "time")
+    found = {name: index.target_features(split.log, labels, split.points[name].rows, split.points[name].items)
              for name in ("valid", "test")}  # fmt: skip
-    both = len(np.unique(marks[train])) > 1 and (marks == 0).any()
+    both = len(np.unique(labels[train])) > 1 and (labels == 0).any()
     models = {
         "popularity": ["popularity"], "co_occurrence": ["cooccurrence"],
         "matrix_factorisation": ["item_rate", "user_rate", "label_factors"] if both else ["factors"],
@@ -122,7 +122,7 @@ def frozen_text(split: Split, base: str) -> Predictions:
     """A regression on embeddings of the item's text and of what the user took and left before."""
     vectors, inputs = embeddings(split.streams.train, base), {}
     for name, part in split.points.items():
-        took, left = (profile(split.log, split.feedback == sign, vectors, part) for sign in (1, 0))
+        took, left = (profile(split.log, split.feedback == label, vectors, part) for label in (1, 0))
         own, rate = vectors[part.items], split.frames[name][["user_rate", "user_count"]].to_numpy()
         inputs[name] = np.hstack([own, own * took, own * left, rate]).astype(np.float32)
     truth, fits = split.labels["valid"], []
@@ -134,8 +134,8 @@ def frozen_text(split: Split, base: str) -> Predictions:
 
 
 @torch.inference_mode()
-def text_vectors(log, domain: Domain, base: str, layers: int | None = None) -> np.ndarray:
-    """float32 [items, width]: mean hidden state of the base over each item's text, after `layers` layers or all."""
+def text_vectors(log, domain: Domain, base: str) -> np.ndarray:
+    """float32 [items, width]: mean hidden state of the base over each item's text."""
     from transformers import AutoModel
 
     items, tokenizer = log.items, load_tokenizer(resolve_base(base))
@@ -151,8 +151,7 @@ def text_vectors(log, domain: Domain, base: str, layers: int | None = None) -> n
         part = order[start : start + size]
         batch = tokenizer.pad({"input_ids": [tokens[item] for item in part]}, padding_side="right", return_tensors="pt")
         mask = batch["attention_mask"][..., None]
-        output = model(input_ids=batch["input_ids"], attention_mask=mask[..., 0], output_hidden_states=True)
-        hidden = output.last_hidden_state if layers is None else output.hidden_states[layers]
+        hidden = model(input_ids=batch["input_ids"], attention_mask=mask[..., 0]).last_hidden_state
         found[part] = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
     return found
 
@@ -169,13 +168,9 @@ def profile(log, chosen: np.ndarray, vectors: np.ndarray, points: Points) -> np.
     """Mean vector [n, WIDTH] of a user's chosen rows strictly before each target; zeros without any."""
     rows = np.flatnonzero(chosen)
     # Rows go by user, then time, so the rows of a user before a time are a run.
-    moments, codes = np.unique(log.timestamps, return_inverse=True)
-    width = len(moments) + 1
-    places = log.user_codes[rows].astype(np.int64) * width + codes[rows]
+    begin, end = Earlier(log.user_codes[rows], log.timestamps[rows]).span(points.users, points.times)
     sums = np.cumsum(vectors[log.item_codes[rows]], axis=0, dtype=np.float64)
     sums = np.vstack([np.zeros((1, vectors.shape[1])), sums])
-    begin = np.searchsorted(places, points.users * width)
-    end = np.searchsorted(places, points.users * width + np.searchsorted(moments, points.times))
     return ((sums[end] - sums[begin]) / np.maximum(end - begin, 1)[:, None]).astype(np.float32)
 
 

@@ -13,23 +13,29 @@ history, encoded anew.
 import argparse
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.measuring import Benchmark, metrics_of, read_log, run, spread
+from benchmarks.measuring import Benchmark, in_turns, metrics_of, read_log, run, spread
+from benchmarks.score_speed import items_at
 from llmrec_peft import Domain, Scorer
 from llmrec_peft.checkpoints.loading import load_trained
 from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import GRAPHS
 from llmrec_peft.data.collator import StreamCollator
 from llmrec_peft.distillation.export import export_onnx
 from llmrec_peft.evaluation.calibration import Calibration
 from llmrec_peft.models.base import resolve_base
 from llmrec_peft.models.predict import predict
+from llmrec_peft.runs.logged_events import LoggedEvents
 from llmrec_peft.runs.split_streams import split_by_domain, streams_for_split
 from llmrec_peft.serving import OnnxScorer
+from llmrec_peft.serving.onnx_graph import Graph
 
 METRICS = ("auc", "gauc", "logloss")
 KEY = ["user_id", "item_id", "timestamp"]
@@ -55,25 +61,17 @@ class Student:
 
     def requests(self, options: argparse.Namespace, count: int) -> list[tuple[list, list]]:
         """The newest history of users, and candidates from the whole item table."""
-        log, domain, requests = self.log, self.domain, []
-        classes, rng = domain.classes(log), np.random.default_rng(options.seed)
-        ids, window = log.items.column("item_id").to_pylist(), domain.stream.context + domain.stream.targets - 1
+        log, logged, rng = self.log, LoggedEvents(self.log, self.domain), np.random.default_rng(options.seed)
+        window, requests = self.domain.stream.context + self.domain.stream.targets - 1, []
         for user in rng.permutation(log.num_users)[:count]:
-            rows = np.arange(log.user_offsets[user], log.user_offsets[user + 1])
-            rows = rows[classes[rows] >= 0][-window:]
-            history = [(ids[log.item_codes[row]], domain.labels[classes[row]]) for row in rows]
-            requests.append((history, [ids[n] for n in rng.choice(log.num_items, options.candidates, replace=False)]))
+            items = rng.choice(log.num_items, options.candidates, replace=False)
+            requests.append((logged.history(user)[-window:], items_at(log, logged, user, items)))
         return requests
 
 
-def throughput(work, targets: int, rounds: int) -> dict[str, float]:
+def throughput(work: Callable[[], Any], targets: int, rounds: int) -> dict[str, float]:
     """Targets a second, after one round that does not count."""
-    rates = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        work()
-        rates.append(targets / (time.perf_counter() - start))
-    return spread(rates[1:])
+    return spread([targets / seconds for seconds in in_turns({"work": work}, rounds)["work"]])
 
 
 def latency(scorer, requests: list) -> dict:
@@ -105,13 +103,14 @@ def measure_int8(student: Student, place: Path, requests: list) -> tuple[dict, p
     measured = export_onnx(student.directory, place, streams=student.streams.limited(500))
     scorer = OnnxScorer.load(place, precision="int8", threads=1)
     windows = [student.streams[row] for row in np.argsort(-student.streams.lengths, kind="stable")]
-    logits = scorer._graph.answers(windows, 8000)
+    graph = Graph(place / GRAPHS["int8"], student.bundle.tokenizer.pad_token_id, threads=1)
+    logits = graph.predict(windows, 8000)
     table = student.streams.describe(np.concatenate([window.targets for window in windows])).to_pandas()
     probabilities = Calibration.from_dict(student.bundle.calibration).apply(logits)
     table[[f"p_{label}" for label in student.domain.labels]] = probabilities
     return {
         "bytes": measured["int8"]["bytes"],
-        "targets_per_second": throughput(lambda: scorer._graph.answers(windows, 8000), len(logits), 3),
+        "targets_per_second": throughput(lambda: graph.predict(windows, 8000), len(logits), 3),
         "latency_ms": latency(scorer, requests),
         "difference_to_torch": {name: measured[name]["max_difference"] for name in ("float32", "int8")},
     }, keyed(table)  # fmt: skip

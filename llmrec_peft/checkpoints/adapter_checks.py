@@ -39,7 +39,7 @@ RESTORE = "restore the files that training wrote"
 PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "adapter": "BOTTLENECK", "head": "HEAD", "full": "FULL"}
 _FLOATS = ("F32", "BF16", "F16")
 _PEFT_PREFIX = "base_model.model."
-# Keys of PEFT's configuration that the base decides, and that say where it was made.
+# Keys of PEFT's configuration that the base decides, or that describe where it was written.
 _OF_THE_BASE = ("target_modules", "modules_to_save", "fan_in_fan_out")
 _OF_THE_PLACE = ("base_model_name_or_path", "peft_version", "inference_mode")
 
@@ -122,7 +122,7 @@ def check_adapter(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Ten
 
 
 def _plain_config(method: str, tuning: MethodOptions) -> dict[str, Any]:
-    """What adapter_config.json must say by a manifest alone, without what the base decides."""
+    """Entries of adapter_config.json that follow from the manifest alone; the base decides the others."""
     if not isinstance(tuning, LoraOptions):
         return {"peft_type": PEFT_TYPES[method], "task_type": "SEQ_CLS", **dataclasses.asdict(tuning)}
     from peft import LoraConfig, TaskType
@@ -139,7 +139,7 @@ def _plain_config(method: str, tuning: MethodOptions) -> dict[str, Any]:
 
 
 def compare_config(directory: Path, made: Mapping[str, Any]) -> None:
-    """Raise BundleError where adapter_config.json says something else than `made`, or sets what is unknown here.
+    """Raise BundleError where adapter_config.json differs from `made`, or sets an unknown key.
 
     Keys of other PEFT versions may be there if they leave something off.
     """
@@ -148,7 +148,7 @@ def compare_config(directory: Path, made: Mapping[str, Any]) -> None:
     for key in sorted(found.keys() - {*_OF_THE_PLACE}):
         if key in made:
             if found[key] in (None, []) and made[key] in (None, []):
-                continue  # PEFT lists what it renamed in a mixture, also where that is nothing
+                continue  # PEFT writes this list for every mixture, even if it renamed nothing
             if found[key] != made[key] or isinstance(found[key], bool) != isinstance(made[key], bool):
                 raise BundleError(f"{path} has {key} {shortened(repr(found[key]))}, but {MANIFEST} gives "
                                   f"{shortened(repr(made[key]))}; {RESTORE}")  # fmt: skip
@@ -217,11 +217,11 @@ def check_metadata(path: Path, manifest: Mapping[str, Any], metadata: Mapping[st
                 f"{path} has the {key} {shortened(value)}, the weights {shortened(metadata.get(key))}; {RESTORE}"
             )
     for part in ("domain", "calibration") if version == "1" else ("domain", "calibration", "method_options"):
-        found, said = expected[f"{part}_sha256"], metadata.get(f"{part}_sha256")
-        if found != said:
+        found, stated = expected[f"{part}_sha256"], metadata.get(f"{part}_sha256")
+        if found != stated:
             raise BundleError(
                 f"{path} has a {part} with the SHA-256 {found[:16]}..., but the weights were saved with "
-                f"{str(said)[:16]}...; {RESTORE}"
+                f"{str(stated)[:16]}...; {RESTORE}"
             )
 
 
@@ -232,7 +232,7 @@ def check_shapes(path: Path, stock: PreTrainedModel, tuning: MethodOptions, entr
     """Compare a header with the base, before adapters are built: no more is built than the file holds.
 
     Args:
-        path: of the weights, for messages.
+        path: path of the weights, for messages.
         stock: the base's stock classifier, without adapters.
         tuning: the adapter's options as written (`plain_options`).
 

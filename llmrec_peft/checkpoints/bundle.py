@@ -2,8 +2,8 @@
 
 A bundle is a directory of three files and a model card. `adapter_config.json` and `adapter_model.safetensors` are
 PEFT's for `lora` and `qlora`, so PEFT alone can load them; the other methods write the same names with their own
-contents, and a `peft_type` of BOTTLENECK, HEAD or FULL. `behavior.json` says what they belong to, and loading checks
-all of it. The card is for people and the Hub, and is never read.
+contents, and a `peft_type` of BOTTLENECK, HEAD or FULL. `behavior.json` describes base, domain and training, and
+loading checks all of it. The card is for people and the Hub, and is never read.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class TrainingRecord:
 
     Attributes:
         calibration: temperature and bias; None for the plain softmax.
-        counts: of the training data.
-        metrics: of each split.
+        counts: sizes of the training data.
+        metrics: metrics of each split.
     """
 
     calibration: Mapping[str, Any] | None = None
@@ -179,7 +179,7 @@ def _check_place(directory: Path) -> None:
     if is_merged(directory):
         raise BundleError(f"{directory} is a merged model, so no bundle replaces it; choose another directory")
     if not (directory / MANIFEST).is_file():
-        raise BundleError(f"{directory} exists and is no bundle, so it is not replaced; choose another directory")
+        raise BundleError(f"{directory} exists and is not a bundle, so it is not replaced; choose another directory")
     if not (directory / CONFIG).is_file():
         try:
             read_json(directory / MANIFEST)

@@ -13,7 +13,7 @@ from llmrec_peft.models.base import hub_id
 from llmrec_peft.models.stock_parts import HEAD_NAMES
 
 REPOSITORY = "OWNER/NAME"
-"""What stands in a card for the repository that it will lie in, which its writer does not know."""
+"""Placeholder for the name of the repository, which is not known when the card is written."""
 
 
 def bundle_example(manifest: Mapping[str, Any]) -> str:

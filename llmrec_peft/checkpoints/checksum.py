@@ -48,15 +48,15 @@ def with_checksum(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_checksum(manifest: Mapping[str, Any], path: Path, advice: str) -> None:
     """Raise BundleError where a manifest was edited after its checksum was computed."""
-    found, said = checksum_of(manifest), str(manifest.get(KEY))
-    if found != said:
+    found, stated = checksum_of(manifest), str(manifest.get(KEY))
+    if found != stated:
         raise BundleError(
-            f"{path} has the SHA-256 {found[:16]}..., but says {shortened(said[:16])}..., so it was edited; {advice}"
+            f"{path} has the SHA-256 {found[:16]}..., but says {shortened(stated[:16])}..., so it was edited; {advice}"
         )
 
 
-def check_file(path: Path, said: str, manifest: str, advice: str) -> None:
-    """Raise BundleError unless a file is there and has the SHA-256 that its manifest, a file's name, says."""
+def check_file(path: Path, stated: str, manifest: str, advice: str) -> None:
+    """Raise BundleError unless a file is there and has the SHA-256 that its manifest (a file name) states."""
     found = sha256(path) if path.is_file() else "none"
-    if found != said:
-        raise BundleError(f"{path} has the SHA-256 {found[:16]}..., but {manifest} says {said[:16]}...; {advice}")
+    if found != stated:
+        raise BundleError(f"{path} has the SHA-256 {found[:16]}..., but {manifest} says {stated[:16]}...; {advice}")

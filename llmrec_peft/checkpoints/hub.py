@@ -1,4 +1,4 @@
-"""Pushing a bundle or a merged model to the Hub: its own files in one commit, and nothing that lies beside them."""
+"""Pushing a bundle or a merged model to the Hub: only its own files, in one commit."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         files = _files(directory, Path(scratch), base)
         api = HfApi(endpoint=endpoint, token=token, library_name="llmrec_peft")
-        with _told(repo_id):
+        with _hub_errors(repo_id):
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             repo_id = url.repo_id
             if revision is not None:
@@ -82,7 +82,7 @@ def push_to_hub(
             for name, path in files.items()
         ]
         message = commit_message or f"Upload {'merged model' if is_merged(directory) else 'bundle'}"
-        with _told(repo_id):
+        with _hub_errors(repo_id):
             # One commit, where upload_folder may make several: no reader finds weights beside another's behavior.json.
             api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return str(url)
@@ -123,11 +123,11 @@ def _files(directory: Path, scratch: Path, base: str | None) -> dict[str, Path]:
 
 
 def _text(card: Path) -> str | None:
-    """A card's text. Raises BundleError for one that is no text."""
+    """A card's text. Raises BundleError if it is not UTF-8."""
     try:
         return card.read_text(encoding="utf-8") if card.is_file() else None
     except UnicodeDecodeError:
-        raise BundleError(f"{card} is no text in UTF-8; correct it, or remove it and it is written again") from None
+        raise BundleError(f"{card} is not UTF-8 text; correct it, or remove it and it is written again") from None
 
 
 def _rename_base(directory: Path, scratch: Path, manifest: Mapping[str, Any], base: str) -> None:
@@ -165,7 +165,7 @@ def _replaced(present: list[str], files: Collection[str], repo_id: str) -> list[
 
 
 @contextmanager
-def _told(repo_id: str) -> Iterator[None]:
+def _hub_errors(repo_id: str) -> Iterator[None]:
     """Turn what the Hub's client raises into one line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -180,14 +180,14 @@ def _told(repo_id: str) -> Iterator[None]:
         raise ConfigError(f"{repo_id} needs a token, and there is none on this machine; {login}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = _line(error.server_message or "")
+        detail = _line(error.server_message or "")
         hint = {
             401: login,
             403: "use a token that may write there",
             404: "check the owner's name, and that the token may see it",
         }
         raise ConfigError(
-            f"the Hub refused the push to {repo_id} with status {status}{f' ({said})' if said else ''}; "
+            f"the Hub refused the push to {repo_id} with status {status}{f' ({detail})' if detail else ''}; "
             f"{hint.get(status, 'try again later')}"
         ) from error
     except ValueError as error:  # such as a card's YAML that the Hub cannot read

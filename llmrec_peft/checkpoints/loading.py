@@ -1,4 +1,4 @@
-"""Loads what training, merging or distillation left, and starts classifiers on a base: the one loader.
+"""Loads trained directories (bundles, merged models, students), and builds new classifiers on a base.
 
 `load_trained` reads a bundle, a merged model or a student. `load_classifier` is for training: it builds a classifier on
 a base, or takes the one of a bundle.
@@ -61,11 +61,11 @@ class LoadOptions:
     """Options of loading a trained directory.
 
     Attributes:
-        base: of a bundle, where the base lies, if it is not where the bundle says; its weights must be the same.
+        base: for a bundle, another path or name of its base; the base's weights must be the same.
         dtype: number format of the base's weights; None for that of the bundle or merged model. The head is float32.
         attn: attention kernel; None for that of the bundle or merged model.
-        trust_remote_code: allow the base's own code to run; a bundle cannot allow it by itself.
-        mapped: of a bundle of method full, leave the weights in the pages of their file, which take no memory of their
+        trust_remote_code: allow the base's own code to run; a bundle cannot allow it.
+        mapped: for a bundle of method full, leave the weights in the pages of their file, which take no memory of their
             own. Kernels round by memory alignment, so logits may differ in the last bit from those in training.
     """
 
@@ -82,7 +82,7 @@ def load_trained(
     """Load a bundle, a merged model or a student for predictions, with all checks of its files and of its base.
 
     Args:
-        kind: ADAPTER or MERGED, if only that will do; None for whichever lies there.
+        kind: ADAPTER or MERGED to accept only that kind; None to accept both.
 
     Raises:
         BundleError: the directory is damaged, does not match its base or is of another kind, or `options.base` is given
@@ -112,7 +112,7 @@ def load_classifier(
     For a bundle, domain and method must be left out or equal those of the bundle.
 
     Raises:
-        ModelError: the base or the method cannot do what is asked.
+        ModelError: the base or the method does not support the request.
         ConfigError: an unknown option.
         BundleError: a bundle that is damaged or does not match its base.
     """
@@ -212,17 +212,17 @@ def _check_base(directory: Path, manifest: dict[str, Any], options: ModelOptions
         tokenizer = load_tokenizer(source, trust_remote_code=trust)
     except ModelError as error:
         raise BundleError(f"bundle {directory} cannot reach its base: {error}; or pass base=") from error
-    said = manifest["base"].get("fingerprint")
-    if found != said:
+    stated = manifest["base"].get("fingerprint")
+    if found != stated:
         raise BundleError(
-            f"bundle {directory} was trained on {_described(manifest['base'])} with fingerprint {short(said)}, but "
+            f"bundle {directory} was trained on {_described(manifest['base'])} with fingerprint {short(stated)}, but "
             f"base {_described({'name': options.base, 'source': base_source(options.base)})} has {short(found)}; "
             "load it on the base that it was trained on"
         )
-    said = manifest["tokenizer"].get("fingerprint")
-    if not fits(tokenizer, said):
+    stated = manifest["tokenizer"].get("fingerprint")
+    if not fits(tokenizer, stated):
         raise BundleError(
-            f"bundle {directory} was trained with a tokenizer of fingerprint {short(said)}, but that of base "
+            f"bundle {directory} was trained with a tokenizer of fingerprint {short(stated)}, but that of base "
             f"{options.base} has {short(tokenizer_fingerprint(tokenizer))}; use the base's own tokenizer files"
         )
     return tokenizer

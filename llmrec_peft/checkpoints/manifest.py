@@ -84,7 +84,7 @@ def refuse_merged(directory: str | Path) -> None:
     """Raise BundleError if a directory is a merged model; a bundle is needed."""
     if is_merged(directory):
         raise BundleError(
-            f"{directory} is a merged model and no bundle: its adapter is in its weights already; load it with "
+            f"{directory} is a merged model, not a bundle: its adapter is in its weights already; load it with "
             "load_trained, score it with recipes/evaluate.py, train it further as model.base, or name the bundle that "
             "it was merged from"
         )
@@ -109,7 +109,7 @@ def _check_kind(path: Path, manifest: Mapping[str, Any], kind: ManifestKind) -> 
     if kind is ADAPTER:
         refuse_merged(path.parent)
     elif kind is MERGED and found != kind.kind:
-        raise BundleError(f"{path.parent} is no merged model (kind {shortened(repr(found))}); load it as a bundle")
+        raise BundleError(f"{path.parent} is not a merged model (kind {shortened(repr(found))}); load it as a bundle")
     elif kind is EXPORT and found != kind.kind:
         raise BundleError(f"{path} is not of an exported student; name {kind.made_by}")
 

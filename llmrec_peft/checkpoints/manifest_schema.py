@@ -33,14 +33,14 @@ class ManifestKind:
     """One kind of manifest.
 
     Attributes:
-        name: of the kind, for messages.
+        name: name of the kind, for messages.
         file: name of the manifest.
         fields: schema of its entries (`value_schema`).
         kind: value of the entry `kind`; None where there is no such entry.
         version: format version that is written; 1 to this one are read.
         checksum_from: first format version whose manifests hold their own checksum; None where no version does.
-        made_by: what the user names instead of a wrong directory, for messages.
-        restore: what the user can do about a damaged manifest, for messages.
+        made_by: the directory to name instead of a wrong one, for messages.
+        restore: how to repair a damaged manifest, for messages.
         again: how to make another one, for messages.
     """
 
@@ -62,9 +62,9 @@ _COMMON: dict[str, Any] = {
     "metrics": dict,
     "versions": {str: str},
 }
-"""Of every directory that predicts labels."""
+"""Entries of every directory that predicts labels."""
 _STREAMED: dict[str, Any] = {**_COMMON, "words": [str], "stream": dict, "tokenizer": {"fingerprint": str}}
-"""Of bundles, merged models and students."""
+"""Entries of bundles, merged models and students."""
 _RATIO = Real(-1e300, 1e300)
 _TOKEN = Whole(0, 2**31 - 1)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_COUNT = 100_000
 """Layers or labels that a config.json gives, at most; lists are made of them before any weight is looked at."""
 MAX_RULES, MAX_RULE, MAX_GROWTH = 50, 1_000, 10_000
-"""Of a tokenizer's normalizer, pre-tokenizer and decoder: rules, characters of one, and what they make of a character.
+"""Limits of a tokenizer's normalizer, pre-tokenizer and decoder: rules, characters in a rule, growth of a character.
 
 Llama 3 has one pattern of 150 characters, DeepSeek five; `Replace` puts one to three characters in most tokenizers.
 """
@@ -70,22 +70,22 @@ def _check_files(directory: Path, manifest: Mapping[str, Any]) -> list[Path]:
     strange = stray_weights(directory, [path.name for path in shards])
     if strange:
         raise BundleError(f"merged model {directory} holds {strange[0]!r} beside its own weights; remove it")
-    for name, said in manifest["files"].items():
+    for name, stated in manifest["files"].items():
         if Path(name).name != name:
             raise BundleError(
                 f"{directory / MANIFEST} names the file {name!r} outside of its directory; {MERGED.restore}"
             )
-        check_file(directory / name, str(said), MANIFEST, MERGED.restore)
+        check_file(directory / name, str(stated), MANIFEST, MERGED.restore)
     try:
         entries = read_headers(shards)
         check_formats(entries)
         found = fingerprint(entries)
     except ValueError as error:
         raise BundleError(f"merged model {directory}: {error}; copy it again or merge again") from None
-    said = manifest["weights"].get("fingerprint")
-    if found != said:
+    stated = manifest["weights"].get("fingerprint")
+    if found != stated:
         raise BundleError(
-            f"the weights of {directory} have the fingerprint {short(found)}, but {MANIFEST} says {short(said)}; "
+            f"the weights of {directory} have the fingerprint {short(found)}, but {MANIFEST} says {short(stated)}; "
             "copy them again or merge again"
         )
     return shards
@@ -113,15 +113,15 @@ def _tokenizer(directory: Path, manifest: Mapping[str, Any], trust_remote_code: 
         tokenizer = load_tokenizer(str(directory), trust_remote_code=trust_remote_code)
     except ModelError as error:
         raise BundleError(f"merged model {directory} has no tokenizer that loads: {error}") from error
-    found, said = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
-    if found != said and fits(tokenizer, said):
+    found, stated = tokenizer_fingerprint(tokenizer), manifest["tokenizer"].get("fingerprint")
+    if found != stated and fits(tokenizer, stated):
         raise BundleError(
             f"the tokenizer of merged model {directory} puts an end token behind every text, which stock classes read "
             "in place of the marker, so other programs give other predictions; merge again with this version"
         )
-    if found != said:
+    if found != stated:
         raise BundleError(
-            f"merged model {directory} was trained with a tokenizer of fingerprint {short(said)}, but its files have "
+            f"merged model {directory} was trained with a tokenizer of fingerprint {short(stated)}, but its files have "
             f"{short(found)}; {MERGED.restore}"
         )
     return tokenizer
@@ -195,7 +195,7 @@ def no_more_than(entries: Mapping[str, TensorEntry]) -> Iterator[None]:
 def check_tokenizer(directory: Path) -> None:
     """Raise BundleError where the rules of a tokenizer.json are too many, too long, or let a text grow too much.
 
-    No pattern is tried: one that takes for ever passes.
+    Patterns are not run, so a pattern that never ends is not detected.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():

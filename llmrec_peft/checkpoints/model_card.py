@@ -245,7 +245,7 @@ def _limits(manifest: Mapping[str, Any]) -> str:
             "on them differ a little."
         )
     if not hub_id(str(base.get("name"))):
-        lines.append(f"The base is no model of the Hub; its fingerprint is {code(base.get('fingerprint'), bare=True)}.")
+        lines.append(f"The base is not on the Hub; its fingerprint is {code(base.get('fingerprint'), bare=True)}.")
     if manifest.get("model_options", {}).get("trust_remote_code"):
         lines.append("The base brings code of its own: loading needs `trust_remote_code=True`.")
     return "\n".join(f"- {line}" for line in lines)

@@ -16,7 +16,7 @@ from llmrec_peft.files import move_into_place, scratch_directory
 
 
 def check_output(directory: str | Path, *sources: str | Path) -> Path:
-    """The directory to write a merged model to: a new or empty one, or one that holds a merged model.
+    """Check the output directory of a merge: it must be new, empty, or hold a merged model.
 
     Raises BundleError for anything else, and for a directory that the merge itself reads from.
     """

@@ -26,8 +26,8 @@ def prepare_tokenizer(
     ends in the pad token, another special token becomes the pad token.
 
     Args:
-        tokenizer, config: of the model; both change.
-        domain: the plain mapping.
+        tokenizer, config: the model's; both are changed in place.
+        domain: the domain's plain mapping.
 
     Raises BundleError where the tokenizer cannot leave its end token out, or has no other token to pad with.
     """

@@ -3,7 +3,7 @@
 A schema is a plain value:
 
     str, bool, dict, list        a value of that type with any content; a text has at most MAX_TEXT characters
-    Whole(0, 9), Real(0, 1)      a number between two bounds; a bool is no number
+    Whole(0, 9), Real(0, 1)      a number between two bounds; a bool is not a number
     None, "lora"                 exactly that value
     (str, None)                  one of several
     [schema]                     a list, each entry of the schema
@@ -61,9 +61,9 @@ def check_schema(value: Any, schema: Any, path: Path, advice: str, name: str = "
     """Raise BundleError for the first value that breaks a schema.
 
     Args:
-        path: of the manifest, for the message.
+        path: path of the manifest, for the message.
         advice: what the user can do, for the message.
-        name: of the value inside the manifest, for the message.
+        name: name of the value inside the manifest, for the message.
     """
     if isinstance(schema, tuple):
         alike = [choice for choice in schema if isinstance(choice, dict | list) and type(choice) is type(value)]

@@ -96,7 +96,7 @@ def config_to_yaml(config: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts with line breaks in quotes: folded over lines, nobody could tell " yes" from " yes\\n"."""
+    """Writes texts with line breaks in quotes: in YAML's folded style, " yes" and " yes\\n" look the same."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -135,8 +135,8 @@ def _take_files(args: list[str], has_domain: bool) -> tuple[list[str], str | Non
 class _Keys:
     """Dotted names of a configuration class.
 
-    types: of its values. sections: dataclasses in it. mappings: values that map the user's own names, whose entries are
-    dotted too in flags.
+    types: type of each value. sections: dataclasses in it. mappings: values that map the user's own names; in flags,
+    their entries are dotted too.
     """
 
     types: dict[str, Any]
@@ -192,7 +192,7 @@ def _read_file(path: str, keys: _Keys) -> dict[str, Any]:
 
 
 def _check_mapping(content: Mapping[str, Any], keys: _Keys, where: str, prefix: str = "") -> None:
-    """Raise ConfigError for an unknown key of a file, or a section that is no mapping."""
+    """Raise ConfigError for an unknown key of a file, or a section that is not a mapping."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         if key not in keys.sections:
@@ -238,7 +238,7 @@ def _parse(
     _add_arguments(parser, config_class)
     try:
         parsed = parser.parse_args(flags, namespace=Namespace(_flat(content, keys)) if content else None)
-    except Exception as error:  # ArgumentError, and what a library raises for a value that it cannot read
+    except Exception as error:  # ArgumentError, or any exception of a library that cannot read a value
         _refuse(str(error), keys.types)
     return parsed.as_dict()
 
@@ -278,7 +278,7 @@ def _flat(content: Mapping[str, Any], keys: _Keys, prefix: str = "") -> dict[str
 
 
 def _refuse(message: str, types: Mapping[str, Any]) -> NoReturn:
-    """Say what jsonargparse found wrong in one line of our own."""
+    """Raise ConfigError with the fault that jsonargparse found, in one line."""
     missing = re.search(r"following arguments are required: (.*)", message)
     if missing:
         key = missing[1].split(", ")[0]

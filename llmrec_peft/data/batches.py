@@ -8,7 +8,7 @@ PAD = -1  # segment of padding: no token sees it
 def plan_micro_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Group rows so that each group, padded to its longest, holds at most `max_tokens` tokens.
 
-    Rows of similar length are grouped, longest first. A row longer than `max_tokens` is a group by itself.
+    Rows of similar length are grouped, longest first. A row longer than `max_tokens` forms a group of its own.
 
     Args:
         lengths: int [rows], tokens of each row.

@@ -30,16 +30,16 @@ def collate(streams: list[Stream], pad_token_id: int, *, padding_side: str = "ri
     shape = (len(streams), length)
     ids, positions = np.full(shape, pad_token_id, np.int64), np.zeros(shape, np.int64)
     segment, seen = np.full(shape, PAD, np.int64), np.zeros(shape, np.int64)
-    markers, lists = [], []
+    markers, sets = [], []
     for row, stream in enumerate(streams):
         begin = length - len(stream) if padding_side == "left" else 0
         span = slice(begin, begin + len(stream))
         ids[row, span], positions[row, span] = stream.input_ids, stream.position_ids
         segment[row, span], seen[row, span] = stream.segment, 1
         markers.append(stream.markers + row * length + begin)
-        # A list may be divided between two windows; within a batch, each window's part is a group of its own.
-        lists.append(np.stack([np.full_like(stream.lists, row), stream.lists]))
-    keyed = np.concatenate(lists, axis=1)
+        # Two windows may share a candidate set; within a batch, the part in each window is one group.
+        sets.append(np.stack([np.full_like(stream.candidate_sets, row), stream.candidate_sets]))
+    keyed = np.concatenate(sets, axis=1)
     groups = np.unique(keyed, axis=1, return_inverse=True)[1].reshape(-1) if keyed.size else np.empty(0, np.int64)
     needs_mask = mask or (padding_side == "left" and not seen.all())
     return {

@@ -147,7 +147,7 @@ class Domain:
         """This domain for a model that reads item ids: the same labels, rules and splits, but only item ids.
 
         Args:
-            context, targets: of its windows.
+            context, targets: sizes of its windows, as in `StreamRule`.
         """
         # Tokens: an event as a candidate (1) and again on the prefix with its outcome (2); each negative (1).
         most = 1 + 2 * context + targets * (3 + self.negatives.per_positive)
@@ -246,7 +246,7 @@ def _check_texts(domain: Domain) -> None:
     halves = [text for text in texts if isinstance(text, str) and has_surrogates(text)]
     if halves:
         raise DomainError(
-            f"domain: {quoted(halves[0])} holds half of a surrogate pair, which is no character; remove it"
+            f"domain: {quoted(halves[0])} holds half of a surrogate pair, which is not a character; remove it"
         )
     if len(domain.outcomes) < 2:
         raise DomainError(f"{where}: outcomes must hold two labels or more; got {list(domain.outcomes)}")

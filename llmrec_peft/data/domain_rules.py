@@ -9,7 +9,7 @@ from llmrec_peft.fields import number as of_number
 
 @dataclass
 class LabelRule:
-    """The column that says what the user did, and how its values become labels."""
+    """The column of the outcomes, and how its values become labels."""
 
     column: str = "label"
     """Column of the interactions that holds the outcome."""

@@ -1,4 +1,4 @@
-"""Download MovieLens: resume what broke off, verify the checksum, unpack all files or none.
+"""Download MovieLens: resume an interrupted download, verify the checksum, unpack all files or none.
 
 python -m llmrec_peft.data.download ml-latest-small
 """

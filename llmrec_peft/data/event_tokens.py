@@ -50,7 +50,7 @@ def tokenise_events(
 
     Args:
         negatives: int32 [P, N], item of each sampled negative; -1 for none.
-        name: of the split, for the progress bar.
+        name: name of the split, for the progress bar.
 
     Raises:
         DomainError: a template names a column that the log lacks.

@@ -1,4 +1,4 @@
-"""The events of one split: the rows of the log that its windows can hold, and what becomes of each in a stream."""
+"""The events of one split: the rows of the log that its windows can hold, as targets or as history."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Events:
         rows: int64 [E], row of the log of each event, rising.
         classes: int64 [E], class number; -1 without a label.
         is_target: bool [E].
-        joins: bool [E], whether later events see it, with its outcome, on the prefix.
+        in_history: bool [E], whether the event and its outcome are part of the prefix that later events see.
         moment: int64 [E], the first event of the same user and moment; with `simultaneous: order` the event itself.
     """
 
     rows: np.ndarray
     classes: np.ndarray
     is_target: np.ndarray
-    joins: np.ndarray
+    in_history: np.ndarray
     moment: np.ndarray
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Events:
     @cached_property
     def on_prefix(self) -> np.ndarray:
         """bool [E]: whether an event is predicted on the prefix, since it is alone at its moment, or as a candidate."""
-        return self.joins & (np.bincount(self.moment, minlength=len(self))[self.moment] == 1)
+        return self.in_history & (np.bincount(self.moment, minlength=len(self))[self.moment] == 1)
 
 
 def select_events(split: LogSplit, domain: Domain, row_classes: np.ndarray, *, unlabelled: bool) -> Events:
@@ -81,9 +81,9 @@ def select_events(split: LogSplit, domain: Domain, row_classes: np.ndarray, *, u
     if not is_target[rows].any():
         raise DataError(f"split '{split.name}' of {log.name} has no labelled target; give more data or shares")
     wanted = domain.stream.history_labels
-    class_joins = np.array([wanted is None or label in wanted for label in domain.labels])  # [classes]
-    joins = class_joins[classes] & (classes >= 0)
-    return Events(rows, classes, is_target[rows], joins, _moments(split, domain, rows))
+    class_in_history = np.array([wanted is None or label in wanted for label in domain.labels])  # [classes]
+    in_history = class_in_history[classes] & (classes >= 0)
+    return Events(rows, classes, is_target[rows], in_history, _moments(split, domain, rows))
 
 
 def _moments(split: LogSplit, domain: Domain, rows: np.ndarray) -> np.ndarray:

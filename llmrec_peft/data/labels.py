@@ -1,4 +1,4 @@
-"""Labels of a log's rows: the class number of each value in the column that says what the user did."""
+"""Labels of a log's rows: the class number of each value in the column of the outcomes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Stream:
         segment: int32 [L]; 0 for the prefix, a new number for each candidate.
         markers: int64 [T]; index of the token at which each target is predicted.
         labels: int64 [T]; class numbers.
-        lists: int64 [T]; targets with equal numbers are alternatives at one moment.
+        candidate_sets: int64 [T]; targets with equal numbers compete at one moment.
         targets: int64 [T]; row numbers of `StreamDataset.targets`.
     """
 
@@ -29,7 +29,7 @@ class Stream:
     segment: np.ndarray
     markers: np.ndarray
     labels: np.ndarray
-    lists: np.ndarray
+    candidate_sets: np.ndarray
     targets: np.ndarray
 
     def __len__(self) -> int:
@@ -42,7 +42,8 @@ class Stream:
         one = slice(number, number + 1)
         ids = np.concatenate([self.input_ids[seen], suffix])
         return Stream(ids, np.arange(len(ids), dtype=np.int32), np.zeros(len(ids), np.int32),
-                      np.array([len(seen) - 1]), self.labels[one], self.lists[one], self.targets[one])  # fmt: skip
+                      np.array([len(seen) - 1]), self.labels[one], self.candidate_sets[one],
+                      self.targets[one])  # fmt: skip
 
 
 class StreamRows(Protocol):

@@ -28,7 +28,7 @@ class BehaviorLog:
     ids. Users and items have integer codes, so that later steps work on arrays; text stays in the item table.
 
     Attributes:
-        name: what messages call the log.
+        name: name of the log in messages.
         interactions: Arrow table [rows] with `user_id`, `item_id`, `timestamp` (seconds), at least one of `label`,
             `rating` and `behaviour`, and the log's own columns. Logs above a million rows are memory-mapped.
         items: Arrow table [items] with `item_id`, `title` and other columns, in the given order.
@@ -49,7 +49,7 @@ class BehaviorLog:
                 targets.
             items: `item_id`, `title` and any other columns. Without this table the interactions need a `title` column,
                 and each item takes the title of its first row.
-            name: what messages call the log.
+            name: name of the log in messages.
 
         Raises:
             DataError: a rule is broken; the message names the rule, the rows or ids and what to do.
@@ -175,8 +175,8 @@ class BehaviorLog:
 
         Args:
             by: `time` sets two boundaries for all users; `user` deals whole users at random.
-            valid, test: shares of the rows (by time) or of the users (by user).
-            seed: of the shuffle of users.
+            valid, test: fractions of the rows (by time) or of the users (by user).
+            seed: random seed of the order of users.
 
         Raises:
             DataError: see `llmrec_peft.data.splits.split_rows`.

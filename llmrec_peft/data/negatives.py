@@ -36,14 +36,14 @@ def sample_negatives(
     source: np.ndarray | None = None,
     past_only: bool = True,
 ) -> np.ndarray:
-    """Draw items that the users had not taken before.
+    """Sample items that the users had not taken before.
 
     Args:
         split: the log, and the rows that negatives are drawn for. A list never has an item that its user has in the
             log at the positive's time or before, with any label and in any split.
         per_positive: items in each list, at least 1.
         sampling: `popularity` (in proportion to an item's earlier source rows) or `uniform` (items that have any).
-        seed: of the random generator.
+        seed: random seed.
         positives: row numbers to draw for; by default `split.rows`.
         source: row numbers that define popularity and the known items; by default every row of the log. For a split by
             user give the training rows.

@@ -137,9 +137,9 @@ def simulate_shop(users: int = 300, seed: int = 0, *, items: int = 400, sessions
     """Draw a simulated log; the same arguments give the same log.
 
     Args:
-        users: how many users.
-        seed: of the random generator.
-        items: how many products.
+        users: number of users.
+        seed: random seed.
+        items: number of products.
         sessions: mean sessions of a user; each shows about seven products, so the default gives about 20,000 rows.
 
     Raises:

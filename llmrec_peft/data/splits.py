@@ -38,13 +38,13 @@ def split_rows(
     Args:
         users: int32 [rows], user codes, non-decreasing.
         times: [rows], timestamps.
-        context_only: bool [rows], rows that become no target.
+        context_only: bool [rows], rows that are never targets.
         by: `time` sets two boundaries for all users (train < t1 <= valid < t2 <= test), each at a moment of the log, so
             that rows of one moment stay together. `user` deals whole users, at random by `seed`.
-        valid, test: shares, of target rows by time and of users by user; above 0, and below 1 together. The nearest
-            share that the ties allow is taken.
-        seed: of the shuffle of users; a split by time is deterministic.
-        name: of the log, for messages.
+        valid, test: fractions of target rows (by time) or of users (by user); above 0, and below 1 together. The
+            nearest fraction that the ties allow is used.
+        seed: random seed of the order of users; a split by time is deterministic.
+        name: name of the log, for messages.
 
     Returns:
         The rows of each split, and the boundaries of a split by time.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-SHORT_LISTS = 0.01  # share of positives with too few negatives from which a warning says so
+SHORT_LISTS = 0.01  # fraction of positives with too few negatives above which a warning is logged
 
 
 class Streams(torch.utils.data.Dataset[Stream], ABC):
@@ -54,7 +54,7 @@ class Streams(torch.utils.data.Dataset[Stream], ABC):
 
 
 class StreamDataset(Streams):
-    """The windows of one split; a window becomes tokens when it is asked for.
+    """The windows of one split; the tokens of a window are laid out when it is read.
 
     W windows, T targets; E events and P target events as in `Events`.
 
@@ -65,7 +65,7 @@ class StreamDataset(Streams):
         target_rows: int64 [T], row of the log; a sampled negative has the row of its positive.
         target_items: int32 [T], row of the item table.
         target_labels: int64 [T], class number; -1 for none.
-        target_lists: int64 [T], list number: targets of one moment of a user compete.
+        target_sets: int64 [T], candidate set: targets of one moment of a user compete.
         sampled: bool [T], whether the target is a sampled negative.
         dropped_context: history events that max_length left no room for.
     """
@@ -116,7 +116,7 @@ class StreamDataset(Streams):
         return negatives
 
     def _warn_of_short_lists(self, negatives: np.ndarray) -> None:
-        """Say so where more than the first positives of the log, which have no past, lack negatives."""
+        """Log a warning if more positives lack negatives than the first of the log, which have no past."""
         short, none = (negatives < 0).any(1), (negatives < 0).all(1)
         if short.mean() > SHORT_LISTS:
             _log.warning(
@@ -137,8 +137,8 @@ class StreamDataset(Streams):
         self.target_items[self.sampled] = self._negatives[taken]
         self.target_labels = np.repeat(events.classes[events.targets], counts)
         self.target_labels[self.sampled] = self.domain.negative_class
-        _, lists = np.unique(events.moment[events.targets], return_inverse=True)
-        self.target_lists = np.repeat(lists, counts)
+        _, candidate_sets = np.unique(events.moment[events.targets], return_inverse=True)
+        self.target_sets = np.repeat(candidate_sets, counts)
 
     # -- access --------------------------------------------------------------------------------
 
@@ -171,11 +171,11 @@ class StreamDataset(Streams):
         numbers = np.arange(self.target_offsets[number], self.target_offsets[number + 1])  # targets
         order = np.array([markers[target] for target in numbers])
         ids, positions, segment = build.arrays()
-        return Stream(ids, positions, segment, order, self.target_labels[numbers], self.target_lists[numbers], numbers)
+        return Stream(ids, positions, segment, order, self.target_labels[numbers], self.target_sets[numbers], numbers)
 
     def _join(self, build: StreamBuilder, event: int) -> None:
         """Lay a finished event on the prefix, if its label lets later events see it."""
-        if self.events.joins[event]:
+        if self.events.in_history[event]:
             outcome = self.vocabulary.outcomes[self.events.classes[event]]
             build.prefix(self._tokens.event(event), self.vocabulary.marker, outcome)
 
@@ -215,7 +215,7 @@ class StreamDataset(Streams):
         vocabulary, events = self.vocabulary, self.events
         return [
             self.lengths, self.target_offsets, self.target_rows, self.target_items, self.target_labels,
-            self.target_lists, self._bounds, events.rows, events.joins, events.moment, *self.token_arrays(),
+            self.target_sets, self._bounds, events.rows, events.in_history, events.moment, *self.token_arrays(),
             vocabulary.prefix, vocabulary.suffix, vocabulary.marker, *vocabulary.outcomes,
         ]  # fmt: skip
 
@@ -333,9 +333,9 @@ def build_streams(
 
     Args:
         split: targets, from :meth:`BehaviorLog.split`; all earlier rows of a user are history.
-        domain: words and rules.
+        domain: templates and rules.
         tokenizer: the base model's.
-        seed: of the sampled negatives.
+        seed: random seed of the sampled negatives.
         source: rows of the log that negatives are drawn from; for splits by user, the training rows.
         unlabelled: make rows of the split that the domain leaves out targets too, with class -1: candidates that no
             later event sees. A teacher can predict them; a loss on labels cannot use them.

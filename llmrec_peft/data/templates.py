@@ -33,7 +33,7 @@ def check_template(template: str, what: str) -> None:
     if len(template) > MAX_TEMPLATE:
         raise DomainError(f"{what} has {len(template):,} characters, and {MAX_TEMPLATE:,} are the most; shorten it")
     if has_surrogates(template):
-        raise DomainError(f"{what} holds half of a surrogate pair, which is no character; remove it")
+        raise DomainError(f"{what} holds half of a surrogate pair, which is not a character; remove it")
     try:
         parts = string.Formatter().parse(template)
         fields = [(name, spec or "", turned) for _, name, spec, turned in parts if name is not None]
@@ -87,7 +87,7 @@ def broken_up(text: str, forbidden: list[str]) -> str:
 
 
 def fill(template: str, columns: Mapping[str, Any], forbidden: list[str]) -> str:
-    """Fill a template for one row, as `domain.render` does for many.
+    """Fill a template for one row, as `rendering.render` does for many.
 
     Args:
         template: text with {column} or {column:format} fields.
@@ -96,7 +96,7 @@ def fill(template: str, columns: Mapping[str, Any], forbidden: list[str]) -> str
         forbidden: see :func:`neutralise`.
 
     Raises:
-        DomainError: a format that does not fit its value, or a value that is no text, number, date or list of these.
+        DomainError: a format that does not fit its value, or a value that is not a text, number, date or list of these.
         DataError: a number that is infinite or beyond 64 bits.
     """
     parts = []

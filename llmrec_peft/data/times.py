@@ -30,7 +30,7 @@ _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 class Unit:
     """A range of numbers [low, high) that times of one unit lie in.
 
-    name: of such numbers in messages. mend: how to convert them into seconds since 1970.
+    name: name of the unit in messages. mend: how to convert its numbers to seconds since 1970.
     """
 
     low: float

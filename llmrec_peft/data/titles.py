@@ -28,5 +28,5 @@ def title_fault(title: Any) -> str | None:
     if title is None or (isinstance(title, float) and title != title):
         return f"has no title ({title})"
     if not isinstance(title, str):
-        return f"has a title that is no text, {quoted(title)}"
+        return f"has a title that is not text, {quoted(title)}"
     return f"has a title without a visible character, {quoted(title)}" if is_unseen(title) else None

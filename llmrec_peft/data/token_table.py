@@ -33,7 +33,7 @@ class TokenTable:
         Args:
             vocabulary: tokenises, and removes the tokens that no text may contain.
             chunks: Arrow string arrays, `total` texts in all.
-            total: for the progress bar.
+            total: number of texts, for the progress bar.
             what: name on the progress bar.
         """
         lengths = []

@@ -52,7 +52,8 @@ class WindowPlanner:
             StreamError: a header or an event that does not fit into `max_length` tokens.
         """
         history, predicted = self._token_counts()
-        past, joined = prefix_sums(history), prefix_sums(self.events.joins)  # [E + 1] tokens, and events, before each
+        # [E + 1]: history tokens and history events before each event.
+        past, earlier = prefix_sums(history), prefix_sums(self.events.in_history)
         begins, ends = self._spans(history, predicted)
         bounds: list[tuple[int, int, int, int]] = []
         dropped = 0
@@ -68,10 +69,10 @@ class WindowPlanner:
                 end = self._whole_moments(start, end, stop)
                 edge = int(self.events.moment[self.events.targets[start]])
                 left = room - (ends[end - 1] - begins[start])
-                # The last `context` events that join, and of these what fits into the tokens that are left.
-                wanted = max(oldest, int(np.searchsorted(joined, joined[edge] - self.rule.context, "left")))
+                # The last `context` history events, and of these the ones that fit into the remaining tokens.
+                wanted = max(oldest, int(np.searchsorted(earlier, earlier[edge] - self.rule.context, "left")))
                 begin = max(wanted, int(np.searchsorted(past, past[edge] - left, "left")))
-                dropped += int(joined[min(begin, edge)] - joined[min(wanted, edge)])
+                dropped += int(earlier[min(begin, edge)] - earlier[min(wanted, edge)])
                 bounds.append((min(begin, edge), edge, start, end))
                 start = end
         planned = np.array(bounds, np.int64)
@@ -79,7 +80,7 @@ class WindowPlanner:
         users = self.log.user_codes[self.events.rows[self.events.targets[start_]]]
         headers = self.tokens.headers.lengths[users if len(self.tokens.headers) > 1 else np.zeros_like(start_)]
         lengths = len(self.vocabulary.prefix) + headers + past[edge_] - past[begin_] + ends[end_ - 1] - begins[start_]
-        return Windows(planned, lengths, joined[edge_] - joined[begin_], dropped)
+        return Windows(planned, lengths, earlier[edge_] - earlier[begin_], dropped)
 
     def _users(self) -> Iterator[tuple[int, int, int, int]]:
         """Of each user with targets: code, first event (E), first target event (P) and the one after the last (P)."""
@@ -95,7 +96,7 @@ class WindowPlanner:
         """Tokens of each event as history, and as a target with its negatives; int64 [E] each."""
         sizes, marker = self.tokens.table.lengths, len(self.vocabulary.marker)
         event = sizes[self.tokens.event_text] + marker
-        history = np.where(self.events.joins, event + self._outcome_lengths(), 0)
+        history = np.where(self.events.in_history, event + self._outcome_lengths(), 0)
         predicted = np.where(self.events.is_target, event, 0)
         if self.negatives.size:
             text = self.tokens.negative_text

@@ -23,6 +23,7 @@ def soft_target_loss(
     """
     student_TC = F.log_softmax(logits_TC / temperature, dim=-1)
     teacher_TC = F.log_softmax(teacher_TC / temperature, dim=-1)
+    # KL(teacher || student): `kl_div` takes the student's log-probabilities first.
     divergence_T = F.kl_div(student_TC, teacher_TC, reduction="none", log_target=True).sum(-1)
     return temperature**2 * (weights_T * divergence_T).sum()
 
@@ -44,7 +45,7 @@ def target_weights(teacher_TC: torch.Tensor, labels_T: torch.Tensor, weighting: 
     if weighting in ("confidence", "both"):
         weights_T = weights_T * confidence(teacher_TC)
     if weighting in ("agreement", "both"):
-        # -1 is no index: such rows read class 0, and are replaced by 1.
+        # gather needs a valid index: rows of label -1 read class 0 and are then set to 1.
         p_T = F.softmax(teacher_TC, dim=-1).gather(1, labels_T.clamp(min=0)[:, None])[:, 0]
         weights_T = weights_T * torch.where(labels_T >= 0, p_T, torch.ones_like(p_T))
     return weights_T
@@ -69,10 +70,12 @@ def pairwise_margin_loss(
         rows_T: number of the stream of each target. Only targets of one user are compared, as GAUC does.
     """
     student_T, teacher_T = log_odds(logits_TC), log_odds(teacher_TC)
+    # Element (i, j) is the pair in which the teacher ranks target i above target j.
     same_stream_TT = rows_T[:, None] == rows_T[None, :]
     # The floor keeps a target from being compared with itself where gap is 0.
     above_TT = same_stream_TT & (teacher_T[:, None] - teacher_T[None, :] >= max(gap, 1e-6))
     miss_TT = F.relu(margin - (student_T[:, None] - student_T[None, :])) * above_TT
+    # Mean over j, then sum over i; a target without pairs adds 0 / 1.
     return (miss_TT.sum(1) / above_TT.sum(1).clamp(min=1)).sum()
 
 
@@ -99,6 +102,7 @@ class HiddenStateLoss(nn.Module):
         """Sum over targets of the mean over layers."""
         projected_TKH = torch.stack([own(student_TKS[:, k].float()) for k, own in enumerate(self.maps)], dim=1)
         teacher_TKH = teacher_TKH.float()  # cached in float16
+        # Direction and shape of the states; their norms are not compared.
         cosine_TK = 1 - F.cosine_similarity(projected_TKH, teacher_TKH, dim=-1)
         error_TK = (_unit_rms(projected_TKH) - _unit_rms(teacher_TKH)).square().mean(-1)
         return (cosine_TK + error_TK).mean(1).sum()

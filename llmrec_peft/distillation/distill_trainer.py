@@ -96,7 +96,7 @@ class DistillTrainer(BehaviorTrainer):
             return logits.sum() * 0.0
         self.targets_seen += len(labels)
         total = logits.sum() * 0.0  # keeps the graph where no term applies
-        known = labels >= 0
+        known = labels >= 0  # bool [T]; -1 marks targets without a label
         if self.distill_loss.hard and known.any():
             total = total + self.distill_loss.hard * self.loss(logits[known], labels[known], groups[known])
         if self.teacher is not None:
@@ -104,6 +104,7 @@ class DistillTrainer(BehaviorTrainer):
             rows = inputs["markers"] // inputs["input_ids"].shape[1]
             for term in self._teacher_terms(self.teacher, logits, labels, targets.cpu(), rows, hidden):
                 total = total + term
+        # W / N, as in `BehaviorTrainer._loss_share`.
         return total * (self.accelerator.num_processes / num_items)
 
     def _teacher_terms(
@@ -122,7 +123,7 @@ class DistillTrainer(BehaviorTrainer):
         """
         options, device = self.distill_loss, logits_TC.device
         teacher_TC = torch.from_numpy(teacher.logits)[targets_T].to(device)
-        has = torch.isfinite(teacher_TC).all(1)
+        has = torch.isfinite(teacher_TC).all(1)  # bool [T]; NaN marks targets without a prediction
         if not has.any():
             return
         logits_TC, teacher_TC = logits_TC[has], teacher_TC[has]

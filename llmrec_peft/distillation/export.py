@@ -59,8 +59,9 @@ def export_onnx(
         student: directory of a student, or of any merged model of a decoder.
         out: directory to write.
         int8: write a second graph with weights of 8 bits, whose differences are measured but not limited.
-        opset: of the graph; `OPSET` if None.
-        streams: what both predict, by the student's domain and tokenizer (`build_streams`); synthetic inputs if None.
+        opset: opset of the graph; `OPSET` if None.
+        streams: streams that both predict on, by the student's domain and tokenizer (`build_streams`); synthetic
+            inputs if None.
         tolerance: see `TOLERANCE`.
         batch_tokens: tokens of one forward pass, at most.
 

@@ -28,7 +28,7 @@ from llmrec_peft.models.predict import Predictions, predict
 
 @dataclass(frozen=True)
 class CheckedStreams:
-    """What torch and the graphs predict.
+    """Streams that torch and the graphs predict on.
 
     Attributes:
         streams: the streams.
@@ -69,9 +69,9 @@ def compare_graphs(
     """Differences between each graph's logits and torch's, and AUC of both where labels are real.
 
     Args:
-        graphs: from a precision to the file of its graph.
+        graphs: mapping from a precision to the file of its graph.
         loaded: the student in torch.
-        checked: what both predict.
+        checked: the streams that both predict on.
         batch_tokens: tokens of one forward pass, at most.
 
     Returns:

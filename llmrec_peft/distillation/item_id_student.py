@@ -27,7 +27,7 @@ def item_id_tokenizer(item_ids: pa.Array | pa.ChunkedArray, domain: Domain) -> P
 
     Args:
         item_ids: ids of the catalogue [items].
-        domain: of item ids, from `Domain.of_ids`.
+        domain: a domain of item ids, from `Domain.of_ids`.
 
     Raises:
         DataError: two ids that are equal once line breaks and special tokens are removed.

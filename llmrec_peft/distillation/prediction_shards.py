@@ -34,7 +34,7 @@ MAX_LOGIT = 1e6
 
 @dataclass(frozen=True)
 class CachedPredictions:
-    """What the shards of a directory hold: the predictions, and the numbers of their windows, int64, ascending."""
+    """Contents of the shards of a directory: the predictions, and the numbers of their windows, int64, ascending."""
 
     predictions: TeacherPredictions
     windows: np.ndarray
@@ -44,8 +44,8 @@ class PredictionShards:
     """The cache directory of one teacher's predictions for one stream data set.
 
     Args:
-        directory: of the shards; it need not exist.
-        manifest: of the teacher.
+        directory: directory of the shards; it need not exist.
+        manifest: manifest of the teacher.
         streams: the whole data set, by the teacher's domain and tokenizer.
         num_labels: C.
         layers: numbers of the layers whose outputs are cached too.

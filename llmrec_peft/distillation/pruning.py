@@ -32,12 +32,12 @@ def prune(model: PreTrainedModel, mlp: float = 1.0, heads: float = 1.0) -> None:
 
     Args:
         model: on the CPU, with layers like those of Llama, Qwen2 or Mistral.
-        mlp: share of each MLP's neurons to keep.
-        heads: share of each layer's groups of heads to keep.
+        mlp: fraction of each MLP's neurons to keep, in (0, 1].
+        heads: fraction of each layer's groups of heads to keep, in (0, 1].
 
     Raises:
-        ModelError: layers of another form.
-        ConfigError: a share outside (0, 1].
+        ModelError: the layers have another structure.
+        ConfigError: a fraction outside (0, 1].
     """
     for name, share in (("student.mlp", mlp), ("student.attention", heads)):
         if not 0 < share <= 1:
@@ -73,8 +73,9 @@ def check_form(model: PreTrainedModel) -> None:
 def _prune_mlp(mlp: nn.Module, width: int) -> None:
     """Keep the `width` best of N neurons: rows of gate and up [N, H], columns of down [H, N]."""
     gate, up, down = _projections(mlp, _MLP)
+    # gate and up are [N, H], down is [H, N]: one norm for each neuron.
     score_N = gate.weight.norm(dim=1) * up.weight.norm(dim=1) * down.weight.norm(dim=0)
-    kept = score_N.topk(width).indices.sort().values
+    kept = score_N.topk(width).indices.sort().values  # sorted: the neurons keep their order
     _keep(gate, rows=kept)
     _keep(up, rows=kept)
     _keep(down, columns=kept)
@@ -85,12 +86,13 @@ def _prune_mlp(mlp: nn.Module, width: int) -> None:
 def _prune_heads(layers: nn.ModuleList, config: PretrainedConfig, share: float) -> None:
     """Keep the best groups: rows of q [G * Q * D, H], k and v [G * D, H], columns of o [H, G * Q * D]."""
     groups = config.num_key_value_heads
-    queries = config.num_attention_heads // groups
+    queries = config.num_attention_heads // groups  # query heads of a key-value head
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     count = max(1, round(groups * share))
     for layer in layers:
         attention = layer.get_submodule("self_attn")
         q, k, v, o = _projections(attention, _ATTENTION)
+        # Rows of v and columns of o are ordered by group, so a view separates the groups.
         values_G = v.weight.view(groups, -1).norm(dim=1)
         outputs_G = o.weight.t().reshape(groups, -1).norm(dim=1)
         kept = (values_G * outputs_G).topk(count).indices.sort().values

@@ -1,4 +1,4 @@
-"""What the torch-free scorer needs besides the graph: the entries of serving.json, and a check of its tokenizer."""
+"""The entries of serving.json, which the torch-free scorer reads beside the graph, and a check of its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEXTS = (
     "Wool socks, 2 pairs; size 43-46 at 12.50", "日本語の映画 Кино 🎬 café\u0301",
     "x -> yes", "ｘ　－＞ fi ½ ﬁ", "don't  stop   I'm you'll",
 )  # fmt: skip
-"""Texts in several scripts, with numbers, spaces and compatibility forms of signs."""
+"""Texts in several scripts, with numbers, spaces and compatibility forms of characters."""
 _MOST_IDS = 1000
 """Item ids that are compared, at most."""
 
@@ -30,9 +30,9 @@ def serving_entries(manifest: Mapping[str, Any], vocabulary: Vocabulary, loaded:
 
     Args:
         manifest: behavior.json of the student.
-        vocabulary: of its domain.
+        vocabulary: tokens of its domain.
         loaded: the student.
-        opset: of the graph.
+        opset: opset of the graph.
     """
     domain, tokenizer = vocabulary.domain, loaded.tokenizer
     return {
@@ -66,9 +66,9 @@ def check_tokens(vocabulary: Vocabulary, entries: Mapping[str, Any], directory: 
     """Raise ModelError where the scorer tokenises a text differently from training.
 
     Args:
-        vocabulary: of the student's domain, by Transformers' tokenizer.
-        entries: of serving.json.
-        directory: of the export, with its tokenizer.
+        vocabulary: tokens of the student's domain, by Transformers' tokenizer.
+        entries: contents of serving.json.
+        directory: directory of the export, with its tokenizer.
     """
     from llmrec_peft.checkpoints.manifest_schema import TOKENIZER
     from llmrec_peft.serving.exported_vocabulary import ExportedVocabulary

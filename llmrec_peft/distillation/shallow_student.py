@@ -46,7 +46,7 @@ def write_shallow_student(
 
     Args:
         kept: numbers of the layers, from `choose_layers`.
-        mlp, heads: shares of each layer to keep, as in `prune`.
+        mlp, heads: fractions of each layer to keep, as in `prune`.
 
     Raises:
         ModelError: a bottleneck adapter, which no stock model can hold, or a base whose layers are not in one list.

@@ -1,4 +1,4 @@
-"""What a student will be, decided from configurations alone: no log is read, and no weights are loaded."""
+"""The plan of a student, made from configurations alone: no log is read, and no weights are loaded."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from llmrec_peft.models.stock_parts import is_encoder
 
 @dataclass(frozen=True)
 class StudentPlan:
-    """A student that its teacher, its windows and its loss allow.
+    """Kind, layers and loss of a student, checked against its teacher.
 
     Attributes:
         options, loss: its settings.
-        teacher: whom it learns from.
+        teacher: the teacher.
         teacher_domain: the teacher's domain, by which the teacher reads the log.
         kept_layers: numbers of the teacher's layers that a shallow student consists of; None for other kinds.
         compared_layers: pairs (student's layer, teacher's layer) of the hidden term; empty without one.

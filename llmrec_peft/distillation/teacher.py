@@ -19,7 +19,7 @@ class Teacher:
     """A teacher by its manifest; no weights are held.
 
     Attributes:
-        directory: of the bundle or merged model.
+        directory: directory of the bundle or merged model.
         manifest: its behavior.json.
         base: base of a bundle; None for the one that the manifest names.
         trust_remote_code: allow the base's own code to run.
@@ -32,7 +32,7 @@ class Teacher:
 
     @classmethod
     def open(cls, directory: str, base: str | None = None, trust_remote_code: bool = False) -> Teacher:
-        """Read the manifest. Raises BundleError where there is none, or an invalid one."""
+        """Read the manifest. Raises BundleError if it is missing or invalid."""
         return cls(directory, read_manifest(directory), base, trust_remote_code)
 
     def domain(self, *, unlabelled: bool = False) -> Domain:

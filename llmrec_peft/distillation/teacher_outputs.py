@@ -1,4 +1,4 @@
-"""What a student learns from a teacher: predictions for training targets, and an embedding of each item.
+"""Outputs of a teacher that a student learns from: predictions for training targets, and item embeddings.
 
 Shape letters: T targets, P predicted targets, C labels, K layers, H the teacher's hidden width.
 """
@@ -54,7 +54,7 @@ class TeacherPredictions:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """All that a student takes from its teacher; None for what its options leave out.
+    """Outputs that a student uses of its teacher; None for those that its options leave out.
 
     Attributes:
         predictions: for the training targets.
@@ -65,7 +65,7 @@ class TeacherOutputs:
     item_embeddings: np.ndarray | None = None
 
     def describe(self, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What a student's manifest says of its teacher, whose manifest is given; None if the teacher did not run."""
+        """Entry about the teacher in a student's manifest, from the teacher's own; None if the teacher did not run."""
         if self.predictions is None and self.item_embeddings is None:
             return None
         files, weights = manifest["files"], manifest.get("weights", {})

@@ -40,7 +40,7 @@ def teacher_predictions(
     """Predictions of `teacher` for all targets of `streams`: cached ones are read, the others computed and cached.
 
     Args:
-        teacher: a bundle or a merged model, as `load_answering` gives it.
+        teacher: a bundle or a merged model, from `load_trained`.
         streams: built by the teacher's domain and tokenizer.
         directory: the cache; one for each teacher and split.
         layers: numbers of the layers whose outputs to cache, -1 for the input of the head.

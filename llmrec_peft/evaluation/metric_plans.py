@@ -49,7 +49,7 @@ def ratio(top: np.ndarray, bottom: np.ndarray) -> Floats:
 
 
 def nan_mean(values: np.ndarray) -> Floats:
-    """Mean over the last axis of all values that are not NaN; NaN where there is none."""
+    """Mean over the last axis of all values that are not NaN; NaN if all are NaN."""
     seen = ~np.isnan(values)
     return ratio(np.where(seen, values, 0.0).sum(axis=-1), seen.sum(axis=-1))
 

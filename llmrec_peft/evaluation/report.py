@@ -1,7 +1,7 @@
 """The report of one run: a Markdown page and its figures, from predictions on the test targets.
 
-`write_report` computes all numbers that it prints, so a number of the report cannot differ from the predictions that it
-is about, and returns the intervals for a program to read.
+`write_report` computes all numbers that it prints, so the report cannot differ from the predictions that it
+describes, and returns the intervals for a program to read.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def write_report(
 
     Args:
         names: the metrics; by default all that have a direction or a right value.
-        samples: of the bootstrap over users; 0 for no intervals.
-        seed: of the bootstrap.
+        samples: number of bootstrap samples of users; 0 for no intervals.
+        seed: random seed of the bootstrap.
 
     Returns plain mappings: {"intervals": {system: {metric: interval}}, "differences": {system: {metric: interval of
     after - system}}}, where the systems are "before", "after", "uncalibrated" and the baselines' names. The difference

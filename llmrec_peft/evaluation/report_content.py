@@ -1,4 +1,4 @@
-"""What a report is made of: predictions of one run on the test targets, and facts about the run."""
+"""Contents of a report: predictions of one run on the test targets, and metadata of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Slices = Mapping[str, Sequence[tuple[str, np.ndarray]]]
 
 @dataclass(frozen=True)
 class ReportContent:
-    """What a report is made of. n test targets, C classes.
+    """Contents of a report, for n test targets and C classes.
 
     Attributes:
         labels: int [n].

@@ -29,7 +29,7 @@ SLICE_METRICS = ("auc", "gauc", "logloss", "ece", "po_ratio")
 
 
 def page(content: ReportContent, scores: Scores, names: Sequence[str], *, has_curve: bool, samples: int) -> str:
-    """The whole page; names: the metrics that it shows. samples: of the bootstrap."""
+    """The whole page; names: the metrics that it shows. samples: number of bootstrap samples."""
     before = "before" in scores.intervals
     parts = [f"# {cell(content.title)}", _summary(content, scores, names)]
     if content.run:

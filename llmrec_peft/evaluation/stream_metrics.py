@@ -22,7 +22,7 @@ def choose_metrics(streams: StreamDataset, names: list[str] | None) -> list[str]
     """
     if names:
         return [*names, *(["targets"] if "targets" not in names else [])]
-    sizes = np.unique(streams.target_lists, return_counts=True)[1]
+    sizes = np.unique(streams.target_sets, return_counts=True)[1]
     competing = sizes[sizes > 1]
     if not len(competing):
         return list(DEFAULT_NAMES)
@@ -44,7 +44,7 @@ def measure(
         predictions.labels,
         probabilities,
         users=users_of(predictions, streams),
-        candidate_sets=streams.target_lists[predictions.targets],
+        candidate_sets=streams.target_sets[predictions.targets],
         names=names,
     )
 

@@ -45,7 +45,7 @@ class ModelTensors:
     """Sizes of a classifier's tensors.
 
     Attributes:
-        frozen_bytes: of all frozen tensors, with quantisation constants and buffers.
+        frozen_bytes: bytes of all frozen tensors, with quantisation constants and buffers.
         frozen, trained: (elements, bytes an element) of each parameter.
         hidden: hidden size, which sets DeepSpeed's bucket sizes.
     """

@@ -29,7 +29,7 @@ It is multiplied by the standard deviation of the adapted logits where that is a
 
 
 def comparison_streams(adapted: Bundle, streams: Streams | None) -> StreamRows:
-    """What both models predict on: the given streams, as independent prompts for an encoder, or synthetic ones."""
+    """Streams that both models predict on: the given ones (independent prompts for an encoder), or synthetic inputs."""
     encoder = adapted.classifier.encoder
     if streams is not None:
         return independent_prompts(streams) if encoder else streams

@@ -46,8 +46,8 @@ class MergeOptions:
     Attributes:
         dtype: number format of the weights; that of the bundle's base if None, float32 for float16.
         base: path or name of the base; that of the bundle if None.
-        streams: what both models predict on, by the bundle's domain and tokenizer (`build_streams`); synthetic inputs
-            if None.
+        streams: streams that both models predict on, by the bundle's domain and tokenizer (`build_streams`); synthetic
+            inputs if None.
         tolerance: largest difference of a logit that passes; see `TOLERANCE` for None.
         max_shard_size: bytes of one weights file, at most.
         batch_tokens: tokens of one forward pass, at most.

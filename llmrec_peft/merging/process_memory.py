@@ -13,7 +13,7 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 @contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Let glibc map each large block by itself and return it when it is freed.
+    """Let glibc map each large block separately and return it to the system when it is freed.
 
     By default glibc keeps freed blocks of up to 32 MiB in its heap. The blocks that quantising and merging free between
     the weights of two layers fit no later request, and the holes may add up to a second copy of the weights.

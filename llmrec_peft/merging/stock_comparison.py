@@ -97,7 +97,7 @@ def measure_stock(
     Args:
         rows: the prompts' token ids, as this package builds them.
         texts: the same prompts as texts; None where a model reads item ids, which no text spells.
-        logits: of the merged model at the markers, [prompts, labels].
+        logits: logits of the merged model at the markers, [prompts, labels].
 
     Returns:
         `stock_difference`: largest difference through our tokens. `stock_prompts`: how many. None without texts:

@@ -30,7 +30,7 @@ class SyntheticStreams:
 
     Attributes:
         lengths: int64 [rows], tokens of each row.
-        texts: by target number, the whole prompt as text, up to its marker.
+        texts: the whole prompt of each target as text, up to its marker; by target number.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ def combine_bundles(
         combination: `cat` is the weighted sum of the updates, `svd` its best approximation of the bundles' rank.
             `linear` sums the factors A and B separately, so products of one bundle's A with another's B appear.
             `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` do so after dropping entries of the factors.
-        density: share of the entries that the last four keep, above 0 and at most 1.
+        density: fraction of the entries that the last four keep, above 0 and at most 1.
 
     Raises:
         BundleError: bundles that differ in base, tokenizer, labels or adapted layers, or that are not plain LoRA; and
@@ -209,7 +209,7 @@ def _with_combination(
 
     fresh = list(cast("list[str]", model.fresh_modules))
     names = [f"part{number}" for number in range(len(updates))]
-    with warnings.catch_warnings():  # PEFT asks for an attribute that Transformers has renamed
+    with warnings.catch_warnings():  # PEFT reads an attribute that Transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         wrapped = get_peft_model(model, updates[0].config, adapter_name=names[0])
         for name, update in zip(names[1:], updates[1:], strict=True):

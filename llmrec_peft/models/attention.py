@@ -86,7 +86,7 @@ def _prefix_blocks(past: int, length: int) -> list[Block]:
 
 
 def _candidate_blocks(past: int, prefix: int, points: np.ndarray, numbers: np.ndarray) -> list[Block]:
-    """Blocks of whole candidates: as many as fit in STEP tokens and branch off less than STEP prefix tokens apart.
+    """Blocks of whole candidates: as many as fit in STEP tokens and are attached less than STEP prefix tokens apart.
 
     A longer candidate is cut.
 
@@ -220,7 +220,7 @@ def lay_out(
 def install(model: PreTrainedModel) -> bool:
     """Replace a stock model's sdpa attention by this one; False if the model's code does not allow it.
 
-    If there is an accelerator, the model stays as it is: it will run there, and Trainer asks for sdpa by its name.
+    If there is an accelerator, the model stays as it is: it will run there, and Trainer selects sdpa by name.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface

@@ -68,7 +68,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> str:
         return str(path)
     if name.count("/") != 1 or name[0] in "./~" or name.endswith("/"):
         raise ModelError(
-            f"base {name!r} is no embedded name ({', '.join(BASES)}), no existing path and no Hub id (owner/name); "
+            f"base {name!r} is not an embedded name ({', '.join(BASES)}), an existing path or a Hub id (owner/name); "
             "correct the base"
         )
     return name
@@ -97,7 +97,7 @@ def _wheel_file(embedded: EmbeddedBase) -> Path | None:
 
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Configuration of a base. Raises ModelError if there is none or if it is an encoder-decoder."""
+    """Configuration of a base. Raises ModelError if it is missing or describes an encoder-decoder."""
     from transformers import AutoConfig
 
     with base_errors(base):
@@ -113,7 +113,7 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> PreTrainedConf
 def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Tokenizer of a base, with a pad token from its own vocabulary. That of a decoder adds no end token.
 
-    Raises ModelError if there is none.
+    Raises ModelError if it is missing.
     """
     from transformers import AutoTokenizer
 

@@ -43,7 +43,7 @@ def build_classifier(
         outcomes: label -> word, in class order.
         trained: skip work whose result the tensors of a bundle will replace: the start of the head, and the
             initialisations of LoRA that read the base's weights.
-        tokenizer: of the base, if it is loaded already.
+        tokenizer: the base's tokenizer, if it is loaded already.
         check: called with the stock model before the modules of the method are added.
 
     A base that is a classifier of these labels already (a merged model) keeps its head under `head_init: label_words`.

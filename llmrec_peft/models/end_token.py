@@ -22,7 +22,7 @@ def has_end_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer adds tokens behind a text."""
     try:
         return len(special_tokens_around(tokenizer)[1]) > 0
-    except StreamError:  # said where a domain meets the tokenizer
+    except StreamError:  # reported when a domain is used with the tokenizer
         return False
 
 

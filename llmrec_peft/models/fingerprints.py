@@ -166,14 +166,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return _tokenizer_digest(tokenizer, None)
 
 
-def fits(tokenizer: PreTrainedTokenizerBase, said: object) -> bool:
+def fits(tokenizer: PreTrainedTokenizerBase, stated: object) -> bool:
     """Whether a fingerprint is this tokenizer's, now or before `load_tokenizer` removed its end token.
 
     Bundles of earlier versions hold the latter, and so do bundles that were saved with the base's unchanged tokenizer.
     """
     before = getattr(tokenizer, "replaced_post_processor", None)
-    return said == tokenizer_fingerprint(tokenizer) or (
-        before is not None and said == _tokenizer_digest(tokenizer, before)
+    return stated == tokenizer_fingerprint(tokenizer) or (
+        before is not None and stated == _tokenizer_digest(tokenizer, before)
     )
 
 

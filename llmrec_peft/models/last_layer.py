@@ -1,7 +1,7 @@
 """Computes the last layer at the markers only.
 
 Nothing reads the last layer's output at other tokens. Their keys and values are still needed, as the markers attend to
-them; but queries, the attention's output projection and the feed-forward part act on each token by itself, so they run
+them; but queries, the attention's output projection and the feed-forward part act on each token separately, so they run
 on the markers alone.
 
 Shape letters: B rows, L tokens of a row, T markers.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
-"""Parts of a layer that act on each token by itself, by Transformers' names; a layer may lack any of them."""
+"""Submodules of a layer that act on each token separately, by Transformers' names; a layer may lack any of them."""
 
 _active = threading.local()
 
@@ -33,7 +33,7 @@ class LastLayer:
     """The last layer of a stock classifier. Outside `only_at` it computes all tokens as before.
 
     Attributes:
-        path: of the layer in the classifier; empty where the model has no list of layers.
+        path: path of the layer in the classifier; empty if the model has no list of layers.
     """
 
     def __init__(self, stock: PreTrainedModel) -> None:

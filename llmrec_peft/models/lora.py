@@ -50,7 +50,7 @@ def add_lora(
     fresh = fresh_modules_of(model)
     config = lora_config(model, options, trained=trained)
     try:
-        with warnings.catch_warnings():  # PEFT asks for an attribute that Transformers has renamed
+        with warnings.catch_warnings():  # PEFT reads an attribute that Transformers has renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             wrapped = get_peft_model(model, config)
     except ValueError as error:
@@ -139,7 +139,7 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers inside the transformer's layers, as paths below the layer's number.
 
     Whole paths, since a bare `dense` of BERT would also match its pooler. Experts that a mixture stores in one fused
-    parameter are no linear layers and are not adapted; a warning names them.
+    parameter are not linear layers and are not adapted; a warning names them.
     """
     backbone, names = backbone_of(model), set()
     for path, module in backbone.named_modules():

@@ -43,7 +43,7 @@ ATTENTION_KINDS = (
     "moe", "mlp", "dense", "sparse",
 )  # fmt: skip
 """Layers that hide what a mask forbids: softmax attention under the model's mask, and layers without attention, which
-act on each token by itself."""
+act on each token separately."""
 _PATTERN = {"*": "attention", "-": "mlp", "E": "moe", "|": "moe", "M": "mamba", "D": "linear_attention"}
 """Letters of Nemotron-H's `hybrid_override_pattern`."""
 _ATTENTION_PLACES = ("attn_layer_indices", "full_attn_idxs")

@@ -41,7 +41,7 @@ Pieces = tuple[list[int], list[list[int]], list[int]]
 
 
 class _Fault(NamedTuple):
-    """What is wrong with a base, and the exception of a library that showed it, if any."""
+    """A fault of a base, and the library exception that showed it, if any."""
 
     text: str
     cause: Exception | None = None
@@ -143,8 +143,8 @@ def _fault(classifier: BehaviorClassifier, name: str) -> _Fault | None:
         except _FAILURES as error:
             if machine_fault(error) is not None:
                 raise  # the machine failed (memory, disk), not the base
-            said = f"{type(error).__name__}: {one_line(error, 80)}".rstrip(". ")
-            return _Fault(f"its {type(backbone_of(classifier.stock)).__name__} {needs} ({said})", error)
+            reason = f"{type(error).__name__}: {one_line(error, 80)}".rstrip(". ")
+            return _Fault(f"its {type(backbone_of(classifier.stock)).__name__} {needs} ({reason})", error)
         classifier.selftests[key] = _difference(found.float(), expected.float(), key[1])
     fault = classifier.selftests[key]
     return None if fault is None else _Fault(fault)

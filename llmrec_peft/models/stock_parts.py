@@ -31,7 +31,7 @@ def find_backbone(model: PreTrainedModel) -> nn.Module | None:
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The transformer under a stock classifier's head. Raises ModelError if there is none."""
+    """The transformer under a stock classifier's head. Raises ModelError if it is missing."""
     backbone = find_backbone(model)
     if backbone is None:
         raise ModelError(f"{type(model).__name__} has no backbone named {model.base_model_prefix!r}; use another base")
@@ -39,7 +39,7 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
 
 
 def head_name(model: nn.Module) -> str:
-    """Attribute of a stock classifier that holds its head. Raises ModelError if there is none."""
+    """Attribute of a stock classifier that holds its head. Raises ModelError if it is missing."""
     for name in HEAD_NAMES:
         if isinstance(getattr(model, name, None), nn.Module):
             return name

@@ -54,8 +54,8 @@ def distill(config: DistillConfig | None = None, **options: Any) -> dict[str, An
 
     Args:
         config: the configuration.
-        options: in its place, its keys: `distill(teacher="out/bundle", data={"path": "DIR"}, student={"kind": "ids"})`;
-            a key of a section may be written as on the command line, such as `**{"train.max_steps": 100}`.
+        options: keys of the configuration, instead of `config`, such as `teacher="out/bundle", data={"path": "DIR"}`; a
+            key of a section may be written as on the command line, such as `**{"train.max_steps": 100}`.
 
     Returns:
         The contents of metrics.json.

@@ -28,7 +28,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a bundle or a merged model on one split of a log, by streams or by independent prompts.
 
     Returns:
-        Metrics by name; under "ranking" what `rank` returns, if the configuration asks for it.
+        Metrics by name; under "ranking" the result of `rank`, if the configuration enables it.
 
     Raises:
         LLMRecError: with one line on what cannot be used.

@@ -1,4 +1,4 @@
-"""Training, as all five training recipes do it: they differ in the options of their method only."""
+"""The training recipe. Its five variants differ only in the options of the tuning method."""
 
 from contextlib import nullcontext
 from typing import Any

@@ -1,1 +1,1 @@
-"""One request path: what a caller asks, checked and encoded as tokens; free of torch and Transformers."""
+"""Requests to a scorer: checked, encoded as tokens and batched; without torch and Transformers."""

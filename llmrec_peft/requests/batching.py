@@ -1,4 +1,4 @@
-"""Requests gathered so that what they share is computed once.
+"""Batches of requests in which shared prefixes and candidates are computed once.
 
 Candidates of one model that follow the same prefix form a group, whichever requests they come from. A candidate that
 stands several times in a group is computed once.

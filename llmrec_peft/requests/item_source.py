@@ -22,10 +22,10 @@ class ItemSource(Protocol):
         """Columns that each item has."""
 
     def check(self, ids: Sequence[str], what: str) -> None:
-        """Raise DataError for an id that the source lacks; `what` says in the message where it stood."""
+        """Raise DataError for an id that the source lacks; `what` names its place in the request, for the message."""
 
     def texts(self, ids: Sequence[str], template: str, forbidden: list[str]) -> list[str]:
-        """The template filled with each item's columns, neutralised (see `item_text.neutralise`)."""
+        """The template filled with each item's columns, neutralised (see `templates.neutralise`)."""
 
     def values(self, ids: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
         """Columns of the items as Python values [ids], by name."""

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmrec_peft.data.log import BehaviorLog
-from llmrec_peft.data.readers.directory import find_parts
+from llmrec_peft.data.readers.directory import find_shards
 from llmrec_peft.data.readers.tabular import read_tables, suffix_of
 from llmrec_peft.data.rendering import python_values, render
 from llmrec_peft.data.tables import prepare_items
@@ -25,7 +25,7 @@ class ItemTable:
     """Items by id: an `ItemSource` that renders many texts at once.
 
     Attributes:
-        name: what messages call the table.
+        name: name of the table in messages.
         table: Arrow table [items] with `item_id`, `title` and other columns; None where no table was given.
     """
 
@@ -54,9 +54,9 @@ class ItemTable:
         path = Path(items)
         if path.is_file() and suffix_of(path) and not path.name.startswith("interactions"):
             return cls(prepare_items(read_tables([path]), path.name), path.name)
-        parts = find_parts(path, "items")
-        if parts:
-            return cls(prepare_items(read_tables(parts), path.name), path.name)
+        shards = find_shards(path, "items")
+        if shards:
+            return cls(prepare_items(read_tables(shards), path.name), path.name)
         log = BehaviorLog.read(items, null_times="drop")  # of which only the items are used
         return cls(log.items, log.name)
 
@@ -82,7 +82,7 @@ class ItemTable:
         """Rows of items, int64 [n].
 
         Raises:
-            DataError: an id that the table lacks; `what` says in the message where it stood.
+            DataError: an id that the table lacks; `what` names its place in the request, for the message.
         """
         found = [self.row(item_id) for item_id in item_ids]
         if None in found:

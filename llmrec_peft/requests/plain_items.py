@@ -30,7 +30,7 @@ class PlainItems:
 
     Attributes:
         name: what messages call the table.
-        column_names: of all rows, in the order in which they come.
+        column_names: columns of all rows, in order of appearance.
     """
 
     takes_any_id = False
@@ -87,7 +87,7 @@ class PlainItems:
         return self._rows[item_id]
 
     def check(self, ids: Sequence[str], what: str) -> None:
-        """Raise DataError for an id that the table lacks; `what` says in the message where it stood."""
+        """Raise DataError for an id that the table lacks; `what` names its place in the request, for the message."""
         missing = [item for item in ids if item not in self._rows]
         if missing:
             raise unknown_items(missing, what, f"among the {len(self):,} items of {self.name}")
@@ -121,7 +121,7 @@ def _file(path: Path) -> Path:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give an item table of {listed(list(SUFFIXES))}")
     if not path.name.lower().endswith(SUFFIXES):
-        raise DataError(f"{path} is none of {listed(list(SUFFIXES))}; give an item table in one of these forms")
+        raise DataError(f"{path} is not one of {listed(list(SUFFIXES))}; give an item table in one of these forms")
     return path
 
 

@@ -99,7 +99,7 @@ def bank_requests(values: Any) -> list[Request]:
             )
         domain, history, candidates, *user = value
         if not isinstance(domain, str):
-            raise DataError(f"request {number} has the domain {quoted(domain)}, which is no text; correct it")
+            raise DataError(f"request {number} has the domain {quoted(domain)}, which is not text; correct it")
         name = f"request {number} ({domain}): "
         requests.append(Request(history, candidates, user[0] if user else None, domain, name))
     return requests

@@ -16,9 +16,9 @@ class RequestDomain:
     """Templates, labels and window of one domain.
 
     Attributes:
-        name: of the domain, for error messages.
+        name: name of the domain, for error messages.
         event, header: templates.
-        labels: in class order.
+        labels: label names, in class order.
         history_labels: labels whose events stay in the history.
         window: history events that are used at most.
         stride: events by which the window moves (see `layout.window_start`).

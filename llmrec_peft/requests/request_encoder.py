@@ -1,4 +1,4 @@
-"""From a request to tokens, exactly as training laid them down.
+"""Encodes a request as tokens, exactly as training does.
 
 `Scorer`, `DomainBank` and `OnnxScorer` share this encoder. It needs NumPy alone: the item table and the tokenizer come
 in behind the protocols `ItemSource` and `EventVocabulary`.
@@ -29,7 +29,7 @@ CACHED_EVENTS = 20_000
 
 
 class EventVocabulary(Protocol):
-    """A domain's fixed tokens and its tokenizer: `data.tokens.Vocabulary`, or that of an export.
+    """A domain's fixed tokens and its tokenizer: `data.vocabulary.Vocabulary`, or that of an export.
 
     Attributes:
         prefix, suffix: int32 tokens that the tokenizer puts around one text (BOS, or CLS and SEP).

@@ -45,7 +45,7 @@ class RequestRules:
         """Checked events: each an item id as text, or the plain values that it gives for the template's columns.
 
         Args:
-            events: of a request.
+            events: events of a request.
             what: names them in messages.
             first: number of the first one in messages.
 
@@ -106,7 +106,7 @@ class RequestRules:
 
 
 def item_id(value: Any, what: str) -> str:
-    """An item id as text; `what` says in messages where it stood.
+    """An item id as text; `what` names its place in the request, for messages.
 
     Raises:
         DataError: neither a text nor a whole number, half of a surrogate pair, or more than 64 bits.

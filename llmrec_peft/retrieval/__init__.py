@@ -1,1 +1,1 @@
-"""Models of the log itself, without torch: who likes what, which items go together, and how that joins the LLM."""
+"""Retrieval index of a log, without torch: collaborative models, retrieval, fusion with the LLM, recommendation."""

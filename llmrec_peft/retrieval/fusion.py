@@ -54,13 +54,13 @@ class Fusion:
     Attributes:
         positive: which classes are positive, in class order.
         names: the features.
-        centre, scale, low, high: of z and each feature, [1 + F]; low and high are of standardised values.
+        centre, scale, low, high: standardisation of z and each feature, [1 + F]; low and high bound the result.
         weights, bias: w [columns] and b of the correction.
         strength: precision of the prior that was chosen; None for no correction.
-        targets, users: of validation, without targets that have a NaN feature.
+        targets, users: counts in validation, without targets that have a NaN feature.
         loss, loss_alone: mean logloss on validation, cross-validated, with and without the correction; None if not
             fitted.
-        why: the choice, in words.
+        why: reason of the choice, for messages.
     """
 
     positive: tuple[bool, ...]
@@ -93,11 +93,11 @@ class Fusion:
 
         Args:
             llm_logits: float [n, C], as the scorer passes them to `apply` (calibrated, if it calibrates).
-            features: of the same targets, from models fitted on training rows and histories strictly before each.
+            features: features of the same targets, from models fitted on training rows and strictly earlier histories.
             labels: int [n], class numbers.
             users: [n], ids; all targets of a user are in one fold.
             positive: which classes are positive; all but the first if not given.
-            seed: of the folds.
+            seed: random seed of the folds.
 
         Raises:
             DataError: arrays that do not match, logits that are not finite, labels outside the classes.

@@ -36,7 +36,7 @@ class Histories:
         """The history of one user; all events are positive if `positive` is not given.
 
         Raises:
-            DataError: arrays that do not match, or codes that are no whole numbers.
+            DataError: arrays that do not match, or codes that are not whole numbers.
         """
         codes = np.asarray(items)
         if codes.ndim != 1 or (len(codes) and codes.dtype.kind not in "iu"):

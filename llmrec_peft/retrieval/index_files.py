@@ -37,7 +37,7 @@ class IndexContent:
     """Collaborative models of one log, and the item table that they are in.
 
     Attributes:
-        models: by name.
+        models: the models by name.
         item_ids: large_string [items], the ids of the item table whose row numbers the models use.
         item_rows: int64 [items], labelled training rows of each item.
         note: counts and times of the rows that the models were fitted on.

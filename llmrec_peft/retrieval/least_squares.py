@@ -1,4 +1,4 @@
-"""Alternating least squares (ALS): a half-step that fits user vectors to fixed item vectors, and folds new users in.
+"""Alternating least squares (ALS): a half-step that fits user vectors to fixed item vectors (fold-in of new users).
 
     minimise over x:  sum over met items (r - x.y)^2  +  background * sum over all items (x.y)^2  +  penalty |x|^2
     solution:         (sum over met items y y^T + background * Y^T Y + penalty I) x = sum over met items r y

@@ -1,4 +1,4 @@
-"""From a history to a ranked list: retrieval names candidates, a scorer and a fusion rank them."""
+"""Recommendations for a history: retrieval selects candidates, a scorer and a fusion rank them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llmrec_peft.retrieval.retrieval_index import RetrievalIndex
 from llmrec_peft.retrieval.retriever import SOURCES, Retriever
 
 POOL = 100
-"""Candidates that retrieval names for the LLM to rank, by default."""
+"""Number of candidates that retrieval returns for the LLM to rank, by default."""
 FUSED_TOGETHER = 4096
 """Candidates whose features are in memory together."""
 
@@ -32,7 +32,7 @@ Id = str | int | np.integer
 
 
 class CandidateScorer(Protocol):
-    """What a `Recommender` needs of a scorer; `scoring.scorer.Scorer` has it."""
+    """The methods of a scorer that a `Recommender` calls; `scoring.scorer.Scorer` has them."""
 
     @property
     def domain(self) -> Domain: ...
@@ -70,7 +70,7 @@ class Recommendation:
     Attributes:
         item_id: id in the item table.
         score: probability of any label but the negative one; the list is in its order.
-        probabilities: of the labels, in class order; fused where there is a fusion.
+        probabilities: probability of each label, in class order; fused if there is a fusion.
         source: where the candidate came from: a retrieval source, `fill`, `all` (the whole table) or `given`.
     """
 
@@ -121,7 +121,7 @@ class Recommender:
         fusion: fitted with the scorer and the retrieval index, or None.
         embeddings: float [items of the table, d] for retrieval by text; by default those of `scorer.embed_items`,
             computed on first use: items x the base's width x 2 bytes. `quotas` without `text` and `fresh` need none.
-        quotas: shares of the retrieval sources; see `Retriever`.
+        quotas: fraction of the candidates from each retrieval source; see `Retriever`.
     """
 
     def __init__(
@@ -167,10 +167,10 @@ class Recommender:
         Args:
             history: (event, label) in time order; empty for a new user.
             user: columns that the domain's header names.
-            candidates: item ids to rank, instead of those that retrieval names; excluded ones are left out.
+            candidates: item ids to rank, instead of retrieved ones; excluded ones are left out.
             context: columns of the moment that the event's template names, the same for all candidates.
             exclude: item ids to leave out, beside those that `recommend.exclude` of the domain leaves out.
-            pool: number of candidates that retrieval names.
+            pool: number of candidates that retrieval returns.
             batch_tokens: tokens of one forward pass, at most.
 
         Raises:
@@ -198,7 +198,7 @@ class Recommender:
         """What `recommend` returns for each history. All are scored together: equal histories are encoded once.
 
         Args:
-            histories: of any lengths.
+            histories: a list of histories of any lengths.
             users, contexts: one for each history, as `user` and `context` of `recommend`; None if no history has one.
             k, candidates, exclude, pool, batch_tokens: as in `recommend`, the same for all.
 

@@ -50,7 +50,7 @@ class RetrievalIndex(IndexContent):
         Args:
             labels: int [rows of the log], 1, 0 or -1, see `feedback`.
             models: unfitted ones; `default_models` if not given.
-            seed: of the default models.
+            seed: random seed of the default models.
             timed: whether times can be compared across users. If so, and if the log is `dated`, the default
                 popularity has a half-life that is chosen on the newest training rows.
 

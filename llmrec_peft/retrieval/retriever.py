@@ -25,7 +25,7 @@ SOURCES = ("cooccurrence", "factors", "text", "popularity", "fresh")
 """Sources by name; an earlier source wins ties in the merged order."""
 
 QUOTAS = {"cooccurrence": 3.0, "factors": 3.0, "text": 0.5, "popularity": 3.0, "fresh": 0.3}
-"""Default shares of the candidates; a missing source leaves its share to the others.
+"""Default fraction of the candidates from each source; the others share the part of a missing source.
 
 `fresh` gets about 3 of 100 candidates, so that new items are shown at all and gather rows to be learnt from.
 """
@@ -55,7 +55,7 @@ class Retriever:
         retrieval_index: fitted models, in the codes of the catalogue (`RetrievalIndex.for_items`).
         embeddings: float [items, d] of the items' texts by any encoder, or None; float16 will do. A row of zeros is an
             item without one. A function that returns them is called when they are first needed.
-        quotas: share of the candidates by source, see QUOTAS; sources that are not named get 0.
+        quotas: fraction of the candidates by source, see QUOTAS; sources that are not named get 0.
 
     Raises:
         DataError: embeddings that do not match the catalogue or are not finite.

@@ -1,1 +1,1 @@
-"""What a run of a recipe is made of: its directory, its checks, its streams and its outputs."""
+"""Parts of a recipe's run: its directory, its checks, its streams and its outputs."""

@@ -25,7 +25,7 @@ class CandidateSets:
 
     Attributes:
         rows: int64 [n], rows of the log that are targets, ascending.
-        left_out: number of positives that are no targets, by reason.
+        left_out: number of positives that are not targets, by reason.
     """
 
     def __init__(self, splits: Splits, name: str, domain: Domain, options: RankingConfig) -> None:

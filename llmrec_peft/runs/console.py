@@ -1,4 +1,4 @@
-"""What recipes print."""
+"""Printing in recipes."""
 
 from collections.abc import Callable, Mapping
 

@@ -30,10 +30,10 @@ class FusionTargets:
     """Targets of one split with the two inputs of a fusion: the classifier's logits and the index's features.
 
     Attributes:
-        streams: of the split.
-        predictions: of n targets, not calibrated.
+        streams: streams of the split.
+        predictions: predictions for n targets, not calibrated.
         logits: float64 [n, labels], calibrated.
-        features: of the same n targets.
+        features: features of the same n targets.
     """
 
     streams: StreamDataset
@@ -109,11 +109,11 @@ def compare_systems(
     Args:
         test: the targets.
         systems: probabilities [n, labels] by system.
-        samples: of the bootstrap over users; 0 for values without intervals.
-        seed: of the bootstrap.
+        samples: number of bootstrap samples of users; 0 for values without intervals.
+        seed: random seed of the bootstrap.
     """
     labels, users = test.predictions.labels, test.users
-    candidate_sets = test.streams.target_lists[test.predictions.targets]
+    candidate_sets = test.streams.target_sets[test.predictions.targets]
     names = [*METRICS, *(name for name in choose_metrics(test.streams, None) if name not in DEFAULT_NAMES)]
     others = {system: p for system, p in systems.items() if system != FUSED}
     if samples:

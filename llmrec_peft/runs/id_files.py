@@ -18,11 +18,11 @@ def read_ids(path: str, what: str, column: str, known: pa.Array | pa.ChunkedArra
     """Read a table whose `column` holds ids, as text in the spelling of the `known` ids.
 
     Args:
-        path: of the file.
+        path: path of the file.
         what: the setting that names the file, for messages.
         column: name of the column of ids.
         known: the ids of the log.
-        of: what holds the known ids, for messages.
+        of: source of the known ids, for messages.
 
     Raises:
         DataError: no such file, no such column, no row, or ids that pandas wrote with .0 in some rows only.

@@ -1,4 +1,4 @@
-"""What fitting a retrieval index reports: where it may be written, its metrics, its table and its verdict."""
+"""Results of fitting a retrieval index: output checks, metrics, the printed table and the verdict."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from llmrec_peft.runs.output_paths import check_output_directory
 from llmrec_peft.runs.result_files import check_results
 
 SHIFTED = 1.5
-"""Predictions whose mean differs from the observed share by more than this factor expect other shares of the labels."""
+"""If the mean prediction and the observed share of positives differ by more than this factor, a note is printed."""
 
 
 def check_index_output(config: IndexConfig, directory: Path) -> None:
@@ -118,9 +118,9 @@ def _verdict(fusion: Fusion, gaps: Mapping[str, Interval]) -> str:
             (better if gain > 0 else worse).append(name)
     if not better and not worse:
         return "on test the fusion did not help: no interval of its difference to the LLM alone excludes 0"
-    said = [f"{', '.join(part)} {word}" for part, word in ((better, "better"), (worse, "worse")) if part]
+    findings = [f"{', '.join(part)} {word}" for part, word in ((better, "better"), (worse, "worse")) if part]
     verdict = "fusion helped" if better and not worse else "fusion did not help" if not better else "fusion is mixed"
-    return f"on test the {verdict}: {'; '.join(said)} than the LLM alone"
+    return f"on test the {verdict}: {'; '.join(findings)} than the LLM alone"
 
 
 def _note_shifted_shares(valid: FusionTargets) -> None:

@@ -47,7 +47,7 @@ class JobUsers:
     log, as in training.
 
     Attributes:
-        name: of the input, for messages.
+        name: name of the input, for messages.
         ids: Arrow large strings [n].
         refused: reason by row (from 0), for rows without an id and for repeated ids.
     """

@@ -55,5 +55,5 @@ class LoggedEvents:
 
 
 def cells(column: pa.ChunkedArray, name: str) -> list[Any]:
-    """A column's values as templates write them; see `domain.python_values`."""
+    """A column's values as templates write them; see `rendering.python_values`."""
     return [value for chunk in column.chunks for value in python_values(chunk, name)]

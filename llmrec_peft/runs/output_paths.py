@@ -31,7 +31,7 @@ def check_writable(directory: Path, what: str = "output_dir") -> None:
     while not _exists_or_is_link(place, what) and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        reason = "is no directory" if not place.is_dir() else "may not be written"
+        reason = "is not a directory" if not place.is_dir() else "may not be written"
         raise ConfigError(f"{what} {directory} cannot be written ({place} {reason}); choose another")
 
 
@@ -48,8 +48,8 @@ def check_output_directory(
     Links and `..` are followed.
 
     Args:
-        directory: to write into.
-        inputs: paths that the recipe reads, by the key that names them; None and names that are no paths are ignored.
+        directory: directory to write into.
+        inputs: paths that the recipe reads, by the key that names them; None and names that are not paths are ignored.
         what: the key that names the directory.
         writes: names in the directory that the recipe writes or clears.
         own: whether this recipe may replace, or add to, a directory that holds a complete artifact.
@@ -83,7 +83,7 @@ def check_output_file(
     what: str = "output",
     own: Callable[[Path], bool] = lambda path: False,
 ) -> None:
-    """Check one output file: it is no input, does not lie in an artifact, and replaces only a file of its own kind.
+    """Check one output file: it is not an input, does not lie in an artifact, and replaces only a file of its own kind.
 
     own: whether this recipe may replace a regular file that exists there.
     """

@@ -54,7 +54,7 @@ def check_ranking(config: EvaluateConfig) -> None:
     if (config.ranking.pool or config.ranking.retrieval) and not index.is_dir():
         raise ConfigError(
             f"ranking.{'retrieval' if config.ranking.retrieval else 'pool'} needs a retrieval index, and "
-            f"{index} is none; make one with recipes/index.py"
+            f"{index} does not hold one; make one with recipes/index.py"
         )
 
 
@@ -100,18 +100,18 @@ def _check_retrieval_index(retrieval_index: RetrievalIndex, sets: CandidateSets)
     if sets.name == "train":
         return
     log, rows = sets.log, sets.splits[sets.name].rows
-    said = retrieval_index.note
+    note = retrieval_index.note
     if sets.domain.split.by == "time":
         first = log.timestamps[rows].min()
-        if said["last_time"] < first:
+        if note["last_time"] < first:
             return
-        what = f"goes up to time {said['last_time']}, but {sets.name} begins at {first}"
+        what = f"goes up to time {note['last_time']}, but {sets.name} begins at {first}"
     else:
         train = sets.splits.train.rows
         train = train[sets.feedback[train] >= 0]
-        if (said["rows"], said["users"]) == (len(train), len(np.unique(log.user_codes[train]))):
+        if (note["rows"], note["users"]) == (len(train), len(np.unique(log.user_codes[train]))):
             return
-        what = f"is of {said['rows']} rows of {said['users']} users, which are not the {len(train)} training rows"
+        what = f"is of {note['rows']} rows of {note['users']} users, which are not the {len(train)} training rows"
     raise DataError(
         f"the retrieval index {what} of log {log.name!r}; fit it again on this log with recipes/index.py, "
         "without --refit, or move the directory away"
@@ -126,8 +126,8 @@ class _Target:
     """One target, its candidate set, and the candidates that the model scores.
 
     Attributes:
-        row: of the log.
-        history: of the user, before the target.
+        row: row of the log.
+        history: the user's events before the target.
         candidates: int64 item codes, own item first.
         scored: int64 item codes, some of `candidates`.
         own: position of the own item in `scored`; -1 if the pool does not have it.

@@ -48,7 +48,7 @@ def read_requests(path: str) -> Iterator[FileRequest]:
         DataError: no such file, not JSON lines, or an entry that is missing, unknown or of another type.
     """
     if not Path(path).is_file():
-        raise DataError(f"requests {path} is no file; give a file of JSON lines")
+        raise DataError(f"requests {path} is not a file; give a file of JSON lines")
     for number, record in enumerate(read_records(Path(path))):
         unknown = sorted(set(record) - set(KINDS))
         if unknown:

@@ -19,7 +19,7 @@ from llmrec_peft.runs.settings import flat_settings, flatten
 from llmrec_peft.training.distributed import partial_state, raise_on_all_ranks
 from llmrec_peft.training.resume import check_checkpoint, last_checkpoint, unfinished_checkpoints
 
-# What a training recipe leaves in its output directory. It deletes nothing else there.
+# Files that a training recipe writes into its output directory. It deletes nothing else there.
 RESULTS = ("metrics.json", "predictions.parquet", "report.md", "reliability.png", "learning_curve.png")
 DIRECTORIES = ("bundle", "student", "checkpoints", "logs")
 SETTINGS = "config.yaml"
@@ -158,7 +158,7 @@ def _check_resumed(run: Run, checkpoints: Path, fingerprint: str, launch: str) -
 def _make_ready(run: Run, checkpoints: Path) -> None:
     run.directory.mkdir(parents=True, exist_ok=True)
     sweep(run.directory)
-    # Its presence says that the run is complete.
+    # Its presence marks the run as complete.
     run.path("metrics.json").unlink(missing_ok=True)
     if run.config.train.resume:
         for path in unfinished_checkpoints(checkpoints):
@@ -179,7 +179,7 @@ def _checkpoint_of(directory: Path, config: RunConfig) -> str | None:
         raise ConfigError(f"train.resume: {directory} holds no run (no {SETTINGS}); start one without train.resume")
     found = read_yaml(directory / SETTINGS, error=ConfigError, what=f"train.resume: {directory / SETTINGS}")
     if not isinstance(found, dict):
-        raise ConfigError(f"train.resume: {directory / SETTINGS} is no mapping of keys; start a new run")
+        raise ConfigError(f"train.resume: {directory / SETTINGS} is not a mapping of keys; start a new run")
     old, new = flatten(with_new_names(found)), flat_settings(config)
     for key in sorted(old.keys() | new.keys()):
         if _decides(key, config) and old.get(key) != new.get(key):

@@ -1,4 +1,4 @@
-"""What a training run leaves beside its model: predictions.parquet, report.md and metrics.json."""
+"""Outputs of a training run beside its model: predictions.parquet, report.md and metrics.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -48,7 +48,7 @@ def report_run(run: Run, trainer: BehaviorTrainer, streams: SplitStreams, result
         }
         metrics |= {"intervals_test": found["intervals"], "differences_test": found["differences"]}
         metrics |= {"calibration": results.calibration.to_dict(), "cost": results.cost}
-        # Written last: its presence says that the run is complete.
+        # Written last: its presence marks the run as complete.
         write_json(metrics, run.path("metrics.json"))
     return metrics
 
@@ -67,7 +67,7 @@ def _report_content(run: Run, trainer: BehaviorTrainer, streams: SplitStreams, r
         uncalibrated=Calibration().apply(after.logits) if config.evaluation.calibrate else None,
         baselines=_baselines(streams, after.targets),
         split_by=test.domain.split.by,
-        candidate_sets=test.target_lists[after.targets],
+        candidate_sets=test.target_sets[after.targets],
         slices=_slices(streams, after.targets),
         log_history=trainer.state.log_history,
         run={

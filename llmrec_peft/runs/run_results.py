@@ -1,4 +1,4 @@
-"""What a training run measured: metrics before and after, the calibration, and the cost."""
+"""Results of a training run: metrics before and after, the calibration, and the cost."""
 
 import platform
 import resource
@@ -26,9 +26,9 @@ class RunResults:
         before: predictions of the untrained classifier; None where the configuration skips them.
         after: predictions of the trained classifier, not calibrated.
         calibration: fitted on validation alone.
-        names: of the metrics.
-        metrics: by the keys of metrics.json.
-        cost: what the run took, by the names that the report prints.
+        names: names of the metrics.
+        metrics: metrics by the keys of metrics.json.
+        cost: time and memory of the run, by the names that the report prints.
     """
 
     before: SplitPredictions | None
@@ -39,7 +39,7 @@ class RunResults:
     cost: dict[str, float | str]
 
     def training_record(self, run: Run, streams: SplitStreams) -> TrainingRecord:
-        """What a bundle's or a student's behavior.json says of the run."""
+        """Entries about the run in the behavior.json of a bundle or a student."""
         return TrainingRecord(
             calibration=self.calibration.to_dict() if run.config.evaluation.calibrate else None,
             counts={**streams.counts(), "split": streams.split_note()},

@@ -37,7 +37,7 @@ class JobShards:
     Args:
         out: the output directory.
         metadata: everything that the recommendations depend on, by the names that messages use.
-        ids: of the users, Arrow large strings [n].
+        ids: ids of the users, Arrow large strings [n].
         size: users of a shard; the last one may have fewer.
     """
 
@@ -65,7 +65,7 @@ class JobShards:
         """Make the directory, or check that its shards belong to this job; remove unfinished files of an earlier end.
 
         Raises:
-            ConfigError: the shards there were made with other settings or data, or the files are no shards.
+            ConfigError: the shards there were made with other settings or data, or the files are not shards.
         """
         with self._writing():
             shutil.rmtree(self._done, ignore_errors=True)

@@ -69,11 +69,11 @@ def build_trainer(
     """Make a trainer.
 
     Args:
-        run: for the settings.
-        arguments: from `training_arguments`.
-        classifier: what is trained.
+        run: the run, with its settings.
+        arguments: returned by `training_arguments`.
+        classifier: the classifier to train.
         streams: `train` is trained on, a part of `valid` selects the checkpoint.
-        loss: from `build_loss`.
+        loss: returned by `build_loss`.
         trainer_class: takes `options` beside the arguments of `BehaviorTrainer`.
         train: the streams to train on in place of all of `streams.train`.
         options: further arguments of the class.

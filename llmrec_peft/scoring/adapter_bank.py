@@ -1,4 +1,4 @@
-"""Adapters on one base, each with the requests of its domain: what `Scorer` and `DomainBank` are made of."""
+"""A bank of adapters on one base: the common part of `Scorer` and `DomainBank`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ NAME_LENGTH = 200
 
 @dataclass(frozen=True)
 class BankEntry:
-    """What the name of a domain stands for. It is replaced as a whole and never changed.
+    """The bundle, items and encoder of a domain. An entry is replaced as a whole and never changed.
 
     Attributes:
-        directory: of the bundle.
-        change_key: of the version of the bundle.
-        domain: that the bundle was trained on.
+        directory: directory of the bundle.
+        change_key: key of the version of the bundle.
+        domain: the domain that the bundle was trained on.
         items: the item table.
-        encoder: of the domain's requests.
+        encoder: encodes the domain's requests.
     """
 
     directory: Path
@@ -71,9 +71,9 @@ class AdapterBank:
 
         Args:
             engine: runs the base.
-            base: that adapters are checked against; None where the engine's weights belong to one domain alone.
+            base: the base that adapters are checked against; None if the engine's weights belong to one domain.
             fallback: the domain that serves requests of unknown domains; None: they are an error.
-            max_bytes: of all adapters in memory; None for no limit.
+            max_bytes: memory limit of all loaded adapters; None for no limit.
             any_dtype: accept adapters that were trained on a base in another number format.
         """
         self._engine, self._base = engine, base
@@ -86,7 +86,7 @@ class AdapterBank:
     # -- domains -------------------------------------------------------------------------------
 
     def entry(self, name: Any) -> BankEntry:
-        """The entry of a domain. Raises DataError if there is none."""
+        """The entry of a domain. Raises DataError for an unknown name."""
         entry = self._entries.get(name) if isinstance(name, str) else None
         if entry is None:
             raise DataError(f"domain {quoted(name)} is not in the bank; use one of {listed(sorted(self._entries))}")
@@ -133,7 +133,7 @@ class AdapterBank:
             self._drop_unused(gone.change_key)
 
     def remove(self, name: str) -> None:
-        """Remove a domain; calls that have begun still use it. Raises DataError if there is none."""
+        """Remove a domain; calls that have begun still use it. Raises DataError for an unknown name."""
         with self._lock:
             gone = self.entry(name)
             if name == self._fallback:

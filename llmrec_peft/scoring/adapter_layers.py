@@ -22,7 +22,7 @@ class AdapterLayer(Protocol):
         """Change `y` in place, the module's output [n, out] for its input `x` [n, in]."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors that it holds."""
+        """All tensors of the layer."""
 
 
 class LowRank:
@@ -33,7 +33,7 @@ class LowRank:
         b: B [out, r].
         scale: s.
         ratio: m [out], None without DoRA.
-        bias: of the base's layer [out], which m does not scale; None if it has none.
+        bias: bias [out] of the base's layer, which m does not scale; None without one.
     """
 
     def __init__(
@@ -44,16 +44,18 @@ class LowRank:
         ratio: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> None:
+        # Scale and ratio are folded into B once: the update is x A^T (s m B)^T.
         b = scale * b if ratio is None else scale * ratio[:, None] * b
-        self.a = a.T.contiguous()
-        self.b = b.T.contiguous()
+        self.a = a.T.contiguous()  # [in, r]
+        self.b = b.T.contiguous()  # [r, out]
         self.ratio = ratio
         # m (y - bias) + bias = m y + (1 - m) bias
         self.shift = None if ratio is None or bias is None else (1 - ratio) * bias
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        inner = torch.mm(x.to(self.a.dtype), self.a)
+        inner = torch.mm(x.to(self.a.dtype), self.a)  # [n, r]
         out = y if y.dtype == self.b.dtype else y.to(self.b.dtype)
+        # y already holds W x + bias from the base. All operations are in place: y is a view of the batch.
         if self.ratio is not None:
             out.mul_(self.ratio)
             if self.shift is not None:
@@ -101,7 +103,7 @@ def dora_ratio(
     from transformers.pytorch_utils import Conv1D
 
     weight = dequantize_module_weight(module).float()
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D):  # GPT-2 stores [in, out]
         weight = weight.T
     return magnitude / torch.linalg.norm(weight + scale * (b @ a), dim=1)
 

@@ -40,10 +40,10 @@ def precision_of(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Any]
 
 
 def load_adapter(directory: str | Path, base: SharedBase, *, any_dtype: bool = False) -> LoadedAdapter:
-    """Read a bundle for a base that is loaded already, with all the checks of `load_bundle`. The base does not change.
+    """Read a bundle for a base that is loaded already, with all the checks of `load_trained`. The base does not change.
 
     Args:
-        directory: of the bundle.
+        directory: directory of the bundle.
         base: as it is in memory.
         any_dtype: accept a base in another number format than the bundle was trained with.
 
@@ -104,16 +104,16 @@ def _read_adapter(
 
 
 def _check_base(directory: Path, manifest: Mapping[str, Any], base: SharedBase, precision: Mapping[str, Any]) -> None:
-    said = str(manifest["base"].get("fingerprint"))
-    if said != base.fingerprint:
+    stated = str(manifest["base"].get("fingerprint"))
+    if stated != base.fingerprint:
         raise BundleError(
-            f"bundle {directory} was trained on {manifest['base'].get('name')} with fingerprint {said[:16]}..., but "
+            f"bundle {directory} was trained on {manifest['base'].get('name')} with fingerprint {stated[:16]}..., but "
             f"base {base.name} has {base.fingerprint[:16]}...; serve it on the base that it was trained on"
         )
-    said = str(manifest["tokenizer"].get("fingerprint"))
-    if said != base.tokenizer_fingerprint and not fits(base.tokenizer, said):
+    stated = str(manifest["tokenizer"].get("fingerprint"))
+    if stated != base.tokenizer_fingerprint and not fits(base.tokenizer, stated):
         raise BundleError(
-            f"bundle {directory} was trained with a tokenizer of fingerprint {said[:16]}..., but that of base "
+            f"bundle {directory} was trained with a tokenizer of fingerprint {stated[:16]}..., but that of base "
             f"{base.name} has {base.tokenizer_fingerprint[:16]}...; use the base's own tokenizer files"
         )
     for key, value in precision.items():

@@ -54,15 +54,15 @@ class DomainBank(AdapterBank):
 
         Args:
             base: an embedded name, a Hub id or a directory.
-            bundles: from the name of a domain, chosen here, to the directory of its bundle.
-            items: from the name of a domain to its item table (see `ItemTable.read`); the other domains take only
-                events that are mappings.
+            bundles: mapping from the name of a domain, chosen here, to the directory of its bundle.
+            items: mapping from the name of a domain to its item table (see `ItemTable.read`); other domains accept
+                only events that are mappings.
             fallback: the domain that serves requests of names that the bank does not have; None: they are an error.
             max_bytes: memory for adapters; the least recently used ones leave it and are read again on demand.
             cache_bytes: memory for the keys and values of histories, which later requests continue from; 0 for none.
             dtype: number format of the base; by default that of the first bundle, with its 4-bit storage if any.
             attn: attention kernel.
-            device: of the base, such as "cuda"; by default the CPU. Never run on a GPU.
+            device: device of the base, such as "cuda"; by default the CPU. Not tested on a GPU.
             trust_remote_code: allow the base's own code to run.
 
         Raises:
@@ -114,7 +114,7 @@ class DomainBank(AdapterBank):
         return self.entry(name).domain.labels
 
     def scorer(self, name: str) -> Scorer:
-        """A scorer of one domain on the bank's base, which follows its swaps. Raises DataError if there is none."""
+        """A scorer of one domain on the bank's base, which follows its swaps. Raises DataError for an unknown name."""
         self.entry(name)
         return Scorer(self, name)
 

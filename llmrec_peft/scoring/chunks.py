@@ -1,4 +1,4 @@
-"""Requests of any number of candidates: only a bounded number of them are tokens at a time."""
+"""Scores requests with any number of candidates; only a bounded number of them is encoded at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK = 4096
 """Different candidates that are computed together, and candidates that are encoded together. A call with no more, over
 all its requests, is computed in one go."""
 REPEATS = 64
-"""A batch holds at most this many times `CHUNK` candidates, however often the same ones stand among them."""
+"""A batch holds at most this many times `CHUNK` candidates, repeated ones included."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def predict_probabilities(
         np.empty((count, len(versions[request.domain].adapter.labels)))
         for request, count in zip(requests, counts, strict=True)
     ]
+    # Encoded candidates of a small call fit into memory together.
     if sum(counts) > CHUNK:
         _predict_in_chunks(engine, requests, versions, results, batch_tokens)
         return results
@@ -71,12 +72,14 @@ def _predict_in_chunks(
     results: Sequence[np.ndarray],
     batch_tokens: int,
 ) -> None:
+    # First pass: validate everything, and keep only the prefixes.
     total = sum(map(len, results))
     with _bar("checking", total) as bar:
         prefixes = [
             _check(request, versions[request.domain].encoder, len(out), bar)
             for request, out in zip(requests, results, strict=True)
         ]
+    # Second pass: encode again, and compute whenever the batch is full.
     with _bar("scoring", total) as bar:
         batch: RequestBatch[LoadedAdapter] = RequestBatch()
         for number in _order(requests, versions, prefixes):

@@ -59,7 +59,7 @@ class _Row:
 
     @cached_property
     def stream(self) -> Stream:
-        """Its tokens; positions go on from `begin`."""
+        """Its tokens; positions continue from `begin`."""
         return self.group.stream(self.first, self.last, self.begin)
 
 
@@ -78,8 +78,8 @@ class Engine:
     Threads may predict at the same time: each thread has its own spans, and a loaded adapter never changes.
 
     Args:
-        classifier: around the base; its own head is not used.
-        pad_token_id: fills rows up.
+        classifier: wraps the base; its own head is not used.
+        pad_token_id: token that pads rows.
         prefix_cache: keys and values of histories to continue from; None to encode each history again in each call.
     """
 
@@ -118,6 +118,7 @@ class Engine:
             for span in spans:
                 layers = span.adapter.layers.get(path)
                 if layers:
+                    # [n, in] and [n, out], views of the rows of this adapter: layers change y in place.
                     x_own, y_own = self._rows(x, span), self._rows(y, span)
                     for layer in layers:
                         layer(x_own, y_own)
@@ -127,6 +128,7 @@ class Engine:
     def _rows(self, tensor: torch.Tensor, span: _Span) -> torch.Tensor:
         """The tokens of one adapter in an activation, [n, width], as a view."""
         rows, length = self._active.shape
+        # Modules see [B, L, width] or, in mixtures of experts, [B * L, width].
         if tensor.dim() == 4 and tensor.shape[1] == 1:  # DeepSeek's keys and values, shared by all heads
             tensor = tensor.squeeze(1)
         if tensor.shape[:2] == (rows, length):
@@ -167,6 +169,7 @@ class Engine:
 
     def _predict_long(self, row: _Row, row_tokens: int, progress: Progress) -> None:
         """The first row of a group, and all others, which continue from its prefix."""
+        # The first pass encodes the whole prefix; the later ones hold candidates only.
         (past,) = self._run([row])
         progress(row.count)
         group, last = row.group, row.last
@@ -178,7 +181,7 @@ class Engine:
 
     def _first_row(self, group: AdapterGroup, batch_tokens: int) -> _Row:
         past = None if self.prefix_cache is None else self.prefix_cache.find(group.model, group.prefix)
-        new = len(group.prefix_ids) - (0 if past is None else past.length)
+        new = len(group.prefix_ids) - (0 if past is None else past.length)  # prefix tokens to encode
         last = group.fitting(0, min(max(ROW_TOKENS - new, CHUNK_TOKENS), batch_tokens - new))
         return _Row(group, past, 0, last, cache=last < len(group.candidates) or self.prefix_cache is not None)
 
@@ -190,14 +193,16 @@ class Engine:
         inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "markers")}
         segment = None if batch["segment"] is None else batch["segment"].to(device)
         past, seen = None, None
+        # Rows with different pasts share one padded cache of P tokens; `seen`, bool [B, P], marks the real ones.
         if any(row.cache or row.past for row in rows):
             past, seen = CachedPrefix.stack([row.past for row in rows], device)
+            # Padded pasts need an explicit mask, which is made from segments.
             if seen is not None and segment is None:
                 segment = _pads([len(row.stream) for row in rows], inputs["input_ids"].shape[1], device)
         self._active.spans, self._active.shape = spans, tuple(inputs["input_ids"].shape)
         try:
             with self._last_layer.only_at(self._marker_places(spans, inputs)):
-                # [T, H], the rows' markers one after another
+                # [T, H], the markers of row 0, then of row 1, ...
                 hidden = self.classifier.hidden_states(**inputs, segment=segment, past=past, past_seen=seen).float()
         finally:
             self._active.spans = ()
@@ -217,6 +222,7 @@ class Engine:
         """logits = hidden head^T for the candidates of each adapter."""
         ends = np.cumsum([0, *(row.count for row in rows)])  # row r has hidden states ends[r]:ends[r + 1]
         for span in spans:
+            # [t, H] x [labels, H]^T = [t, labels], for the t candidates of this adapter.
             logits = nn.functional.linear(hidden[ends[span.first] : ends[span.last]], span.adapter.head)
             if not bool(torch.isfinite(logits).all()):
                 raise ModelError(f"bundle {span.adapter.directory} gives logits that are not finite; train it again")
@@ -227,7 +233,7 @@ class Engine:
 
     def _cached(self, row: _Row, number: int, past: Any, seen: torch.Tensor | None) -> CachedPrefix:
         """Keys and values of a row's whole prefix."""
-        width = 0 if seen is None else seen.shape[1]
+        width = 0 if seen is None else seen.shape[1]  # P, the padded length of all pasts
         prefix = CachedPrefix.cut(past, number, row.begin, width, len(row.group.prefix_ids) - row.begin)
         if self.prefix_cache is not None:
             self.prefix_cache.put(row.group.model, row.group.prefix, prefix)
@@ -235,7 +241,7 @@ class Engine:
 
 
 def _spans(rows: list[_Row]) -> list[_Span]:
-    """Runs of rows of one adapter."""
+    """Runs of neighbouring rows of one adapter; `rows` are sorted by adapter."""
     spans: list[_Span] = []
     for number, row in enumerate(rows):
         if spans and spans[-1].adapter is row.group.model:
@@ -246,6 +252,6 @@ def _spans(rows: list[_Row]) -> list[_Span]:
 
 
 def _pads(sizes: list[int], length: int, device: torch.device) -> torch.Tensor:
-    """Segments of rows that are prefix alone, int64 [B, L]: 0, and -1 at pads."""
+    """Segments of rows without candidates, int64 [B, L]: 0 for tokens, -1 for padding."""
     places = torch.arange(length, device=device)[None, :]
     return torch.where(places < torch.tensor(sizes, device=device)[:, None], 0, -1)

@@ -20,11 +20,11 @@ class LoadedAdapter:
     """One version of the adapter of one bundle, with its head, calibration and domain.
 
     Attributes:
-        directory: of the bundle.
+        directory: directory of the bundle.
         version: digest of the manifest; another digest is another version.
         vocabulary: the domain's tokens.
         head: float32 [labels, hidden].
-        layers: from a module's path in the stock classifier to the layers that change its output, in order.
+        layers: mapping from a module's path in the stock classifier to the layers that change its output, in order.
         size: bytes of all tensors.
     """
 

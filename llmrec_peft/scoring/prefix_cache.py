@@ -27,7 +27,7 @@ class CachedPrefix:
 
     @property
     def length(self) -> int:
-        """Tokens, n."""
+        """Number of tokens, n."""
         return self.keys[0].shape[1]
 
     @property
@@ -59,7 +59,7 @@ class CachedPrefix:
             sides = []
             for name in ("keys", "values"):
                 like = getattr(example, name)[layer]
-                rows = like.new_zeros((len(pasts), like.shape[0], width, like.shape[2]))
+                rows = like.new_zeros((len(pasts), like.shape[0], width, like.shape[2]))  # [B, h, P, d]
                 for number, past in enumerate(pasts):
                     if past is not None:
                         rows[number, :, : past.length] = getattr(past, name)[layer]
@@ -76,7 +76,8 @@ class CachedPrefix:
         """
 
         def part(tensor: torch.Tensor) -> torch.Tensor:
-            both = [tensor[row, :, :begin], tensor[row, :, width : width + new]]
+            both = [tensor[row, :, :begin], tensor[row, :, width : width + new]]  # [h, begin, d], [h, new, d]
+            # A copy in both cases: a view would keep the whole batch's cache in memory.
             return torch.cat(both, dim=1) if begin else both[1].clone()
 
         layers = cache.layers
@@ -91,9 +92,11 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        # By the digest of the whole prefix, least recently used first: the tensors, and the digests of its beginnings.
         self._prefixes: OrderedDict[bytes, tuple[CachedPrefix, list[bytes]]] = OrderedDict()
         self._versions: dict[bytes, str] = {}
         self._retired: weakref.WeakSet[LoadedAdapter] = weakref.WeakSet()
+        # By the digest of a beginning: the cached prefix that has it, and its length in tokens.
         self._beginnings: dict[bytes, tuple[bytes, int]] = {}
         self._lock = threading.Lock()
         self.size = 0
@@ -105,7 +108,7 @@ class PrefixCache:
         """The longest cached beginning of a prefix, or None."""
         digests = _digests(adapter, prefix)
         with self._lock:
-            for digest, length in reversed(digests):
+            for digest, length in reversed(digests):  # the longest beginning first
                 if digest in self._beginnings:
                     owner, _ = self._beginnings[digest]
                     self._prefixes.move_to_end(owner)
@@ -119,6 +122,7 @@ class PrefixCache:
         with self._lock:
             if own in self._prefixes or cached.size > self.max_bytes or adapter in self._retired:
                 return
+            # The new prefix contains its shorter beginnings, so their tensors are not needed any more.
             for digest, _ in digests[:-1]:
                 if digest in self._prefixes:
                     self._drop(digest)
@@ -150,12 +154,14 @@ class PrefixCache:
         del self._versions[own]
         self.size -= cached.size
         for digest in digests:
+            # Another prefix may own the same beginning.
             if self._beginnings.get(digest, (None,))[0] == own:
                 del self._beginnings[digest]
 
 
 def _digests(adapter: LoadedAdapter, prefix: tuple[np.ndarray, ...]) -> list[tuple[bytes, int]]:
     """Digest and length in tokens of each beginning of a prefix, shortest first."""
+    # The version comes first: keys and values depend on the adapter, so adapters never share an entry.
     digest, length, found = hashlib.blake2b(adapter.version.encode(), digest_size=16), 0, []
     for piece in prefix:
         digest.update(np.ascontiguousarray(piece, np.int32).tobytes())

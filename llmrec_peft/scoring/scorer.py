@@ -75,12 +75,12 @@ class Scorer:
         """A scorer of a bundle or of a merged model.
 
         Args:
-            directory: of the bundle or merged model.
+            directory: directory of the bundle or merged model.
             items: the item table (see `ItemTable.read`); without it every event must be a mapping of columns.
-            base: place of a bundle's base, if it is not where the bundle says.
+            base: another path or name of a bundle's base.
             dtype: number format of the base; by default the one that the bundle was trained with.
             attn: attention kernel.
-            device: such as "cuda"; by default the CPU. Never run on a GPU.
+            device: device of the model, such as "cuda"; by default the CPU. Not tested on a GPU.
             cache_bytes: memory for histories; 0 encodes each history again in each call.
             retrieval: directory of a retrieval index (`recipes/index.py`), for `recommend`; by default the one inside
                 `directory`, if there is one.

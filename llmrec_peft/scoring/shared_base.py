@@ -44,7 +44,7 @@ class SharedBase:
     Attributes:
         classifier: around the base; its own head is not used.
         name: as the user gave it.
-        fingerprint, tokenizer_fingerprint: of the base's files.
+        fingerprint, tokenizer_fingerprint: fingerprints of the base's files.
         precision: `dtype`, and `quantization` as a mapping or None.
     """
 

@@ -1,4 +1,4 @@
-"""Tokens of an exported student's texts, the same as those of `data.tokens.Vocabulary`, without Transformers."""
+"""Tokens of an exported student's texts, the same as those of `data.vocabulary.Vocabulary`, without Transformers."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ def read_encoder(path: Path) -> Encoder:
         ) from None
     try:
         return _Pieces(tokenizers.Tokenizer.from_file(str(path)))
-    except BaseException as error:  # what goes wrong in Rust is a plain Exception, or a panic, which is none
+    except BaseException as error:  # Rust raises a plain Exception, or a panic, which is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise BundleError(f"{path} is no tokenizer that loads ({one_line(error)}); {again}") from None
+        raise BundleError(f"{path} is not a tokenizer that loads ({one_line(error)}); {again}") from None
 
 
 class _WholeTexts:

@@ -29,7 +29,7 @@ class Graph:
     Args:
         path: an .onnx file.
         pad: token that fills rows up.
-        threads: of one pass; ONNX Runtime's own choice if None.
+        threads: number of threads of one pass; ONNX Runtime's own choice if None.
         labels: number of labels, C; not checked if None.
 
     Raises:

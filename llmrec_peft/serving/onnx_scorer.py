@@ -67,12 +67,12 @@ class OnnxScorer:
         """A scorer of an export that `export_onnx` wrote.
 
         Args:
-            directory: of the export.
+            directory: directory of the export.
             items: rows of the item table: a list of mappings with `item_id`, a mapping from ids to mappings, or a path
                 of csv or jsonl (of parquet where pyarrow is installed). A student that reads item ids needs none; for
                 any other, every event must then be a mapping of columns.
             precision: which of the export's graphs is used.
-            threads: of one pass; ONNX Runtime's own choice if None.
+            threads: number of threads of one pass; ONNX Runtime's own choice if None.
             cache_events: number of events whose tokens are cached for the next calls.
 
         Raises:

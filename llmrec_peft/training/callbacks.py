@@ -9,7 +9,7 @@ class EvaluateLastStep(TrainerCallback):
     """Validate after the last step too, so that its checkpoint can be selected."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for an evaluation after the last step."""
+        """Request an evaluation after the last step."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 

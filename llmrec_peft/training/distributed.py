@@ -22,12 +22,12 @@ def _flag(name: str) -> bool:
 
 
 def uses_deepspeed() -> bool:
-    """Whether the launch configuration asks for DeepSpeed."""
+    """Whether the launch configuration selects DeepSpeed."""
     return _flag("ACCELERATE_USE_DEEPSPEED")
 
 
 def uses_fsdp() -> bool:
-    """Whether the launch configuration asks for FSDP."""
+    """Whether the launch configuration selects FSDP."""
     return _flag("ACCELERATE_USE_FSDP")
 
 
@@ -75,7 +75,7 @@ def _require_deepspeed() -> None:
         import deepspeed  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "the launch configuration asks for DeepSpeed, which is not installed; "
+            "the launch configuration selects DeepSpeed, which is not installed; "
             "install it with: pip install llmrec_peft[deepspeed]"
         ) from None
 
@@ -131,7 +131,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         text = f"{text} (on process {failed[0]} of {state.num_processes})"
     shared = (kind if issubclass(kind, LLMRecError) else ConfigError)(text)
     # The first process prints the line for all of them.
-    shared.said_elsewhere = state.process_index != 0
+    shared.reported_elsewhere = state.process_index != 0
     # All processes are at this line, so they can end the group at exit. A group that is still there when the
     # interpreter ends may abort.
     atexit.register(_end_group, state)

@@ -51,6 +51,7 @@ def listwise(
         sum_g 1 / |P_g| * sum_{t in P_g} -(s_t - log sum_{u in g} exp(s_u))
     A group without both a positive and a negative has no order to learn and adds 0.
     """
+    # Log-odds of the last class against all others.
     scores_T = logits_TC[:, -1] - torch.logsumexp(logits_TC[:, :-1], dim=-1)
     positive_T = labels_T == logits_TC.shape[1] - 1
     positives_G, useful_G = _list_counts(positive_T, groups_T)
@@ -61,6 +62,7 @@ def listwise(
     shifted_T = scores_T - top_G[groups_T]
     sums_G = torch.zeros_like(top_G).index_add(0, groups_T, shifted_T.exp())
     log_p_T = shifted_T - sums_G[groups_T].log()
+    # 1 / |P_g| for the positives of useful groups, 0 for all other targets.
     share_T = (positive_T & useful_G[groups_T]) / positives_G[groups_T].clamp(min=1)
     return -(share_T * log_p_T).sum()
 
@@ -111,6 +113,7 @@ class BehaviorLoss:
             raise ConfigError(
                 f"train.class_weights needs one weight a label, {like.shape[-1]}; got {len(self.class_weights)}"
             )
+        # Made for each call: the loss has no device of its own.
         return torch.tensor(self.class_weights, dtype=like.dtype, device=like.device)
 
     def __call__(self, logits_TC: torch.Tensor, labels_T: torch.Tensor, groups_T: torch.Tensor) -> torch.Tensor:
@@ -136,4 +139,4 @@ def balanced_weights(labels: torch.Tensor, num_labels: int) -> list[float]:
     if (counts == 0).any():
         empty = torch.nonzero(counts == 0).flatten().tolist()
         raise ConfigError(f"class_weights 'balanced' needs every class in training; classes {empty} have no target")
-    return (len(labels) / (num_labels * counts)).tolist()
+    return (len(labels) / (num_labels * counts)).tolist()  # n / (C * n_c)

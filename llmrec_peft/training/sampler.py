@@ -18,7 +18,7 @@ class GlobalBatchSampler(BatchSampler):
     Args:
         lengths: int [streams], tokens of each.
         batch_size: streams in a global batch; the last one of an epoch may hold fewer.
-        seed: of the order.
+        seed: random seed of the order.
         rank: this process.
         world: number of processes.
     """

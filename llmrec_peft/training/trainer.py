@@ -63,7 +63,7 @@ class BehaviorTrainer(Trainer):
         args: Transformers' arguments; `per_device_train_batch_size` counts streams.
         train_streams: data set from `build_streams`, or a subset.
         valid_streams: the same for validation.
-        tokenizer: for the padding token.
+        tokenizer: gives the padding token.
         micro_tokens: maximum number of tokens in a padded micro-batch of training.
         eval_tokens: the same for evaluation.
         loss: the loss; cross-entropy if not given.

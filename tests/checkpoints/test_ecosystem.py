@@ -91,7 +91,7 @@ def test_the_same_logits_in_a_padded_batch(kind, options, jobs, found, tiny_base
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CARDS)
-def test_the_code_of_a_card_gives_the_same_answer(name, jobs, found):
+def test_the_code_of_a_card_gives_the_same_prediction(name, jobs, found):
     """Its tokens are those of a stream, piece by piece, and its probabilities are calibrated."""
     loaded = load_trained(jobs[name]["bundle"])
     domain = Domain.from_dict(DOMAIN)

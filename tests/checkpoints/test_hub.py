@@ -180,7 +180,7 @@ class TestWhatIsPushed:
         push(bundle)
         assert ModelCard(hub.files(REPO)[CARD].decode()).data.license == "apache-2.0"
         (bundle / CARD).write_bytes(b"\xff")
-        with pytest.raises(BundleError, match="no text in UTF-8"):
+        with pytest.raises(BundleError, match="is not UTF-8 text"):
             push(bundle)
         (bundle / CARD).unlink()
         push(bundle)

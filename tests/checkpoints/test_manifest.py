@@ -41,7 +41,7 @@ def test_each_kind_is_read_and_written_as_it_was(name, kind, tmp_path):
     assert again == manifest
     for other in (ADAPTER, MERGED, EXPORT, INDEX):
         if other is not kind:
-            with pytest.raises(BundleError, match="name the directory|is a merged model|is no merged model"):
+            with pytest.raises(BundleError, match="name the directory|is a merged model|is not a merged model"):
                 read_manifest(ARTIFACTS / name, other)
 
 

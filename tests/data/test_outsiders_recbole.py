@@ -51,7 +51,7 @@ def test_titles_in_recbole_interactions_and_titles_that_compete(tmp_path):
     assert "x.item has no title but long_name, short_name; rename the one that is the item's to title" in message
 
 
-def test_a_guessed_title_is_told(tmp_path, caplog):
+def test_a_guessed_title_is_reported(tmp_path, caplog):
     """A name that does not say whose title it is; productName is product_name; a title that is a number is refused."""
     for name, guessed in (("display_name", True), ("original_title", True), ("productName", True), ("name", False)):
         caplog.clear()
@@ -104,6 +104,6 @@ def test_recbole_floats_that_are_none(tmp_path, caplog):
         inter(tmp_path / "rating", "user_id:token\titem_id:token\trating:float\ttimestamp:float", rows)
     )
     assert log.column("rating").to_pylist() == ["4e0", "NA", "good", "bad"]
-    assert "2 of its 4 values are none, the first in row 2 ('good'); read as text" in caplog.text
+    assert "2 of its 4 values do not fit, the first in row 2 ('good'); read as text" in caplog.text
     message = refused(inter(tmp_path / "lastfm", "user_id:token\tartist_id:token\tweight:float", "2\t51\t13883"))
     assert "x.inter has no timestamp:float" in message and "needs an order" in message

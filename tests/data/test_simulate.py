@@ -93,7 +93,7 @@ def test_history_predicts(shop):
     assert by_category > by_user + 0.05
 
 
-def test_written_shop_reads_back_and_says_that_it_is_simulated(tmp_path):
+def test_written_shop_reads_back_and_is_marked_as_simulated(tmp_path):
     directory = write_simulated_shop(tmp_path / "shop", users=15, seed=3)
     assert sorted(entry.name for entry in directory.iterdir()) == ["README.md", "interactions.parquet", "items.parquet"]
     log, drawn = BehaviorLog.read(directory), simulate_shop(15, seed=3)

@@ -96,7 +96,9 @@ def check(split, streams, domain, tokenizer, unlabelled=False):
             target = int(stream.targets[number])
             assert streams.target_rows[target] == answer.row and streams.target_items[target] == answer.item
             assert streams.target_labels[target] == answer.label and streams.sampled[target] == answer.sampled
-            assert moments.setdefault(answer.moment, int(stream.lists[number])) == stream.lists[number]
+            assert (
+                moments.setdefault(answer.moment, int(stream.candidate_sets[number])) == stream.candidate_sets[number]
+            )
         seen += stream.targets.tolist()
         check_candidates(stream)
     assert seen == list(range(streams.num_targets))
@@ -125,7 +127,7 @@ def test_streams_are_the_plain_reading_of_the_log(case, small_log, tiny_tokenize
 
 @pytest.mark.parametrize("case", ["order", "isolate", "tight", "likes alone", "three labels, isolate", "by user",
                                   "negatives", "negatives, isolate"])  # fmt: skip
-def test_rows_without_a_label_can_be_asked_about(case, small_tables, tiny_tokenizer):
+def test_rows_without_a_label_can_be_targets(case, small_tables, tiny_tokenizer):
     """They are candidates of class -1, and every other answer is what it was."""
     interactions, items = small_tables
     rng = np.random.default_rng(7)
@@ -196,7 +198,9 @@ def test_an_isolated_basket_sees_nothing_of_itself(small_tables, tiny_tokenizer)
     streams = parts(with_baskets(small_tables), domain, tiny_tokenizer)[0][1]
     compared = 0
     for stream in (streams[n] for n in range(len(streams))):
-        for alike in (np.flatnonzero(stream.lists == number) for number in set(stream.lists.tolist())):
+        for alike in (
+            np.flatnonzero(stream.candidate_sets == number) for number in set(stream.candidate_sets.tolist())
+        ):
             starts = {stream.position_ids[stream.segment == stream.segment[m]][0] for m in stream.markers[alike]}
             if len(alike) > 1:
                 compared += 1
@@ -211,7 +215,7 @@ def test_order_without_negatives_is_a_prefix_alone(small_log, tiny_tokenizer):
             assert stream.position_ids.tolist() == list(range(len(stream)))
 
 
-def test_later_answers_see_an_earlier_outcome_and_an_answer_never_its_own(small_log, tiny_tokenizer):
+def test_later_targets_see_an_earlier_outcome_and_a_target_never_its_own(small_log, tiny_tokenizer):
     domain = Domain.from_dict(BASE)
     words = {word.strip() for word in domain.outcomes.values()}
     streams = parts(small_log(), domain, tiny_tokenizer)[0][1]
@@ -248,7 +252,7 @@ def test_negatives_stand_beside_their_positive(small_log, tiny_tokenizer):
             met = (log.user_codes == log.user_codes[row]) & (log.timestamps <= log.timestamps[row])
             own = np.flatnonzero((streams.target_rows == row) & ~streams.sampled)[0]
             assert streams.target_labels[own] == 1 and streams.target_labels[target] == 0
-            assert streams.target_lists[own] == streams.target_lists[target]
+            assert streams.target_sets[own] == streams.target_sets[target]
             assert streams.target_items[target] not in log.item_codes[met]
         assert not streams.sampled[streams.target_labels == 1].any()
 

@@ -165,7 +165,7 @@ def test_an_export_that_differs_leaves_nothing(exported, tmp_path, monkeypatch):
 
 def test_models_that_cannot_be_exported_are_refused(exported, bundle_of, tmp_path):
     merged = exported[0]
-    with pytest.raises(BundleError, match="is no merged model"):
+    with pytest.raises(BundleError, match="is not a merged model"):
         export_onnx(bundle_of(), tmp_path / "out")
     encoder = tmp_path / "encoder"
     merge_bundle(bundle_of("full", kind="bert"), encoder)

@@ -52,7 +52,7 @@ def test_bias_and_temperature_are_recovered_together(classes):
     assert logloss(labels, p) < logloss(labels, softmax(logits, axis=1))
 
 
-def test_two_class_answers_keep_their_order():
+def test_two_class_predictions_keep_their_order():
     logits, labels = drawn(n=300, temperature=4.0, bias=[-1, 1])
     found = fit_calibration(logits, labels)
     assert auc(labels, found.apply(logits)) == pytest.approx(auc(labels, softmax(logits, axis=1)), abs=1e-12)
@@ -78,13 +78,13 @@ def test_prior_moves_the_fitted_share():
     assert moved.temperature == plain.temperature
 
 
-def test_a_missing_class_leaves_the_answers_as_they_are():
+def test_a_missing_class_leaves_the_predictions_unchanged():
     logits = np.random.default_rng(0).normal(size=(50, 3))
     for prior in (None, [0.2, 0.3, 0.5]):
         assert fit_calibration(logits, np.arange(50) % 2, prior) == Calibration()
 
 
-def test_a_small_set_without_a_fault_does_not_make_answers_certain():
+def test_a_small_perfectly_ranked_set_does_not_make_predictions_certain():
     labels = np.arange(12) % 2
     logits = np.outer(2 * labels - 1, [-1.0, 1.0])
     assert fit_temperature(logits, labels) < 0.06

@@ -98,7 +98,7 @@ def test_within_bounds_all_float32_logits_give_probabilities(temperature, bias):
     assert np.isfinite(found).all() and found.sum(axis=1) == pytest.approx(1)
 
 
-def test_what_is_fitted_can_be_kept():
+def test_a_fit_lies_inside_the_stored_bounds():
     """Offsets, scales and priors far from any training's."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 200)

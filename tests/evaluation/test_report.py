@@ -108,14 +108,14 @@ def test_pictures_are_whole_and_nothing_is_left_over(tmp_path):
         assert f"({name})" in (tmp_path / "new" / "report.md").read_text(encoding="utf-8")
 
 
-def test_the_same_answers_give_the_same_files(tmp_path):
+def test_the_same_predictions_give_the_same_files(tmp_path):
     for name in ("a", "b"):
         write_report(tmp_path / name, content(), samples=20, seed=1)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_many_classes_and_only_the_answers(tmp_path):
+def test_many_classes_and_only_the_predictions(tmp_path):
     given = content(classes=3, before=None, uncalibrated=None, log_history=[], data={}, cost={}, run={})
     write_report(tmp_path, given, samples=10)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -177,7 +177,7 @@ def test_names_cannot_break_the_page(tmp_path):
     assert widths == {10}
 
 
-def test_answers_that_do_not_fit_leave_nothing_behind(tmp_path):
+def test_predictions_that_do_not_fit_leave_nothing_behind(tmp_path):
     with pytest.raises(DataError, match=r"labels must be \[239\]"):
         write_report(tmp_path / "out", content(before=content().before[1:]), samples=5)
     with pytest.raises(ConfigError, match="'aucc' does not exist"):

@@ -15,13 +15,18 @@ import torch
 from llmrec_peft.data.domain import Domain
 from llmrec_peft.data.streams import build_streams
 from llmrec_peft.models.base import load_tokenizer
-from llmrec_peft.training.distributed import distributed_session
+from llmrec_peft.training.distributed import distributed_session, uses_deepspeed
 from tests.invariants.setup_run import DOMAIN, losses_of, make_trainer, splits, trained
 
 
 def main() -> None:
     """Run the cases one after another."""
     torch.set_num_threads(1)
+    if uses_deepspeed():
+        import deepspeed
+
+        # Optional extension for exchanges on one machine: to compile it takes a minute, and torch exchanges without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     base, output, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     with distributed_session() as state:
         tokenizer = load_tokenizer(base)

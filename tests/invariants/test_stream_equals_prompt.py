@@ -15,17 +15,14 @@ from llmrec_peft.data.streams import build_streams
 from llmrec_peft.models import attention
 from llmrec_peft.models.predict import predict
 from tests.reference import NaiveStreams, sampled_items
+from tests.support.pairwise import pairwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2")
-MODELS = [(kind, "lora", attn) for kind in KINDS for attn in ("sdpa", "eager")]
-MODELS += [
-    ("llama", "adapter", "sdpa"),
-    ("gpt2", "adapter", "eager"),
-    ("qwen2", "head", "sdpa"),
-    ("mistral", "full", "eager"),
-]
+METHODS = ("lora", "adapter", "head", "full")
+# `short` is the length at which attention in blocks begins: 2 gives blocks, 1000 one mask.
+MODELS = pairwise(KINDS, METHODS, ("sdpa", "eager"), (2, 1000))
 SHAPES = {
     "prefix": {"simultaneous": "order"},
     "candidates": {"simultaneous": "isolate", "negatives": {"per_positive": 1}},
@@ -90,10 +87,9 @@ def in_batches(classifier, streams, size, side, pad):
     return torch.cat([classifier(**batch) for batch in batches])
 
 
-@pytest.mark.parametrize("short", [2, 1000])
-@pytest.mark.parametrize(("kind", "method", "attn"), MODELS)
+@pytest.mark.parametrize(("kind", "method", "attn", "short"), MODELS)
 def test_stream_equals_prompt(kind, method, attn, short, make, case, tiny_tokenizer, monkeypatch):
-    """With attention in blocks (`short` is where they begin), and under one mask."""
+    """With attention in blocks and under one mask."""
     monkeypatch.setattr(attention, "SHORT", short)
     classifier = make(kind, method, attn=attn)
     for shape in SHAPES:
@@ -107,7 +103,7 @@ def test_stream_equals_prompt(kind, method, attn, short, make, case, tiny_tokeni
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_changed_history_changes_the_answer(kind, make, case):
+def test_a_changed_history_changes_the_prediction(kind, make, case):
     """Were the answers blind to history, the test above would show nothing."""
     classifier = make(kind)
     for shape in SHAPES:
@@ -131,7 +127,7 @@ def test_a_candidate_that_others_could_see_would_show(make, case, tiny_tokenizer
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_predict_answers_every_target_whatever_the_batch(shape, make, small_log, tiny_tokenizer):
+def test_predict_covers_every_target_whatever_the_batch(shape, make, small_log, tiny_tokenizer):
     classifier, domain = make(), domain_of(shape)
     streams = build_streams(small_log(users=6, events=8).split().train, domain, tiny_tokenizer)
     classifier.train()

@@ -33,6 +33,7 @@ from llmrec_peft.models.base_weights import base_fingerprint
 from llmrec_peft.models.stock_parts import head_of
 from tests.conftest import ROOT
 from tests.support.bundles import DOMAIN, answers, edit, edit_manifest, stock_answers, write_bundle
+from tests.support.pairwise import diagonal
 
 KINDS = ("llama", "qwen2", "mistral", "gpt2", "bert")
 pytestmark = [
@@ -65,8 +66,7 @@ def check_merged(bundle: Path, merged: Path, base: Path, atol: float = 2e-5) -> 
 # -- equality ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method"), diagonal(KINDS, ("lora", "full", "qlora")))
 def test_merged_predicts_as_adapted_and_not_as_the_base(kind, method, tiny_base, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", tiny_base(kind), method)
     found = merge_bundle(bundle, tmp_path / "merged")
@@ -209,7 +209,7 @@ def test_a_second_run_is_equal_to_the_bit(tiny_base, tmp_path):
 # -- what is written ---------------------------------------------------------------------------
 
 
-def test_manifest_and_config_say_what_the_contract_says(tiny_base, tmp_path):
+def test_manifest_and_config_follow_the_contract(tiny_base, tmp_path):
     calibration = {"temperature": 1.5, "bias": [0.0, 0.1]}
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"), calibration=calibration)
     found = merge_bundle(bundle, tmp_path / "merged")
@@ -371,12 +371,12 @@ def test_a_second_merge_is_refused(merged, tmp_path):
         lambda: load_trained(merged, kind=ADAPTER),
         lambda: read_manifest(merged, ADAPTER),
     ):
-        with pytest.raises(BundleError, match=r"merged is a merged model and no bundle: .* in its weights already"):
+        with pytest.raises(BundleError, match=r"merged is a merged model, not a bundle: .* in its weights already"):
             refused()
     assert names_in(tmp_path) == ["bundle", "merged"]
 
 
-def test_a_bottleneck_adapter_is_told_what_to_do(tiny_base, tmp_path):
+def test_a_bottleneck_adapter_is_refused_with_advice(tiny_base, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", tiny_base("llama"), "adapter", size=4)
     with pytest.raises(BundleError, match="serve it in a DomainBank, train method lora, or distil it"):
         merge_bundle(bundle, tmp_path / "merged")
@@ -459,7 +459,7 @@ class TestTampering:
             (lambda m: m["base"].update(name="other"), "so it was edited"),
             (lambda m: m.update(format_version=2), "format_version 2, and this version reads 1"),
             (lambda m: m.pop("stream"), "no valid entry 'stream'"),
-            (lambda m: m.update(kind="fused"), "is no merged model"),
+            (lambda m: m.update(kind="fused"), "is not a merged model"),
         ],
     )
     def test_edited_manifest(self, change, message, merged):

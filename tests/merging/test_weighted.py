@@ -194,7 +194,7 @@ def test_settings_that_cannot_be(weights, settings, message, pair, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_list_is_asked_for(pair, tmp_path):
+def test_a_list_is_required(pair, tmp_path):
     with pytest.raises(ModelError, match="must be a list of directories"):
         combine_bundles(pair[0], [1.0], tmp_path / "out")
     with pytest.raises(ModelError, match="name at least one"):
@@ -231,5 +231,5 @@ def test_bundles_that_cannot_be_combined(method, kind, options, message, pair, t
 
 def test_a_merged_model_is_none_of_them(pair, tmp_path):
     merge_bundle(pair[0], tmp_path / "merged")
-    with pytest.raises(BundleError, match="is a merged model and no bundle"):
+    with pytest.raises(BundleError, match="is a merged model, not a bundle"):
         combine_bundles([pair[0], tmp_path / "merged"], [1, 1], tmp_path / "out")

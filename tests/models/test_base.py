@@ -133,7 +133,7 @@ def write_gguf(path: Path, directory: Path) -> None:
 
 
 class TestGguf:
-    def test_converted_once_with_the_same_answers(self, tiny_base, tmp_path, own_cache, caplog):
+    def test_converted_once_with_the_same_predictions(self, tiny_base, tmp_path, own_cache, caplog):
         directory = tiny_base("llama")
         write_gguf(tmp_path / "tiny.gguf", directory)
         first = resolve_base(tmp_path / "tiny.gguf")
@@ -231,7 +231,7 @@ class TestLoad:
             load_model(str(tmp_path), 2, id2label={0: "a", 1: "b"}, attn_implementation="eager")
 
 
-def test_encoders_are_told_from_decoders(tiny_base):
+def test_encoders_are_distinguished_from_decoders(tiny_base):
     kinds = {kind: is_encoder(load_config(str(tiny_base(kind)))) for kind in ("llama", "mistral", "gpt2", "bert")}
     assert kinds == {"llama": False, "mistral": False, "gpt2": False, "bert": True}
     assert not is_encoder(BertConfig(is_decoder=True))

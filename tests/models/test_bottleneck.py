@@ -16,6 +16,7 @@ from llmrec_peft.models.bottleneck import (
     transformer_layers,
 )
 from llmrec_peft.models.tuning_options import AdapterOptions
+from tests.support.pairwise import diagonal
 
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
 
@@ -24,8 +25,7 @@ def masked(prompt):
     return {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2", "bert"])
+@pytest.mark.parametrize(("kind", "placement"), diagonal(("llama", "qwen2", "mistral", "gpt2", "bert"), PLACEMENTS))
 def test_starts_at_the_base_and_moves_away(kind, placement, make, shake, answer, prompt):
     base = make(kind, "head")
     adapted = make(kind, "adapter", placement=placement, size=8)
@@ -97,7 +97,7 @@ def test_layers_choose_which_layers_adapt(make):
         make("llama", "adapter", layers=[0, 5])
 
 
-def test_dropout_only_when_asked(make):
+def test_dropout_only_when_set(make):
     plain = [adapter.dropout for _, adapter in adapters_of(make("llama", "adapter").model)]
     assert all(isinstance(module, nn.Identity) for module in plain)
     dropping = [adapter.dropout for _, adapter in adapters_of(make("llama", "adapter", dropout=0.2).model)]

@@ -62,7 +62,7 @@ def test_candidates_equal_independent_rows(kind, attn, make, shake, answer):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_candidate_content_reaches_no_other_answer(kind, make, shake, answer):
+def test_candidate_content_reaches_no_other_prediction(kind, make, shake, answer):
     classifier = shake(make(kind))
     batch = stream_with_candidates(torch.Generator().manual_seed(3), classifier.config.vocab_size)
     before = answer(classifier, batch)

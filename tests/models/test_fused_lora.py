@@ -37,7 +37,7 @@ def gradients(classifier, forward=None) -> tuple[torch.Tensor, dict[str, torch.T
     }
 
 
-def test_answers_and_gradients_are_those_of_peft(classifier, monkeypatch):
+def test_predictions_and_gradients_are_those_of_peft(classifier, monkeypatch):
     calls, original = [], fused_lora._Fused.apply
     monkeypatch.setattr(fused_lora._Fused, "apply", lambda *args: calls.append(1) or original(*args))
     logits, found = gradients(classifier)

@@ -35,7 +35,7 @@ def groups_of(adapter: LoadedAdapter, count: int) -> list[CandidateGroup]:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_answers_alone_equal_the_whole_layer(kind, rows, tiny_base, domain, monkeypatch):
+def test_markers_alone_equal_the_whole_layer(kind, rows, tiny_base, domain, monkeypatch):
     classifier = load_classifier(tiny_base(kind), domain, "head")
     engine = Engine(classifier, 0)
     layer = transformer_layers(classifier.stock)[-1]

@@ -12,7 +12,7 @@ KINDS = ("llama", "qwen2", "mistral", "gpt2")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bert"])
-def test_untrained_adapter_answers_as_the_base(kind, make, answer, prompt):
+def test_untrained_adapter_predicts_as_the_base(kind, make, answer, prompt):
     batch = {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
     start = {"head_init": "label_words"} if kind != "bert" else {}
     adapted, base = make(kind, "lora", **start), make(kind, "head", **start)
@@ -120,7 +120,7 @@ class TestQlora:
         weight = classifier.head.weight
         assert weight.dtype == torch.float32 and weight.shape == (2, 32)
 
-    def test_answers_near_the_whole_base(self, make, answer, prompt):
+    def test_predictions_are_near_those_of_the_whole_base(self, make, answer, prompt):
         whole, packed = make("llama", "head"), make("llama", "qlora")
         difference = (answer(whole, prompt) - answer(packed, prompt)).abs().max()
         assert 0 < difference < 2
@@ -136,7 +136,7 @@ class TestQlora:
         assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
         assert all(name.find("lora_") > 0 or "score" in name for name in grads)
 
-    def test_training_goes_on_after_answers(self, make, shake, answer, prompt):
+    def test_training_continues_after_predictions(self, make, shake, answer, prompt):
         classifier = shake(make("llama", "qlora", r=4))
         before = answer(classifier, prompt)
         for _ in range(2):

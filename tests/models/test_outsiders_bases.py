@@ -263,7 +263,7 @@ def test_a_machine_without_memory_is_not_the_bases_fault(fault, tiny_base, monke
     selftest.check_candidates(classifier, "asked here")
 
 
-def test_what_is_measured_is_kept_by_attention_and_type(tiny_base):
+def test_measurements_are_cached_by_attention_and_type(tiny_base):
     """Another attention or number type is measured again, and the same is not; each costs few passes and tokens."""
     classifier = load_classifier(str(tiny_base("llama")), CANDIDATES, "head")
     passes = []

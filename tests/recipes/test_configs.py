@@ -160,7 +160,7 @@ def test_news_keeps_opened_articles_as_history_and_skipped_ones_out_of_it(tmp_pa
 
 
 @pytest.mark.parametrize("form", ["pointwise", "instruction"])
-def test_content_is_one_record_and_one_answer(form, tmp_path, tiny_tokenizer):
+def test_content_is_one_record_and_one_target(form, tmp_path, tiny_tokenizer):
     words = ["No", "Yes"] if form == "instruction" else [0, 1]
     records = [
         {"instruction": "Will they like it?", "input": f"Film {n}", "output": words[n % 2]}

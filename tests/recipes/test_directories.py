@@ -34,7 +34,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 # -- files -------------------------------------------------------------------------------------
 
 
-def test_json_takes_numpy_and_writes_what_json_can_say(tmp_path):
+def test_json_takes_numpy_and_writes_valid_json(tmp_path):
     content = {
         1: np.float32(0.5),
         "n": np.int64(3),
@@ -78,7 +78,7 @@ def test_somebody_elses_directory_is_left_alone(name, recipe, arguments, tmp_pat
 def test_an_output_directory_below_a_file_is_refused(recipe, arguments, tmp_path, capfd):
     (tmp_path / "file").write_text("mine")
     line = refused(recipe("head"), [*arguments("head", tmp_path / "file" / "out"), "--data.path=nowhere"], capfd)
-    assert "output_dir" in line and "is no directory" in line
+    assert "output_dir" in line and "is not a directory" in line
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_evaluate_checks_its_output_before_all_else(trained, recipe, tmp_path, c
     (tmp_path / "file").write_text("mine")
     args = ["--bundle", str(trained("head") / "bundle"), "--data.path", "nowhere"]
     before = contents(trained("head"))
-    for place, named in ((tmp_path / "file" / "out", "is no directory"), (trained("head"), "training run's")):
+    for place, named in ((tmp_path / "file" / "out", "is not a directory"), (trained("head"), "training run's")):
         assert named in refused(recipe("evaluate"), [*args, "--output_dir", str(place)], capfd)
     assert contents(trained("head")) == before
 

@@ -141,7 +141,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_swap_replaces_only_answers_of_its_own(kind, trained, data, recipe, tmp_path, capfd, monkeypatch):
+def test_score_replaces_only_predictions_of_its_own(kind, trained, data, recipe, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(DomainBank, "load", None)  # nothing is loaded for it
     path, out, content = tmp_path / "requests.jsonl", tmp_path / "OUT", FOREIGN[kind]
     path.write_text('{"domain": "a", "history": [], "candidates": []}\n')
@@ -169,7 +169,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 ANSWER = '{"id": 0, "domain": "a", "labels": ["x", "y"], "probabilities": []}\n'
 
 
-def test_swap_replaces_its_own_answers(trained, data, recipe, tmp_path):
+def test_score_replaces_its_own_predictions(trained, data, recipe, tmp_path):
     path, out = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     path.write_text('{"domain": "a", "history": [], "candidates": [], "id": "new"}\n')
     out.write_text(ANSWER)
@@ -203,7 +203,7 @@ def test_a_link_to_a_directory_is_filled_and_stays(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
-def test_earlier_results_are_told_from_foreign_files(tmp_path):
+def test_earlier_results_are_distinguished_from_foreign_files(tmp_path):
     """Also any other table with users and items, and any other metrics of a split."""
     columns = ["split", "user_id", "item_id", "timestamp", "label", "p_a", "p_b"]
     ranked = ["user_id", "item_id", "timestamp", "items", "candidates", "llm_above", "llm_tied"]

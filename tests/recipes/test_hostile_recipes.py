@@ -176,7 +176,7 @@ def test_ids_with_and_without_a_fraction_are_named(numbered, tmp_path):
     ("until", "words"),
     [(1600000000000, "milliseconds"), (1600000000000000, "microseconds"), (1.6e18, "nanoseconds"), (1.7e13, "unit")],
 )
-def test_a_moment_in_another_unit_is_told_so(until, words, trained, data, recipe, tmp_path, capfd):
+def test_a_moment_in_another_unit_is_refused(until, words, trained, data, recipe, tmp_path, capfd):
     flags = [f"--bundle={trained('head') / 'bundle'}", f"--data.path={data}", f"--output_dir={tmp_path / 'out'}"]
     line = refused(recipe("recommend"), [*flags, f"--until={until}"], capfd)
     assert "until" in line and words in line and "looks like" in line

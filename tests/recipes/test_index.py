@@ -81,7 +81,7 @@ def weights_digest(bundle: Path) -> str:
     return json.loads((bundle / MANIFEST).read_text())["files"][WEIGHTS]
 
 
-def test_what_is_kept_and_what_is_said_of_it(fuse, bundle, log, recipe, tmp_path, capfd):
+def test_the_saved_index_and_its_report(fuse, bundle, log, recipe, tmp_path, capfd):
     out = fuse(bundle, "--valid_targets", "null", "--test_targets", "null")
     printed = capfd.readouterr().out
     retrieval_index, fusion = RetrievalIndex.load(bundle / DIRECTORY, adapter=weights_digest(bundle))
@@ -184,7 +184,7 @@ def test_refitted_for_serving_the_fusion_stays(fuse, sound, log, tmp_path, recip
     assert "without --refit" in line
 
 
-def test_too_few_targets_leave_the_answers_alone(fuse, bundle, capfd):
+def test_too_few_targets_leave_the_predictions_unchanged(fuse, bundle, capfd):
     out = fuse(bundle, "--valid_targets", "40", "--test_targets", "50", "--bootstrap", "0")
     printed, table = capfd.readouterr().out, predictions(out)
     assert "fusion: not fitted: 4" in printed and "leaves the LLM's predictions as they are" in printed

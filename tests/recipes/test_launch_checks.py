@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from llmrec_peft.config.schema import LoraConfig, QloraConfig, read_config
@@ -21,13 +22,37 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
+            ("ACCELERATE_USE_CPU", "DeepSpeed", "DS_ACCELERATOR=cpu"),
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, ("FSDP", "GPU")),
+    ],
+)
+def test_what_accelerate_would_leave_out_is_refused(variables, named, recipe, arguments, tmp_path, monkeypatch, capfd):
+    """The variables are those that `accelerate launch` sets; the slow test below starts it."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    with pytest.raises(SystemExit) as stopped:
+        recipe("lora")(arguments("lora", tmp_path / "out"))
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and len(said) == 1 and all(word in said[0] for word in named), said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.parametrize(
     ("name", "variables", "named"),
     [
         ("zero1", {"ACCELERATE_USE_CPU": "true"}, ("ACCELERATE_USE_CPU", "DeepSpeed", "DS_ACCELERATOR=cpu")),
         ("fsdp2", {}, ("FSDP", "GPU")),
     ],
 )
-def test_what_accelerate_would_leave_out_is_refused(name, variables, named, arguments, tmp_path):
+def test_a_launch_is_refused_by_its_configuration(name, variables, named, arguments, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     command += ["--config_file", f"accelerate_configs/{name}.yaml", "recipes/lora.py"]
     done = subprocess.run(

@@ -109,7 +109,7 @@ def test_no_key_is_unknown(path):
 
 
 @pytest.mark.parametrize("path", named(LAUNCHERS))
-def test_the_command_starts_the_processes_that_the_name_says(path, monkeypatch):
+def test_the_command_starts_the_processes_of_its_name(path, monkeypatch):
     config = load_config_from_file(str(path))
     args, how, environment = launched(path, monkeypatch)
     _, machines, processes = WORLDS[path.stem]
@@ -137,7 +137,7 @@ def test_a_command_for_many_machines_names_rank_address_and_port(path, monkeypat
 
 
 @pytest.mark.parametrize("path", named([path for path in LAUNCHERS if "gpu" in path.stem or "cpu" not in path.stem]))
-def test_what_was_never_run_says_so(path):
+def test_untested_configurations_are_marked(path):
     comment = " ".join(
         line.removeprefix("#").strip() for line in path.read_text("utf-8").split("\ncompute_")[0].split("\n")
     )
@@ -213,7 +213,7 @@ def plugin_of(deepspeed, monkeypatch):
 
 
 @pytest.mark.parametrize("path", zero_launchers())
-def test_accelerates_plugin_has_the_stage_that_the_name_says(path, plugin_of):
+def test_accelerates_plugin_has_the_stage_of_its_name(path, plugin_of):
     plugin = plugin_of(path)
     _, stage, weights, states = ZERO[path.stem]
     assert plugin.zero_stage == stage

@@ -146,7 +146,7 @@ def test_what_is_refused(merge, recipe, trained, data, tmp_path, capfd):
     merged = str(merge("head"))
     cases = {
         "serve it in a DomainBank": ["--bundle", str(trained("adapter") / "bundle")],
-        "is a merged model and no bundle": ["--bundle", merged],
+        "is a merged model, not a bundle": ["--bundle", merged],
         "name the directory `bundle`": ["--bundle", str(trained("lora"))],
         "none has no behavior.json": ["--bundle", str(tmp_path / "none")],
         "over the tolerance": ["--bundle", lora, "--dtype", "bfloat16", "--tolerance", "1e-9"],

@@ -27,7 +27,7 @@ DOMAIN = {
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_a_bundle_without_the_key_answers_every_row(recipe, tiny_base, small_tables, tmp_path, old):
+def test_a_bundle_without_the_key_predicts_every_row(recipe, tiny_base, small_tables, tmp_path, old):
     interactions, items = small_tables
     repeated = pa.concat_tables([interactions, interactions])
     log = tmp_path / "log"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,11 +15,15 @@ from safetensors.numpy import load_file
 from llmrec_peft.data.simulate import write_simulated_shop
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.launch
 HERE = Path(__file__).parent
 LORA = ROOT / "recipes" / "lora.py"
 PROBABILITIES = ("p_skip", "p_click")
 # Six steps with dropout and three checkpoints: what a resumed run has to find again.
 LONGER = ["--train.max_steps=6", "--train.eval_steps=0", "--train.save_steps=2", "--method.dropout=0.1"]
+
+
+REFUSED_FROM_THE_START = ("batch", "data", "missing", "settings", "versions", "target_modules")
 
 
 def adapter(out: Path) -> dict[str, np.ndarray]:
@@ -29,11 +34,80 @@ def steps_of(out: Path) -> set[int]:
     return {int(path.parent.name.split("-")[1]) for path in out.glob("checkpoints/checkpoint-*/complete")}
 
 
+def read_cases(done, directory: Path, cases: list[dict]) -> dict[str, list[dict]]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        case["name"]: [json.loads((directory / f"{case['name']}.{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+        for case in cases
+    }
+
+
+def refused_cases(arguments, stale: Path, place: Path) -> list[dict]:
+    """What two processes cannot run; `stale` is a run of one process that was broken off."""
+    other = write_simulated_shop(place / "other", users=24, items=30, sessions=3, seed=9)
+    packages = place / "packages" / "peft-0.0.1.dist-info"
+    packages.mkdir(parents=True)
+    (packages / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
+
+    def case(name: str, *flags: str, out: Path | None = None, **more) -> dict:
+        given = [*arguments("lora", out or place / name), *flags]
+        return {"name": name, "recipe": "lora", "arguments": given, **more}
+
+    return [
+        case("batch", "--train.batch_size=5"),
+        case("data", of_rank_1=[f"--data.path={other}"]),
+        case("missing", of_rank_1=[f"--data.path={place / 'nowhere'}"]),
+        case("settings", of_rank_1=["--train.learning_rate=0.5"]),
+        case("versions", path=str(packages.parent)),
+        case("target_modules", "--method.target_modules=[nope]"),
+        case("stale", "--train.resume=true", out=stale),
+        case("resumed", "--train.resume=true", "--train.learning_rate=0.5", out=stale),
+    ]
+
+
+def evaluate_arguments(bundle: Path, data: Path, mode: str) -> list[str]:
+    flags = ["--bundle", str(bundle), "--data.path", str(data), "--mode", mode]
+    return [*flags, "--limit", "17", "--batch_tokens", "300"]
+
+
 @pytest.fixture(scope="module")
-def run(launch, arguments, tmp_path_factory):
+def with_ddp(launch, arguments, trained, data, tmp_path_factory) -> SimpleNamespace:
+    """What all tests under DDP read: a launch that is killed in a save, and one that runs every other recipe.
+
+    `place` holds the outputs by name, `found` exit codes and error lines by case and rank, `killed` the first launch.
+    A launch takes seconds to import its libraries, hence two and no more.
+    """
+    place = tmp_path_factory.mktemp("with-ddp")
+    killed, given = place / "killed", [*arguments("lora", place / "killed"), *LONGER]
+    done = launch("ddp", HERE / "run_and_die.py", "lora", "0", "4", "marker", *given)
+    left = SimpleNamespace(done=done, steps=steps_of(killed), files={path.name for path in killed.rglob("*")})
+    stale = place / "stale"
+    shutil.copytree(trained("lora"), stale)
+    shutil.rmtree(stale / "bundle")
+    (stale / "metrics.json").unlink()
+    evaluate = [*evaluate_arguments(trained("lora") / "bundle", data, "stream"), "--output_dir", str(place / "stream")]
+    runs = {  # the resumed run first: nothing of an unbroken one can reach it
+        "killed": [*given, "--train.resume=true"],
+        "unbroken": [*arguments("lora", place / "unbroken"), *LONGER],
+        "lora": arguments("lora", place / "lora"),
+    }
+    cases = [{"name": name, "recipe": "lora", "arguments": words} for name, words in runs.items()]
+    cases += [{"name": "stream", "recipe": "evaluate", "arguments": evaluate}]
+    cases += refused_cases(arguments, stale, place)
+    done = launch("ddp", HERE / "run_recipes.py", str(place), json.dumps(cases))
+    found = read_cases(done, place, cases)
+    for name in (*runs, "stream"):
+        assert [entry["code"] for entry in found[name]] == [0, 0], found[name]
+    return SimpleNamespace(place=place, found=found, killed=left)
+
+
+@pytest.fixture(scope="module")
+def run(launch, arguments, request, tmp_path_factory):
     """`run(launcher, method)`: what the recipe left on two processes."""
 
     def make(launcher: str, method: str) -> Path:
+        if (launcher, method) == ("ddp", "lora"):
+            return request.getfixturevalue("with_ddp").place / "lora"
         out = tmp_path_factory.mktemp(f"{launcher}-{method}") / "out"
         done = launch(launcher, ROOT / "recipes" / f"{method}.py", *arguments(method, out))
         assert done.returncode == 0, done.stderr[-3000:]
@@ -46,8 +120,7 @@ def run(launch, arguments, tmp_path_factory):
     ("launcher", "method"),
     [
         ("ddp", "lora"),
-        ("zero3", "lora"),
-        *(pytest.param("zero3", method, marks=pytest.mark.slow) for method in ("adapter", "head", "full")),
+        *(pytest.param("zero3", method, marks=pytest.mark.slow) for method in ("lora", "adapter", "head", "full")),
         *(pytest.param(name, "lora", marks=pytest.mark.slow) for name in ("zero1", "zero2")),
         pytest.param("zero2", "qlora", marks=pytest.mark.slow),
     ],
@@ -74,13 +147,16 @@ def test_two_processes_leave_what_one_leaves(launcher, method, run, trained, rec
 
 
 @pytest.mark.parametrize("mode", ["stream", pytest.param("independent", marks=pytest.mark.slow)])
-def test_evaluation_on_two_processes_leaves_the_file_of_one(mode, launch, trained, recipe, data, tmp_path):
-    arguments = ["--bundle", str(trained("lora") / "bundle"), "--data.path", str(data), "--mode", mode]
-    arguments += ["--limit", "17", "--batch_tokens", "300"]
+def test_evaluation_on_two_processes_leaves_the_file_of_one(mode, launch, trained, recipe, data, request, tmp_path):
+    arguments = evaluate_arguments(trained("lora") / "bundle", data, mode)
     recipe("evaluate")([*arguments, "--output_dir", str(tmp_path / "one")])
-    done = launch("ddp", ROOT / "recipes" / "evaluate.py", *arguments, "--output_dir", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (pq.read_table(tmp_path / name / "predictions.parquet") for name in ("one", "two"))
+    if mode == "stream":
+        place = request.getfixturevalue("with_ddp").place / "stream"
+    else:
+        place = tmp_path / "two"
+        done = launch("ddp", ROOT / "recipes" / "evaluate.py", *arguments, "--output_dir", str(place))
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (pq.read_table(out / "predictions.parquet") for out in (tmp_path / "one", place))
     assert len(one) >= 17 and one.drop(PROBABILITIES).equals(two.drop(PROBABILITIES))
     for name in PROBABILITIES:
         assert np.abs(one[name].to_numpy() - two[name].to_numpy()).max() < 1e-5
@@ -105,18 +181,35 @@ def unbroken(launch, arguments, tmp_path_factory):
     return make
 
 
+def check_same_end(unbroken: Path, out: Path) -> None:
+    whole, ours = adapter(unbroken), adapter(out)
+    assert whole.keys() == ours.keys() and all((whole[name] == ours[name]).all() for name in whole)
+    tables = [pq.read_table(place / "predictions.parquet") for place in (unbroken, out)]
+    assert tables[0].equals(tables[1])
+    metrics = [json.loads((place / "metrics.json").read_text("utf-8")) for place in (unbroken, out)]
+    assert all(metrics[0][name] == metrics[1][name] for name in ("before", "valid", "test"))
+
+
+def test_a_process_killed_in_a_save_is_resumed_under_ddp(with_ddp):
+    """kill -9 of one process, on which its launcher ends the other; the half checkpoint never counts."""
+    killed = with_ddp.killed
+    assert killed.done.returncode != 0 and "SIGKILL" in killed.done.stderr
+    assert "checkpoint-4" in killed.files and killed.steps == {2}
+    assert not killed.files & {"metrics.json", "bundle"}
+    check_same_end(with_ddp.place / "unbroken", with_ddp.place / "killed")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "rank", "before"),
     [
-        ("ddp", 0, "marker"),
-        *(pytest.param("ddp", *point, marks=pytest.mark.slow) for point in ((0, "optimizer"), (1, "state"))),
-        *(pytest.param("zero1", *point, marks=pytest.mark.slow) for point in ((0, "state"), (1, "optimizer"))),
-        *(pytest.param("zero2", *point, marks=pytest.mark.slow) for point in ((1, "state"), (0, "marker"))),
-        *(pytest.param("zero3", *point, marks=pytest.mark.slow) for point in ((0, "optimizer"), (1, "state"))),
+        *(("ddp", *point) for point in ((0, "optimizer"), (1, "state"))),
+        *(("zero1", *point) for point in ((0, "state"), (1, "optimizer"))),
+        *(("zero2", *point) for point in ((1, "state"), (0, "marker"))),
+        *(("zero3", *point) for point in ((0, "optimizer"), (1, "state"))),
     ],
 )
 def test_a_process_killed_in_a_save_is_resumed(launcher, rank, before, unbroken, launch, arguments, tmp_path):
-    """kill -9 of one process, on which its launcher ends the other; the half checkpoint never counts."""
     out = tmp_path / "out"
     given = [*arguments("lora", out), *LONGER]
     done = launch(launcher, HERE / "run_and_die.py", "lora", str(rank), "4", before, *given)
@@ -125,23 +218,10 @@ def test_a_process_killed_in_a_save_is_resumed(launcher, rank, before, unbroken,
     assert not (out / "metrics.json").exists() and not (out / "bundle").exists()
     done = launch(launcher, LORA, *given, "--train.resume=true")
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, ours = adapter(unbroken(launcher)), adapter(out)
-    assert whole.keys() == ours.keys() and all((whole[name] == ours[name]).all() for name in whole)
-    tables = [pq.read_table(place / "predictions.parquet") for place in (unbroken(launcher), out)]
-    assert tables[0].equals(tables[1])
-    metrics = [json.loads((place / "metrics.json").read_text("utf-8")) for place in (unbroken(launcher), out)]
-    assert all(metrics[0][name] == metrics[1][name] for name in ("before", "valid", "test"))
+    check_same_end(unbroken(launcher), out)
 
 
 # -- what cannot run ---------------------------------------------------------------------------
-
-
-def read_cases(done, directory: Path, cases: list[dict]) -> dict[str, list[dict]]:
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        case["name"]: [json.loads((directory / f"{case['name']}.{rank}.json").read_text("utf-8")) for rank in (0, 1)]
-        for case in cases
-    }
 
 
 def check_refused(found: list[dict], *named: str) -> None:
@@ -151,34 +231,9 @@ def check_refused(found: list[dict], *named: str) -> None:
     assert len(said) == 1 and all(word in said[0] for word in named), said
 
 
-def test_what_two_processes_cannot_run_is_refused_on_both(launch, arguments, trained, data, tmp_path):
+def test_what_two_processes_cannot_run_is_refused_on_both(with_ddp, trained):
     """One launch refuses them all: after each refusal the processes are still in step."""
-    other = write_simulated_shop(tmp_path / "other", users=24, items=30, sessions=3, seed=9)
-    packages = tmp_path / "packages" / "peft-0.0.1.dist-info"
-    packages.mkdir(parents=True)
-    (packages / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
-    stale = tmp_path / "stale"
-    shutil.copytree(trained("lora"), stale)
-    shutil.rmtree(stale / "bundle")
-    (stale / "metrics.json").unlink()
-
-    def case(name: str, *flags: str, **more) -> dict:
-        return {"name": name, "recipe": "lora", "arguments": [*arguments("lora", tmp_path / name), *flags], **more}
-
-    cases = [
-        case("batch", "--train.batch_size=5"),
-        case("data", of_rank_1=[f"--data.path={other}"]),
-        case("missing", of_rank_1=[f"--data.path={tmp_path / 'nowhere'}"]),
-        case("settings", of_rank_1=["--train.learning_rate=0.5"]),
-        case("versions", path=str(packages.parent)),
-        case("target_modules", "--method.target_modules=[nope]"),
-        case("stale", "--train.resume=true"),
-        case("resumed", "--train.resume=true", "--train.learning_rate=0.5"),
-    ]
-    for entry in cases[-2:]:
-        entry["arguments"][-1:-1] = [f"--output_dir={stale}"]
-    done = launch("ddp", HERE / "run_refused.py", str(tmp_path), json.dumps(cases))
-    found = read_cases(done, tmp_path, cases)
+    found, place = with_ddp.found, with_ddp.place
     check_refused(found["batch"], "train.batch_size 5", "2 processes", "use 6")
     check_refused(found["data"], "fingerprint", "process 0", "process 1", "same data and base")
     check_refused(found["missing"], "nowhere", "process 1 of 2")
@@ -187,13 +242,14 @@ def test_what_two_processes_cannot_run_is_refused_on_both(launch, arguments, tra
     check_refused(found["target_modules"], "target_modules")
     check_refused(found["stale"], "1 process", "2 processes with DDP", "launch the same way")
     check_refused(found["resumed"], "train.learning_rate", "0.5")
-    assert not any((tmp_path / entry["name"]).exists() for entry in cases[:-2])
-    assert steps_of(stale) == steps_of(trained("lora"))
+    assert not any((place / name).exists() for name in REFUSED_FROM_THE_START)
+    assert steps_of(place / "stale") == steps_of(trained("lora"))
 
 
+@pytest.mark.slow  # test_launch_checks.py holds the rule
 def test_zero3_refuses_four_bits(launch, arguments, tmp_path):
     cases = [{"name": "qlora", "recipe": "qlora", "arguments": arguments("qlora", tmp_path / "out")}]
-    done = launch("zero3", HERE / "run_refused.py", str(tmp_path), json.dumps(cases))
+    done = launch("zero3", HERE / "run_recipes.py", str(tmp_path), json.dumps(cases))
     found = read_cases(done, tmp_path, cases)
     check_refused(found["qlora"], "qlora", "ZeRO-3", "zero2.yaml")
     assert not (tmp_path / "out").exists()

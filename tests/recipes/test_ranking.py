@@ -89,7 +89,7 @@ def bounds(scores, own: int, slack: float) -> tuple[int, int]:
     return int((others > scores[own] + slack).sum()), int((others > scores[own] - slack).sum())
 
 
-def test_fixed_lists_against_brute_force(rank, plain, data):
+def test_fixed_candidate_sets_against_brute_force(rank, plain, data):
     found, table = rank(plain, candidates=12)
     log = BehaviorLog.read(data)
     rows, scorer = log.interactions.to_pandas(), Scorer.load(plain, log)
@@ -131,7 +131,7 @@ def test_fixed_lists_against_brute_force(rank, plain, data):
     assert found["users"] == table["user_id"].nunique() and found["sampling"] == "uniform"
 
 
-def test_the_same_seed_gives_the_same_lists(rank, plain):
+def test_the_same_seed_gives_the_same_candidate_sets(rank, plain):
     first, table = rank(plain, candidates=6, bootstrap=40)
     again, same = rank(plain, candidates=6, bootstrap=40, out="again")
     assert table.equals(same) and first == again
@@ -147,7 +147,7 @@ def test_the_same_seed_gives_the_same_lists(rank, plain):
     assert [set(a) for a in other["candidates"]] != [set(a) for a in table["candidates"]]
 
 
-def test_the_whole_catalogue_is_fixed_lists_of_all_items(rank, plain):
+def test_the_whole_catalogue_equals_candidate_sets_of_all_items(rank, plain):
     whole, table = rank(plain, candidates="all", targets=25)
     fixed, lists = rank(plain, candidates=60, targets=25, sampling="popularity", out="fixed")
     assert "candidates" not in table.columns and (table["items"] == lists["candidates"].str.len()).all()
@@ -252,7 +252,7 @@ def shown(lists: CandidateSets) -> dict[tuple, list[int]]:
     }
 
 
-def test_lists_leave_out_what_was_met_and_what_came_at_once():
+def test_candidate_sets_leave_out_met_and_simultaneous_items():
     rows = [*TRAINING, *VALID, ("a", 1, 30, 5.0), ("a", 2, 31, 1.0), ("a", 3, 32, 5.0), ("a", 4, 32, 5.0),
             ("a", 5, 32, 1.0)]  # fmt: skip
     found = shown(lists_of(rows))
@@ -292,7 +292,7 @@ def test_a_split_without_positives():
     assert len(lists_of(rows, name="valid", exclude=[])) == 3
 
 
-def test_lists_are_drawn_uniformly_or_by_training_counts():
+def test_candidate_sets_are_drawn_uniformly_or_by_training_counts():
     rows = [*TRAINING, *VALID, ("a", 5, 30, 5.0), ("a", 4, 31, 1.0), ("a", 3, 32, 1.0)]
     drawn = {"uniform": [], "popularity": []}
     for sampling, found in drawn.items():

@@ -102,7 +102,7 @@ def test_metrics_tell_before_from_after(method, trained):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", METHODS)
-def test_the_written_configuration_runs_again_to_the_same_answers(method, trained, recipe, tmp_path, monkeypatch):
+def test_the_written_configuration_gives_the_same_predictions(method, trained, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # put back what this run changes
     first, second = trained(method), tmp_path / "again"
     recipe(method)(["--config", str(first / "config.yaml"), "--output_dir", str(second)])
@@ -116,7 +116,7 @@ def test_the_written_configuration_runs_again_to_the_same_answers(method, traine
     assert configs[0].train == configs[1].train and configs[0].domain == configs[1].domain
 
 
-def test_methods_train_what_they_say(trained):
+def test_methods_train_their_parameters(trained):
     """The adapter files of the five methods hold different things; only `full` holds the base."""
     tensors = {method: load_file(trained(method) / "bundle" / "adapter_model.safetensors") for method in METHODS}
     assert all(any(name.endswith(("score.weight", "score")) for name in held) for held in tensors.values())
@@ -131,7 +131,7 @@ def test_methods_train_what_they_say(trained):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_evaluate_gives_the_runs_answers_in_both_modes(method, trained, recipe, data, tmp_path, capfd):
+def test_evaluate_gives_the_runs_predictions_in_both_modes(method, trained, recipe, data, tmp_path, capfd):
     run = trained(method)
     tables = {}
     for mode, tokens in (("stream", 700), ("independent", 4000)):
@@ -208,7 +208,7 @@ def test_bad_inputs_are_refused_before_anything_is_written(recipe, arguments, tm
         assert files_below(tmp_path) == before, flag
 
 
-def test_a_missing_data_path_is_asked_for(recipe, arguments, tmp_path, capfd):
+def test_a_missing_data_path_is_refused(recipe, arguments, tmp_path, capfd):
     args = [word for word in arguments("lora", tmp_path / "out") if not word.startswith("--data.path")]
     assert "data.path is required" in refused(recipe("lora"), args, capfd)
 

@@ -128,7 +128,7 @@ def check(table: pa.Table, user: str, expected) -> None:
 # -- the answers -------------------------------------------------------------------------------
 
 
-def test_each_user_once_as_the_library_answers(recipe, flags, bundle, data, log, domain, retrieval, asked, tmp_path,
+def test_each_user_once_as_the_library_recommends(recipe, flags, bundle, data, log, domain, retrieval, asked, tmp_path,
                                                capsys):  # fmt: skip
     table = run(recipe, flags, tmp_path / "out")
     assert table.column_names == ["user_id", "rank", "item_id", "score", "p_skip", "p_click", "source"]
@@ -262,7 +262,7 @@ def test_a_damaged_part_is_made_again(damage, broken_off, recipe, flags, tmp_pat
     assert table.equals(run(recipe, flags, tmp_path / "whole"))
 
 
-def test_a_part_that_misses_a_user_is_not_joined(broken_off, recipe, flags, capsys):
+def test_a_shard_that_misses_a_user_is_not_concatenated(broken_off, recipe, flags, capsys):
     first = min(broken_off.glob("parts/0*.parquet"))
     table = pq.read_table(first)
     for wrong in (table.slice(3), table.slice(1), pa.concat_tables([table.slice(3, 3), table])):
@@ -516,7 +516,7 @@ def test_a_bad_file_of_users_is_named(columns, message, recipe, flags, users, tm
         (["--candidates=nowhere.parquet"], "candidates must be an existing file"),
         (["--bundle=nowhere"], "bundle nowhere has no behavior.json"),
         (["--data.path=nowhere"], "nowhere"),
-        (["--output_dir=/dev/null/out"], "output_dir /dev/null/out cannot be written (/dev/null is no directory)"),
+        (["--output_dir=/dev/null/out"], "output_dir /dev/null/out cannot be written (/dev/null is not a directory)"),
     ],
 )
 def test_bad_settings_are_named(extra, message, recipe, flags, tmp_path, capsys):
@@ -537,7 +537,7 @@ def test_bad_candidates_are_named(rows, message, recipe, flags, tmp_path, capsys
     assert message in refused(recipe, capsys, flags, tmp_path / "out", f"--candidates={path}")
 
 
-def test_a_broken_bundle_answers_nobody(recipe, flags, tiny_base, domain, tmp_path, capsys):
+def test_a_broken_bundle_recommends_nothing(recipe, flags, tiny_base, domain, tmp_path, capsys):
     classifier = load_classifier(str(tiny_base("llama")), domain, "head")
     with torch.no_grad():
         classifier.head.weight.fill_(1e38)

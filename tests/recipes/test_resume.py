@@ -127,7 +127,7 @@ def test_a_missing_best_checkpoint_is_named(stopped, recipe, arguments, tmp_path
     assert f"checkpoint-{best_of(stopped)}, is missing or incomplete" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_without_a_whole_checkpoint_it_starts_again_and_says_so(unbroken, recipe, arguments, tmp_path, capfd):
+def test_without_a_complete_checkpoint_it_starts_again(unbroken, recipe, arguments, tmp_path, capfd):
     out = broken_off(unbroken, tmp_path / "out")
     for path in out.glob("checkpoints/checkpoint-*/complete"):
         path.unlink()

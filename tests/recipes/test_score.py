@@ -36,7 +36,7 @@ def flags(trained, data, requests, tiny_base):
     ]  # fmt: skip
 
 
-def test_answers_are_those_of_the_bank(flags, recipe, requests, trained, data, tiny_base, tmp_path, capsys):
+def test_predictions_are_those_of_the_bank(flags, recipe, requests, trained, data, tiny_base, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     recipe("score")(
         [

@@ -67,8 +67,8 @@ def test_the_fingerprint_sees_the_base(streams, tiny_base, tmp_path):
         ([30, 40, 2], ["ndcg@10", "hr@10", "mrr@10"]),
     ],
 )
-def test_ranking_looks_at_fewer_places_than_lists_have(sizes, ranking):
-    streams = SimpleNamespace(target_lists=np.repeat(np.arange(len(sizes)), sizes))
+def test_ranking_cutoffs_are_below_the_set_sizes(sizes, ranking):
+    streams = SimpleNamespace(target_sets=np.repeat(np.arange(len(sizes)), sizes))
     assert [name for name in choose_metrics(streams, None) if "@" in name] == ranking
     assert choose_metrics(streams, ["auc"]) == ["auc", "targets"]
 

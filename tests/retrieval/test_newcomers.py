@@ -130,7 +130,7 @@ def test_a_fusion_puts_what_a_new_user_would_take_first(shop):
     assert worth["fused"] > worth["alone"]
 
 
-def test_a_new_item_answers_as_its_text_does(shop):
+def test_a_new_item_is_predicted_from_its_text(shop):
     if not set(shop.domain.event_columns) & set(shop.scorer.items.column_names):
         pytest.fail("the event takes nothing of the item")
     context = shop.asked["context"] or {}

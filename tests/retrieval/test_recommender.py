@@ -83,7 +83,7 @@ def test_without_an_index_the_whole_catalogue_is_ranked(scorer, items):
 
 
 @pytest.mark.parametrize("labels", [None, ["like"], []])
-def test_the_domain_says_what_is_excluded(labels, bundle_of, domains, items):
+def test_the_domain_sets_the_exclusions(labels, bundle_of, domains, items):
     with_exclude(domains, labels)
     found = by_item(Scorer.load(bundle_of(), items).recommend(HISTORY, k=100))
     out = {item for item, label in HISTORY if labels is None or label in labels}
@@ -156,7 +156,7 @@ def test_a_new_item_is_reached_by_a_quota_and_scored_by_its_text(scorer, fitted,
     assert "brand new" not in by_item(usual)
 
 
-def test_fusion_is_applied_to_what_the_scorer_says(scorer, fitted, fusion):
+def test_fusion_is_applied_to_the_scorers_predictions(scorer, fitted, fusion):
     log, _, retrieval_index = fitted
     scorer.retrieval_index = retrieval_index
     alone = by_item(scorer.recommend(HISTORY, k=24, pool=24))
@@ -180,7 +180,7 @@ def test_fusion_is_applied_to_what_the_scorer_says(scorer, fitted, fusion):
 
 
 @pytest.mark.parametrize("parts", ["nothing", "index", "fusion", "candidates"])
-def test_many_are_answered_as_one_by_one(parts, scorer, fitted, fusion):
+def test_many_users_get_the_same_as_one_by_one(parts, scorer, fitted, fusion):
     options = {"k": 7, "pool": 9 if parts != "fusion" else 3, "exclude": ["i9"]}
     if parts in ("index", "fusion"):
         scorer.retrieval_index = fitted[2]
@@ -280,7 +280,7 @@ def test_bad_options_are_named(options, message, scorer):
             call()
 
 
-def test_what_cannot_recommend_says_so(bundle_of, items):
+def test_what_cannot_recommend_is_refused(bundle_of, items):
     with pytest.raises(DataError, match="needs an item table"):
         Scorer.load(bundle_of()).recommend(HISTORY)
     with pytest.raises(ConfigError, match="quotas and embeddings are for retrieval"):

@@ -37,7 +37,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("method", "kind", "options"), METHODS)
-def test_each_bundle_answers_as_it_does_alone(method, kind, options, bundle_of, tiny_base, items):
+def test_each_bundle_predicts_as_it_does_alone(method, kind, options, bundle_of, tiny_base, items):
     quantised = {"layers": [0]} if method == "qlora" else {}
     first = bundle_of(method, kind=kind, calibration=CALIBRATION, **options)
     other = "qlora" if method == "qlora" else "adapter"
@@ -121,7 +121,7 @@ def test_the_base_is_left_alone(bundle_of, tiny_base, items):
     assert all(torch.equal(value, before[name]) for name, value in bank._base.classifier.stock.state_dict().items())
 
 
-def test_every_answer_is_of_one_version_while_others_swap(bundle_of, tiny_base, items):
+def test_every_prediction_is_of_one_version_while_others_swap(bundle_of, tiny_base, items):
     """Threads score while another swaps, adds and removes: each answer is one version's, never a mixture."""
     versions = [bundle_of(seed=1), bundle_of("adapter", seed=2), bundle_of(seed=3, dora=True, r=2)]
     bank = DomainBank.load(tiny_base("llama"), {"m": versions[0], "calm": versions[1]}, {"m": items, "calm": items})
@@ -352,7 +352,7 @@ def test_a_bad_bundle_is_named_and_the_bank_goes_on(fault, bundle_of, tiny_base,
     assert np.array_equal(bank.score([("m", HISTORY, MOVIES)])[0], before)
 
 
-def test_what_cannot_share_a_base_says_so(bundle_of, tiny_base, tmp_path):
+def test_what_cannot_share_a_base_is_refused(bundle_of, tiny_base, tmp_path):
     with pytest.raises(BundleError, match="merge it and serve the merged model"):
         DomainBank.load(tiny_base("llama"), {"m": bundle_of("full")})
     with pytest.raises(BundleError, match="quantization"):
@@ -365,7 +365,7 @@ def test_what_cannot_share_a_base_says_so(bundle_of, tiny_base, tmp_path):
         DomainBank.load(tiny_base("llama"), {}, {"x": None})
 
 
-def test_answers_that_are_not_numbers_are_refused(bundle_of, tiny_base, items, domains):
+def test_predictions_that_are_not_finite_are_refused(bundle_of, tiny_base, items, domains):
     from llmrec_peft import load_classifier
     from llmrec_peft.checkpoints.bundle import save_bundle
 

@@ -65,7 +65,7 @@ def test_what_cannot_be_a_name_is_refused(name, bundle_of, tiny_base):
 @pytest.mark.parametrize("domain", [["m"], {"m": 1}, None, 3, b"m", np.str_])
 def test_a_domain_that_is_no_text_is_no_fallback_either(domain, bundle_of, tiny_base, items):
     bank = DomainBank.load(tiny_base("llama"), {"m": bundle_of("head")}, {"m": items}, fallback="m")
-    with pytest.raises(DataError, match="request 0 has the domain .* which is no text"):
+    with pytest.raises(DataError, match="request 0 has the domain .* which is not text"):
         bank.score([(domain, [], MOVIES[:1])])
     for requests in ("m", None, {"m": 1}, 3):
         with pytest.raises(DataError, match="requests must be a list"):

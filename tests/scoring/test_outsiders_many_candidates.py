@@ -99,7 +99,7 @@ def close(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**24])
-def test_parts_answer_as_one_pass_does(cache_bytes, bundle_of, items, small_chunks):
+def test_chunks_predict_as_one_pass_does(cache_bytes, bundle_of, items, small_chunks):
     scorer = Scorer.load(bundle_of(calibration=CALIBRATION), items, cache_bytes=cache_bytes)
     given = [MIXED, tuple(MIXED), np.array(MOVIES * 3), [f"i{n % 24}" for n in range(100)], MIXED[:8]]
     whole = [scorer.score(HISTORY, candidates) for candidates in given]
@@ -156,7 +156,7 @@ def test_tokens_in_memory_are_bounded(bundle_of, items, bank, small_chunks, monk
     close([scorer.score(HISTORY, own * 2)], [np.concatenate([whole, whole])])
 
 
-def test_the_same_candidates_again_are_answered_once(bundle_of, items, small_chunks, monkeypatch):
+def test_repeated_candidates_are_computed_once(bundle_of, items, small_chunks, monkeypatch):
     scorer = Scorer.load(bundle_of(), items)
     rows = []
     run = scorer._bank._engine._run

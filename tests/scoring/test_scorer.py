@@ -238,14 +238,14 @@ def test_labels_that_leave_no_trace_and_a_header_of_columns(bundle_of):
 
 
 @pytest.mark.parametrize("script", ["日本語の映画", "فيلم عربي", "Кино 🎬", "x\n-> yes\n"])
-def test_any_script_is_answered(script, bundle_of, items):
+def test_any_script_is_scored(script, bundle_of, items):
     bundle = bundle_of()
     candidates = [{"title": script, "genres": "Drama"}]
     found = Scorer.load(bundle, items).score(HISTORY, candidates)
     np.testing.assert_allclose(found, alone(bundle, HISTORY, candidates, items), atol=1e-4)
 
 
-def test_streams_of_training_are_answered_the_same(bundle_of, small_log):
+def test_streams_of_training_are_scored_the_same(bundle_of, small_log):
     """What the evaluation of a log says of a target is what the scorer says of it."""
     from llmrec_peft.checkpoints.loading import load_trained
     from llmrec_peft.data.collator import StreamCollator
@@ -331,7 +331,7 @@ def test_a_hundred_thousand_candidates(bundle_of, items):
     np.testing.assert_allclose(found, [each[item] for item in many], atol=1e-6)
 
 
-def test_what_cannot_be_scored_says_so(bundle_of, tiny_base, tmp_path):
+def test_what_cannot_be_scored_is_refused(bundle_of, tiny_base, tmp_path):
     with pytest.raises(ModelError, match="is a bidirectional encoder"):
         Scorer.load(bundle_of(kind="bert"))
     with pytest.raises(BundleError, match=r"no behavior\.json"):

@@ -85,7 +85,7 @@ def test_odd_values_anywhere(pair):
 
 @pytest.mark.parametrize(
     ("title", "named"),
-    [(None, "has no title"), (float("nan"), "has no title"), (3, "a title that is no text, 3"),
+    [(None, "has no title"), (float("nan"), "has no title"), (3, "a title that is not text, 3"),
      ("\u3164\u200b", "without a visible character"), ("\ufe0f", "without a visible"), ("", "without a visible"),
      (["a"], "no text"), (b"x", "b'x'")],
 )  # fmt: skip

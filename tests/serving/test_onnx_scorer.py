@@ -70,7 +70,7 @@ def test_histories_of_unequal_length_and_rows_of_few_candidates(pair, monkeypatc
             np.testing.assert_allclose(found, right, atol=1e-4)
 
 
-def test_a_pass_is_bounded_whatever_is_asked(pair, monkeypatch):
+def test_a_pass_is_bounded_for_any_request(pair, monkeypatch):
     onnx, _ = pair
     sizes = []
     run = onnx._model.graph._run

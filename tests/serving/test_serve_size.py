@@ -5,7 +5,7 @@ import json
 from tests.conftest import ROOT
 
 
-def test_the_page_says_what_was_measured():
+def test_the_page_has_the_measured_sizes():
     result = json.loads((ROOT / "benchmarks" / "results" / "serve_size.json").read_text("utf-8"))
     assert result["extras"]["serve"]["mb"] < result["limit_mb"] == 150
     page = (ROOT / "docs" / "deploying.md").read_text("utf-8")

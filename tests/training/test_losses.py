@@ -58,7 +58,7 @@ def test_focal_without_a_focus_is_cross_entropy(batch):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_focal_has_finite_gradients_on_certain_answers(gamma):
+def test_focal_has_finite_gradients_on_certain_predictions(gamma):
     logits = torch.tensor([[100.0, -100.0], [-100.0, 100.0]], requires_grad=True)
     BehaviorLoss("focal", focal_gamma=gamma)(logits, torch.tensor([0, 0]), torch.tensor([0, 1])).backward()
     assert torch.isfinite(logits.grad).all() and logits.grad[1].abs().sum() > 0

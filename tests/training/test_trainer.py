@@ -134,7 +134,7 @@ def test_early_stopping_stops(make, valid, tmp_path):
     assert trainer.state.global_step == 4 and trainer.state.best_metric == 0.5
 
 
-def test_evaluation_answers_every_target_once_and_names_its_metrics(make, valid, tmp_path):
+def test_evaluation_predicts_every_target_once_and_names_its_metrics(make, valid, tmp_path):
     seen = []
     trainer = make(
         tmp_path, valid_streams=valid, compute_metrics=lambda p: seen.append(p) or {"auc": 0.5, "targets": 1}

@@ -1,4 +1,4 @@
-"""Streams beside what a user would pick instead: quality against training time, throughput and memory.
+"""Streams beside other tools: quality against training time, throughput and memory.
 
     python -m benchmarks.quality.peers.compare --data DIR [--seconds 600] [--swift-env DIR]
 
@@ -27,25 +27,16 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.measuring import (
-    RECIPE,
-    Benchmark,
-    PositionCounter,
-    behavior_trainer,
-    in_processes,
-    memory_mib,
-    metrics_of,
-    read_streams,
-    run,
-    stop,
-    training_arguments,
-)
+from benchmarks.measuring import RECIPE, Benchmark, in_processes, memory_mib, metrics_of, read_streams, run, stop
 from benchmarks.quality.peers import plain
 from benchmarks.quality.peers.streams import TargetPrompts, domain_with_windows, draw_spread_over_users, texts_of
+from benchmarks.quality.peers.swift import train_swift
+from benchmarks.training import PositionCounter, behavior_trainer, training_arguments
 from llmrec_peft import Domain, load_classifier
 from llmrec_peft.data.collator import StreamCollator
-from llmrec_peft.data.streams import StreamDataset, StreamSubset
+from llmrec_peft.data.streams import StreamSubset
 from llmrec_peft.models.base import resolve_base
+from llmrec_peft.models.head import first_tokens
 from llmrec_peft.models.predict import predict
 
 # The peers first: streams then predict once more at the number of targets that the slowest of them came to.
@@ -67,23 +58,8 @@ def batch_order(lengths: np.ndarray, batch: int, seed: int) -> np.ndarray:
     return np.concatenate(batches).reshape(-1)
 
 
-def write_prompts(path: Path, streams: StreamDataset, numbers: np.ndarray, prompts: TargetPrompts) -> int:
-    """Write prompts as texts with their labels; returns how many do not give the stream's very tokens again."""
-    texts, labels = texts_of(streams.vocabulary, prompts.prompts), streams.target_labels[numbers].tolist()
-    lines = (json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    again = streams.vocabulary.tokenizer(texts)["input_ids"]
-    return sum(ids != prompt.input_ids.tolist() for ids, prompt in zip(again, prompts.prompts, strict=True))
-
-
-def read_prompts(path: Path) -> tuple[list[str], list[int]]:
-    """Texts and class numbers."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row["text"] for row in rows], [row["label"] for row in rows]
-
-
-def prepare(options: argparse.Namespace, place: Path) -> tuple[dict, dict, tuple[np.ndarray, np.ndarray]]:
-    """Draw what all systems share and write it down: the job, what to state of it, validation's labels and users."""
+def prepare(options: argparse.Namespace) -> tuple[dict, dict, tuple[np.ndarray, np.ndarray]]:
+    """Draw what all systems share: the job, what to state of it, and labels and users of validation."""
     domain = domain_with_windows(options.domain, options.context, options.targets)
     streams = read_streams(options, domain)
     train, valid = streams.train, streams.valid
@@ -93,33 +69,30 @@ def prepare(options: argparse.Namespace, place: Path) -> tuple[dict, dict, tuple
     labels, users = valid.target_labels[numbers], valid.log.user_codes[valid.target_rows[numbers]]
     if len(np.unique(labels)) < 2:
         stop(f"{len(labels)} validation targets all have one label, and AUC needs both; raise --validation")
-    windows, offsets = (
-        getattr(train.limited(options.pool, options.seed), "windows", np.arange(len(train))),
-        train.target_offsets,
-    )
+    windows = getattr(train.limited(options.pool, options.seed), "windows", np.arange(len(train)))
+    offsets = train.target_offsets
     pool = np.concatenate([np.arange(offsets[window], offsets[window + 1]) for window in windows])
     pool = np.random.default_rng(options.seed).permutation(pool)
     pool = pool[: len(pool) // options.peer_batch * options.peer_batch]
     if not len(pool):
         stop(f"--pool {options.pool}: the training windows hold less than one batch of {options.peer_batch} targets")
     pool = pool[batch_order(TargetPrompts(train, pool).lengths, options.peer_batch, options.seed)]
-    stated = {}
-    for name, part, chosen in (("train", train, pool), ("valid", valid, numbers)):
+    job = {key: value for key, value in vars(options).items() if key != "output"} | {
+        "base": resolve_base(options.base), "domain": domain.to_dict(), "validation": numbers.tolist(),
+        "windows": windows.tolist(),
+    }  # fmt: skip
+    stated = {"log": {"interactions": len(valid.log), "users": valid.log.num_users}, "domain": job["domain"]}
+    for name, part, chosen in (("training", train, pool), ("validation", valid, numbers)):
         prompts = TargetPrompts(part, chosen)
-        other = write_prompts(place / f"{name}.jsonl", part, chosen, prompts)
+        texts = texts_of(part.vocabulary, prompts.prompts)
+        job[name + "_prompts"] = texts, part.target_labels[chosen].tolist()
+        again = part.vocabulary.tokenizer(texts)["input_ids"]
+        other = sum(ids != prompt.input_ids.tolist() for ids, prompt in zip(again, prompts.prompts, strict=True))
         stated[name] = {"targets": len(chosen), "prompt_tokens": float(prompts.lengths.mean()),
                         "prompts_of_other_tokens": other}  # fmt: skip
-    in_windows = int(train.lengths[windows].sum()) / int(np.diff(offsets)[windows].sum())
-    job = {key: value for key, value in vars(options).items() if key != "output"} | {
-        "base": resolve_base(options.base), "domain": domain.to_dict(), "words": list(domain.outcomes.values()),
-        "validation": numbers.tolist(), "windows": windows.tolist(), "place": str(place),
-    }  # fmt: skip
-    return job, {
-        "log": {"interactions": len(valid.log), "users": valid.log.num_users}, "domain": job["domain"],
-        "training": {"windows": len(windows), "tokens_per_target_in_windows": in_windows, **stated["train"]},
-        "validation": {"users": len(np.unique(users)), **stated["valid"],
-                       "share_of_last_label": float((labels == labels.max()).mean())},
-    }, (labels, users)  # fmt: skip
+    stated["training"]["windows"] = len(windows)
+    stated["validation"]["users"] = len(np.unique(users))
+    return job, stated, (labels, users)
 
 
 # -- in the process of a system --------------------------------------------------------------------
@@ -186,24 +159,23 @@ def stream_system(job: dict, scratch: str):
 
 def peer_system(job: dict, scratch: str, words: bool):
     """The same of a peer: with `words` instruction tuning, else sequence classification."""
-    place, lora = Path(job["place"]), {key: job[key] for key in ("r", "alpha", "seed")}
-    train, valid = (read_prompts(place / f"{name}.jsonl") for name in ("train", "valid"))
+    lora, outcomes = {key: job[key] for key in ("r", "alpha", "seed")}, job["domain"]["outcomes"]
     if words:
         model, tokenizer = plain.load_instruction(job["base"], **lora)
-        tokens = plain.word_tokens(tokenizer, valid[0][0], job["words"])
+        tokens = first_tokens(tokenizer, outcomes)
     else:
-        model, tokenizer = plain.load_plain(job["base"], len(job["words"]), **lora)
+        model, tokenizer = plain.load_plain(job["base"], len(outcomes), **lora)
         tokens = None
-    asked = plain.PromptDataset(*valid, tokenizer)
-    rows = [(ids, [len(ids) - 1]) for ids in asked.prompts]
+    prompts = plain.PromptDataset(*job["validation_prompts"], tokenizer)
+    rows = [(ids, [len(ids) - 1]) for ids in prompts.prompts]
 
     def probabilities() -> torch.Tensor:
         if words:
             return plain.word_probabilities(model, rows, tokens)
-        return plain.plain_logits(model, tokenizer, asked, job["evaluation_batch"]).softmax(1)
+        return plain.plain_logits(model, tokenizer, prompts, job["evaluation_batch"]).softmax(1)
 
     trainer, _ = plain.plain_trainer(
-        model, tokenizer, plain.PromptDataset(*train, tokenizer, tokens), scratch,
+        model, tokenizer, plain.PromptDataset(*job["training_prompts"], tokenizer, tokens), scratch,
         batch_size=job["peer_batch"] // job["peer_accumulation"], accumulation=job["peer_accumulation"],
         learning_rate=job["learning_rate"], seed=job["seed"], train_sampling_strategy="sequential",
         num_train_epochs=1000,
@@ -211,14 +183,12 @@ def peer_system(job: dict, scratch: str, words: bool):
     return trainer, model, probabilities, lambda steps: steps * job["peer_batch"]
 
 
-def train_system(name: str, job: dict) -> dict:
+def train_system(name: str, place: str) -> dict:
     """Train one system until its budget is spent; the curve with predictions, and what was measured."""
+    job = json.loads(Path(place).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         if name == "swift":
-            from benchmarks.quality.peers.swift import train_swift
-
-            return train_swift(job, Path(scratch), *(read_prompts(Path(job["place"], f"{part}.jsonl"))
-                                                     for part in ("train", "valid")))  # fmt: skip
+            return train_swift(job, Path(scratch))
         made = stream_system(job, scratch) if name == "streams" else peer_system(job, scratch, name == "instruction")
         trainer, model, probabilities, targets_after = made
         recorder, counter = Recorder(probabilities, targets_after, job), PositionCounter(model)
@@ -275,12 +245,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         stop("swift trains as many steps as plain came to; add plain to --systems")
     if options.peer_batch % options.peer_accumulation:
         stop(f"--peer-batch {options.peer_batch} must be a multiple of --peer-accumulation")
-    job, stated, (labels, users) = prepare(options, scratch)
+    job, stated, (labels, users) = prepare(options)
     draw, systems, last = {"samples": options.bootstrap, "seed": options.seed}, {}, {}
     for name in options.systems:
         job["at_targets"] = min((entry["targets"] for entry in systems.values()), default=None)
         job["plain_steps"] = systems.get("plain", {}).get("steps")
-        ((measured,), _) = in_processes(__file__, scratch, "train_system", name, job)
+        (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        ((measured,), _) = in_processes(__file__, scratch, "train_system", name, str(scratch / "job.json"))
         for point in measured["curve"]:
             last[name] = np.array(point.pop("p"))
             found = metrics_of(METRICS, labels, last[name], users, **draw)

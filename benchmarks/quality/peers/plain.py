@@ -14,25 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils.data import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
 
-from benchmarks.measuring import SILENT, StepClock
+from benchmarks.training import SILENT, StepClock
 
 
 def load_tokenizer(base: str):
     """The tokenizer with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -42,7 +33,8 @@ def load_plain(base: str, num_labels: int, *, r: int = 16, alpha: int = 32, seed
     """A float32 classifier with LoRA, and its tokenizer."""
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels, dtype=torch.float32)
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(base, num_labels=num_labels, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=r, lora_alpha=alpha, target_modules="all-linear")
     return get_peft_model(model, lora), tokenizer
@@ -51,7 +43,7 @@ def load_plain(base: str, num_labels: int, *, r: int = 16, alpha: int = 32, seed
 def load_instruction(base: str, *, r: int = 16, alpha: int = 32, seed: int = 0):
     """A float32 causal language model with LoRA, and its tokenizer."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, target_modules="all-linear")
     return get_peft_model(model, lora), load_tokenizer(base)
 
@@ -81,39 +73,23 @@ class PromptDataset(Dataset):
         return self.rows[number]
 
 
-def word_tokens(tokenizer, prompt: str, words: list[str]) -> list[int]:
-    """The token that each word begins with after `prompt`.
-
-    Raises ValueError where a word changes the prompt's own tokens, or where two words begin with the same token.
-    """
-    before, found = tokenizer(prompt)["input_ids"], []
-    for word in words:
-        ids = tokenizer(prompt + word)["input_ids"]
-        if ids[: len(before)] != before or len(ids) == len(before):
-            raise ValueError(f"word {word!r} changes the tokens of the prompt before it; use words after a space")
-        found.append(ids[len(before)])
-    if len(set(found)) < len(found):
-        raise ValueError(f"words {words} begin with the same token; use words that differ in their first")
-    return found
-
-
 def plain_trainer(
     model, tokenizer, prompts: PromptDataset, output_dir: str | Path, *, batch_size: int, accumulation: int = 1,
     **changes: Any,
-) -> tuple[Trainer, StepClock]:  # fmt: skip
+) -> tuple[transformers.Trainer, StepClock]:  # fmt: skip
     """The stock Trainer for one epoch over `prompts`, and the clock of its steps; `changes` are its arguments."""
     clock, settings = StepClock(), SILENT | {"train_sampling_strategy": "group_by_length"} | changes
-    arguments = TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(output_dir), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
         **settings,
     )  # fmt: skip
     if isinstance(prompts[0]["labels"], list):
-        collator = DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=-100)
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=-100)
     else:
-        collator = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model=model, args=arguments, train_dataset=prompts, data_collator=collator,
+        collator = transformers.DataCollatorWithPadding(tokenizer)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=prompts, data_collator=collator,
                       processing_class=tokenizer, callbacks=[clock])  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
     return trainer, clock
 
 

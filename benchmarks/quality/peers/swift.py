@@ -1,9 +1,9 @@
 """ms-swift's sequence classification in an environment of its own, as a user would run it: `swift sft` on a JSONL file.
 
-What is timed is what ms-swift itself logs: seconds since training began, up to each step's log. The process's start,
-loading and tokenising are left out; saving the checkpoints before that step is in it (adapters alone, some 20 MB each).
+Times are those that ms-swift itself logs: seconds since training began, up to each step's log. They leave out the
+start of the process, loading and tokenising, and include saving earlier checkpoints (adapters alone, some 20 MB each).
 Peak memory is that of the largest process that `swift sft` starts. Its checkpoints are stock PEFT adapters, so they are
-loaded with PEFT here and answer as the plain peer does, outside the time.
+loaded with PEFT here and predict as the plain peer does, outside the time.
 
 Where ms-swift's defaults differ from those of the other systems, they are set to theirs: no LoRA dropout, no weight
 decay, AdamW's second beta .999, a constant learning rate, no gradient checkpointing, rows in the file's order.
@@ -25,7 +25,6 @@ from benchmarks.quality.peers.plain import PromptDataset, load_tokenizer, plain_
 
 PACKAGES = ("torch==2.13.0", "ms-swift==4.6.0")
 """Installed in this order, so that ms-swift takes the torch that is there."""
-STATED = ("ms-swift", "torch", "transformers", "peft")
 
 # A small process between, so that the peak of its children is not that of the process that forked them.
 WATCH = """
@@ -116,38 +115,32 @@ def adapter_probabilities(base: str, adapter: Path, prompts: PromptDataset, toke
     return plain_logits(PeftModel.from_pretrained(model, adapter), tokenizer, prompts, batch_size).softmax(1).numpy()
 
 
-def train_swift(
-    job: dict[str, Any], scratch: Path, train: tuple[list[str], list[int]], valid: tuple[list[str], list[int]]
-) -> dict:
+def train_swift(job: dict[str, Any], scratch: Path) -> dict:
     """Train as many steps as plain did; the curve with predictions, and what else to state."""
-    programs, steps = ensure_environment(job["swift_env"]), job["plain_steps"]
+    programs, steps, outcomes = ensure_environment(job["swift_env"]), job["plain_steps"], job["domain"]["outcomes"]
     count, size = steps * job["peer_batch"], job["peer_batch"] // job["peer_accumulation"]
     # Rows that the other peers came to again in a further epoch are written down again.
-    texts, labels = ((column * (count // len(column) + 1))[:count] for column in train)
+    texts, labels = ((column * (count // len(column) + 1))[:count] for column in job["training_prompts"])
     write_rows(scratch / "rows.jsonl", texts, labels)
     arguments = sft_arguments(
-        job["base"], scratch / "rows.jsonl", scratch / "out", labels=len(job["words"]), batch_size=size,
+        job["base"], scratch / "rows.jsonl", scratch / "out", labels=len(outcomes), batch_size=size,
         accumulation=job["peer_accumulation"], save_steps=-(-steps // job["points"]),
         learning_rate=job["learning_rate"], r=job["r"], alpha=job["alpha"], seed=job["seed"],
         max_length=job["domain"]["stream"]["max_length"],
     )  # fmt: skip
     peak = run_swift(programs, arguments, scratch)
     seconds, tokenizer = read_seconds(scratch / "out" / "logging.jsonl"), load_tokenizer(job["base"])
-    prompts, lengths = PromptDataset(*valid, tokenizer), PromptDataset(texts, labels, tokenizer).lengths
+    prompts, lengths = (
+        PromptDataset(*job["validation_prompts"], tokenizer),
+        PromptDataset(texts, labels, tokenizer).lengths,
+    )
     curve = []
     for step in sorted(int(path.name.split("-")[1]) for path in (scratch / "out").glob("checkpoint-*")):
         p = adapter_probabilities(job["base"], scratch / "out" / f"checkpoint-{step}", prompts, tokenizer,
-                                  len(job["words"]), job["evaluation_batch"])  # fmt: skip
+                                  len(outcomes), job["evaluation_batch"])  # fmt: skip
         curve.append({"seconds": seconds[step], "steps": step, "targets": step * job["peer_batch"], "p": p.tolist()})
     return {
         "tokens_per_target": sum(size * max(lengths[n : n + size]) for n in range(0, count, size)) / count,
-        "peak_rss_mib": peak, "versions": stated_versions(programs),
+        "peak_rss_mib": peak,
         "timed": "ms-swift's own log: seconds since training began, checkpoints saved before included", "curve": curve,
     }  # fmt: skip
-
-
-def stated_versions(programs: Path) -> dict[str, str]:
-    """Versions of the environment's packages."""
-    code = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    said = subprocess.run([programs / "python", "-c", code, *STATED], capture_output=True, text=True, check=True)
-    return json.loads(said.stdout)

@@ -81,7 +81,7 @@ def _warn_loose(column: pa.ChunkedArray, name: str, kind: pa.DataType, path: Pat
     count, rows = offenders(wrong)
     first = int(rows[0]) if count else 0
     _log.warning(
-        "%s: column %s does not hold %s alone: %d of its %d values are none, the first in row %d (%s); read as text",
+        "%s: column %s does not hold %s alone: %d of its %d values do not fit, the first in row %d (%s); read as text",
         path, name, kind, count, len(column), first, quoted(column[first].as_py()),
     )  # fmt: skip
 

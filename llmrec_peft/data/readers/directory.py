@@ -16,7 +16,7 @@ def _base(path: str) -> Path:
     return place.parent if place.is_file() and place.name.startswith("interactions") else place
 
 
-def find_parts(directory: Path, stem: str) -> list[Path]:
+def find_shards(directory: Path, stem: str) -> list[Path]:
     """The files of one table: `stem.<suffix>`, or shards `stem-*.<suffix>` or `stem/*.<suffix>`, sorted by name.
 
     Raises:
@@ -39,7 +39,7 @@ def _is_named(entry: Path, stem: str) -> bool:
 
 
 def _detect(path: str) -> bool:
-    return bool(find_parts(_base(path), "interactions"))
+    return bool(find_shards(_base(path), "interactions"))
 
 
 @register("directory", "interactions.parquet|csv|jsonl with items.parquet|csv|jsonl", _detect)
@@ -50,10 +50,10 @@ def read_directory(path: str) -> RawLog:
         DataError: no interactions file, more than one form of it, or a damaged file.
     """
     directory = _base(path)
-    parts = find_parts(directory, "interactions")
-    if not parts:
+    shards = find_shards(directory, "interactions")
+    if not shards:
         endings = listed(list(SUFFIXES))
         raise DataError(f"{directory} holds no interactions file; add interactions with one of {endings}")
-    item_parts = find_parts(directory, "items")
-    items: pa.Table | None = read_tables(item_parts) if item_parts else None
-    return RawLog(read_tables(parts), items, log_name(directory))
+    item_shards = find_shards(directory, "items")
+    items: pa.Table | None = read_tables(item_shards) if item_shards else None
+    return RawLog(read_tables(shards), items, log_name(directory))

@@ -227,4 +227,4 @@ def _checked_lines(path: Path, advice: str) -> Iterator[CheckedLines]:
 def warn_halves(count: int, where: str) -> None:
     """Log how many halves of surrogate pairs became U+FFFD, if any."""
     if count:
-        _log.warning("%s: %d halves of surrogate pairs, which are no characters, replaced by U+FFFD", where, count)
+        _log.warning("%s: %d halves of surrogate pairs, which are not characters, replaced by U+FFFD", where, count)

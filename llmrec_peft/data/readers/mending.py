@@ -77,8 +77,8 @@ def _parsed(texts: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     numbers = pc.fill_null(pc.match_substring_regex(texts, _NUMBER), False)
     no_date = pc.and_(fields.is_null(), texts.is_valid())
     if fields.null_count == len(texts):
-        _check_times(texts, no_date, where, "is no time")
-    _check_times(texts, pc.and_(no_date, pc.invert(numbers)), where, "is no time")
+        _check_times(texts, no_date, where, "is not a time")
+    _check_times(texts, pc.and_(no_date, pc.invert(numbers)), where, "is not a time")
     _check_times(
         texts, numbers, where, "is a number beside rows with dates", "bring all rows to seconds since 1970, or to dates"
     )
@@ -95,7 +95,7 @@ def _parsed(texts: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
             return whole.cast(pa.timestamp(unit, "UTC") if pc.any(zoned).as_py() else pa.timestamp(unit))
         except pa.ArrowInvalid as error:
             last = error
-    raise DataError(f"timestamp of {where} holds texts that are no times: {last!s:.160}; correct these rows")
+    raise DataError(f"timestamp of {where} holds texts that are not times: {last!s:.160}; correct these rows")
 
 
 def _check_times(

@@ -154,9 +154,9 @@ def _items(interactions: pa.Table, items: pa.Table | None, path: Path) -> pa.Tab
     title = None if items is None else _title_column(_texts(items), path)
     if items is not None and title is not None:
         return items.rename_columns(["title" if name == title else name for name in items.column_names])
-    told = _title_column([name for name in _texts(interactions) if _of_item(name)], path.with_suffix(".inter"))
-    if told is not None:
-        titles = _titles_told(interactions, told)
+    named = _title_column([name for name in _texts(interactions) if _of_item(name)], path.with_suffix(".inter"))
+    if named is not None:
+        titles = _first_titles(interactions, named)
         if items is None:
             return titles
         rows = pc.index_in(items.column("item_id"), value_set=titles.column("item_id").combine_chunks())
@@ -168,12 +168,14 @@ def _items(interactions: pa.Table, items: pa.Table | None, path: Path) -> pa.Tab
     return items.append_column("title", pa.nulls(items.num_rows, pa.string()))
 
 
-def _titles_told(interactions: pa.Table, column: str) -> pa.Table:
+def _first_titles(interactions: pa.Table, column: str) -> pa.Table:
     """Each item's first title that is not blank."""
-    told = pa.table({"item_id": interactions.column("item_id"), "title": interactions.column(column).cast(pa.string())})
-    told = told.filter(pc.invert(is_blank(told.column("title"))))
-    ids = told.column("item_id").combine_chunks()
-    return told.take(pc.index_in(pc.unique(ids), value_set=ids))
+    named = pa.table(
+        {"item_id": interactions.column("item_id"), "title": interactions.column(column).cast(pa.string())}
+    )
+    named = named.filter(pc.invert(is_blank(named.column("title"))))
+    ids = named.column("item_id").combine_chunks()
+    return named.take(pc.index_in(pc.unique(ids), value_set=ids))
 
 
 def _title_column(names: list[str], path: Path) -> str | None:

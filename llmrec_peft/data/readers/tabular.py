@@ -60,7 +60,7 @@ def read_parquet(paths: Sequence[Path]) -> pa.Table:
         if file.schema_arrow.names != schema.names:
             raise DataError(
                 f"{path} has columns {listed(file.schema_arrow.names)} but {paths[0].name} has {listed(schema.names)}; "
-                "all parts of a table need the same columns"
+                "all shards of a table need the same columns"
             )
     return collect(_parquet_batches(paths, files, schema), schema)
 

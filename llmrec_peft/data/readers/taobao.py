@@ -69,7 +69,7 @@ def read_taobao(path: str) -> RawLog:
             times = batch.column("timestamp")
             read += batch.num_rows
             left_out += len(outside)
-            # Rows without a time stay: `null_times` says what becomes of them.
+            # Rows without a time stay: `null_times` decides whether they are dropped.
             inside = pc.and_(pc.greater_equal(times, EARLIEST), pc.less(times, LATEST))
             yield batch.filter(pc.fill_null(inside, True)) if len(outside) else batch
 

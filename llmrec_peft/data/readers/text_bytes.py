@@ -35,7 +35,7 @@ def first_line(path: Path, limit: int = 4096) -> str:
 
 
 def check_utf8(path: Path) -> None:
-    """Raise DataError naming the first line of a text file that is not UTF-8; pass if there is none."""
+    """Raise DataError naming the first line of a text file that is not UTF-8; pass if all lines are UTF-8."""
     with open_bytes(path) as file:
         try:
             for number, line in enumerate(file, start=1):

@@ -111,7 +111,7 @@ def _filled(text: str, number: int, where: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"record {number} of {where} holds half of a surrogate pair at character {error.start}, which is no text; "
+            f"record {number} of {where} holds half of a surrogate pair at character {error.start}, which is not text; "
             "correct its escape"
         ) from error
     return text

@@ -33,7 +33,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class BehaviorMetrics(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
-    """A thin door to the package's metrics: the numbers come from `llmrec_peft.evaluation.metrics.compute_metrics`."""
+    """Interface to the package's metrics: the numbers come from `llmrec_peft.evaluation.metrics.compute_metrics`."""
 
     def _info(self) -> evaluate.MetricInfo:
         number = datasets.Value("float64")
