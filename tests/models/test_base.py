@@ -62,7 +62,7 @@ class TestResolve:
 
     @pytest.mark.parametrize("name", ["nothing", "./nothing", "/no/such/path", "~/no/such", "a/b/c"])
     def test_unknown_names(self, name):
-        with pytest.raises(ModelError, match="no embedded name .*smollm2-135m.*no existing path and no Hub id"):
+        with pytest.raises(ModelError, match="not an embedded name .*smollm2-135m.*an existing path or a Hub id"):
             resolve_base(name)
 
     def test_directory_without_a_model(self, tmp_path):

@@ -282,6 +282,7 @@ def test_settings_out_of_range(flag):
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_leave_what_one_leaves(fuse, bundle, log, launch, tmp_path):
     fuse(bundle, out="one")
     kept = (bundle / DIRECTORY / ARRAYS).read_bytes()

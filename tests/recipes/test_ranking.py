@@ -377,6 +377,7 @@ def test_settings_out_of_range(flags, message):
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_place_as_one(rank, fused, data, launch, tmp_path):
     found, table = rank(fused, candidates="all", pool=10, targets=50)
     flags = ["--bundle", str(fused), "--data.path", str(data), "--limit", "4", "--ranking.bootstrap", "0"]

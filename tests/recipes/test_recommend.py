@@ -292,6 +292,7 @@ def test_a_directory_of_others_is_left_alone(recipe, flags, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_leave_the_file_of_one(launch, recipe, flags, tmp_path):
     one = run(recipe, flags, tmp_path / "one")
     done = launch("ddp", ROOT / "recipes" / "recommend.py", *flags, f"--output_dir={tmp_path / 'two'}")
@@ -306,6 +307,7 @@ def test_two_processes_leave_the_file_of_one(launch, recipe, flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_stop_together(launch, flags, log, domain, asked, tmp_path):
     met = [item for item, _ in history_of(log, domain, asked[3])]
     pq.write_table(pa.table({"item_id": met}), tmp_path / "candidates.parquet")

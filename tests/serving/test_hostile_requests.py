@@ -87,7 +87,7 @@ def test_odd_values_anywhere(pair):
     ("title", "named"),
     [(None, "has no title"), (float("nan"), "has no title"), (3, "a title that is not text, 3"),
      ("\u3164\u200b", "without a visible character"), ("\ufe0f", "without a visible"), ("", "without a visible"),
-     (["a"], "no text"), (b"x", "b'x'")],
+     (["a"], "not text"), (b"x", "b'x'")],
 )  # fmt: skip
 def test_titles_that_nobody_can_read(title, named, pair):
     for scorer in pair:
