@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -147,6 +148,8 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], None], str]] = {
 
 def _run_recipe(recipe: str, args: list[str], prog: str) -> None:
     """Read the options, then run the recipe here or hand over to `accelerate launch`."""
+    if logging.lastResort is not None:  # the handler of warnings in a program that configures no logging
+        logging.lastResort.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     with exit_on_error():
         launch, args = _take_launch(args)
         with _imports():

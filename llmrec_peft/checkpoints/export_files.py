@@ -1,4 +1,4 @@
-"""The files of an ONNX export: size limits and checksums; and its calibration. Nothing here needs torch or Arrow."""
+"""The files of an ONNX export: size limits and checksums. Nothing here needs torch or Arrow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from llmrec_peft.checkpoints import checksum
 from llmrec_peft.checkpoints.manifest_schema import EXPORT, GRAPHS, SERVING_MANIFEST, TOKENIZER
 from llmrec_peft.errors import BundleError
-from llmrec_peft.probabilities import read_calibration
 
 MOST_BYTES = {TOKENIZER: 64 << 20, **dict.fromkeys(GRAPHS.values(), 2 << 30)}
 """Bytes of each file, at most: protobuf ends at 2 GiB."""
@@ -24,9 +23,3 @@ def check_export_file(directory: Path, manifest: Mapping[str, Any], name: str) -
         )
     checksum.check_file(path, str(manifest["files"].get(name)), SERVING_MANIFEST, EXPORT.restore)
     return path
-
-
-def calibration_of(manifest: Mapping[str, Any]) -> tuple[float, list[float] | float]:
-    """Temperature, and the bias of each label. Raises BundleError if they are out of bounds or not one a label."""
-    temperature, bias = read_calibration(manifest["calibration"], len(manifest["labels"]), SERVING_MANIFEST)
-    return temperature, 0.0 if bias is None else list(bias)

@@ -24,7 +24,7 @@ SERVING_MANIFEST, TOKENIZER = "serving.json", "tokenizer.json"
 """The manifest and the tokenizer of an ONNX export."""
 GRAPHS = {"float32": "model.onnx", "int8": "model.int8.onnx"}
 """From a precision to the file of its ONNX graph; int8 may be left out."""
-INDEX_MANIFEST, INDEX_ARRAYS = "evidence.json", "evidence.safetensors"
+INDEX_MANIFEST, INDEX_ARRAYS = "index.json", "index.safetensors"
 """The two files of a retrieval index."""
 
 

@@ -16,6 +16,8 @@ RENAMED = {
     "student.heads_kept": "student.attention",
 }
 """From the old name of a key or section to its new name, in the same section."""
+RENAMED_VALUES = {"model.head_init": {"words": "label_words"}}
+"""From a present key to its values: the old name of each, and its new name."""
 
 
 def new_name(key: str, known: Collection[str], where: str) -> str:
@@ -28,7 +30,7 @@ def new_name(key: str, known: Collection[str], where: str) -> str:
 
 
 def with_new_names(content: dict[str, Any], known: Collection[str] | None = None, where: str = "") -> dict[str, Any]:
-    """The content of a configuration file by the present names of its keys.
+    """The content of a configuration file by the present names of its keys and values.
 
     Args:
         content: nested mappings; left as they are.
@@ -52,4 +54,11 @@ def with_new_names(content: dict[str, Any], known: Collection[str] | None = None
         if last in node:
             raise ConfigError(f"{where}: {old} is the old name of {new}, and both are given; remove {old}")
         node[last] = node.pop(name)
+    for key, values in RENAMED_VALUES.items():
+        *sections, name = key.split(".")
+        node = renamed
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(name), str):
+            node[name] = values.get(node[name], node[name])
     return renamed

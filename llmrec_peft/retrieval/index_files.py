@@ -8,7 +8,7 @@ the same under the names `evidence.json` and `evidence.safetensors`, which are s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from llmrec_peft.checkpoints.checksum import content_digest, sha256
-from llmrec_peft.checkpoints.directory_checks import check_links, read_json, stray_weights
-from llmrec_peft.checkpoints.value_schema import Real, check_schema
+from llmrec_peft.checkpoints.directory_checks import check_links, stray_weights
+from llmrec_peft.checkpoints.manifest import read_manifest
+from llmrec_peft.checkpoints.manifest_schema import INDEX, INDEX_ARRAYS, INDEX_MANIFEST
 from llmrec_peft.errors import BundleError, ConfigError, input_errors, output_errors
 from llmrec_peft.files import move_into_place, plain, scratch_directory, write_json
 from llmrec_peft.retrieval.collaborative import MODELS
@@ -26,10 +27,9 @@ from llmrec_peft.retrieval.fusion import Fusion
 
 DIRECTORY = "retrieval"
 """Name of the index's directory inside a bundle's."""
-MANIFEST, ARRAYS = "index.json", "index.safetensors"
+MANIFEST, ARRAYS = INDEX_MANIFEST, INDEX_ARRAYS
 FORMER_NAMES = "evidence.json", "evidence.safetensors"
 """Names of both files in version 0.1.0."""
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def write_index(directory: Path, content: IndexContent, fusion: Fusion | None, a
     writing = output_errors(BundleError, f"retrieval {directory}", "make room or choose another directory")
     with writing, scratch_directory(directory) as scratch:
         manifest = {
-            "format_version": FORMAT_VERSION,
+            "format_version": INDEX.version,
             "models": {name: model.settings() for name, model in content.models.items()},
             "fitted": content.note,
             "fusion": None if fusion is None else fusion.to_dict(),
@@ -106,8 +106,9 @@ def _read(directory: Path, adapter: str | None) -> tuple[IndexContent, Fusion | 
     stray = stray_weights(directory, (arrays.name,))
     if stray:
         raise BundleError(f"{directory} holds {', '.join(stray)}, which RetrievalIndex.save does not write; remove it")
-    manifest = read_json(path)
-    _check_manifest(path, manifest, arrays.name)
+    manifest = read_manifest(
+        directory, replace(INDEX, file=path.name, fields=INDEX.fields | {"files": {arrays.name: str}})
+    )
     _check_digests(path, arrays, manifest)
     fusion = None if manifest["fusion"] is None else Fusion.from_dict(manifest["fusion"])
     fitted_with = manifest["adapter_sha256"]
@@ -117,22 +118,6 @@ def _read(directory: Path, adapter: str | None) -> tuple[IndexContent, Fusion | 
             f"{adapter[:16]}...; fit it again, or restore the bundle"
         )
     return _content(path, load_file(arrays), manifest), fusion
-
-
-def _check_manifest(path: Path, manifest: Mapping[str, Any], arrays: str) -> None:
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format_version {manifest.get('format_version')!r}, and this version reads {FORMAT_VERSION}; "
-            "use the package version that wrote it, or fit again"
-        )
-    schema = {
-        "models": {str: {str: (Real(-1e12, 1e12), str, None)}},
-        "fitted": dict,
-        "fusion": (dict, None),
-        "adapter_sha256": (str, None),
-        "files": {arrays: str},
-    }
-    check_schema(manifest, schema, path, "restore the file or fit again")
 
 
 def _check_digests(path: Path, arrays: Path, manifest: Mapping[str, Any]) -> None:

@@ -196,6 +196,15 @@ def test_settings_that_leave_the_weights_alone_may_change(flag, unbroken, argume
     assert Path(run.checkpoint).name == "checkpoint-4"
 
 
+def test_a_run_of_version_0_1_0_may_be_resumed(unbroken, arguments, tmp_path):
+    """Its config.yaml has the former names of keys and values."""
+    out = broken_off(unbroken, tmp_path / "out")
+    settings = (out / "config.yaml").read_text("utf-8")
+    assert "head_init: label_words" in settings
+    (out / "config.yaml").write_text(settings.replace("label_words", "words"), "utf-8")
+    assert Path(prepare_run(resumed(arguments, out)).checkpoint).name == "checkpoint-4"
+
+
 def test_what_only_selection_reads_may_change_without_it(unbroken, arguments, tmp_path):
     out = broken_off(unbroken, tmp_path / "out")
     text = (out / "config.yaml").read_text("utf-8")
