@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         ModelError,
         StreamError,
     )
-    from llmrec_peft.merging.merge_bundle import merge_bundle
+    from llmrec_peft.merging.merge_bundle import MergeOptions, merge_bundle
     from llmrec_peft.recipes.distill import distill
     from llmrec_peft.scoring.bank import DomainBank
     from llmrec_peft.scoring.scorer import Scorer
@@ -39,6 +39,7 @@ _PLACES = {
     "DomainBank": "scoring.bank",
     "DomainError": "errors",
     "LLMRecError": "errors",
+    "MergeOptions": "merging.merge_bundle",
     "ModelError": "errors",
     "Scorer": "scoring.scorer",
     "StreamError": "errors",
@@ -58,6 +59,7 @@ __all__ = [
     "DomainBank",
     "DomainError",
     "LLMRecError",
+    "MergeOptions",
     "ModelError",
     "Scorer",
     "StreamError",

@@ -32,6 +32,7 @@ def test_public_names():
         "DomainBank",
         "DomainError",
         "LLMRecError",
+        "MergeOptions",
         "ModelError",
         "Scorer",
         "StreamError",

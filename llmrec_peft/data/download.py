@@ -198,8 +198,14 @@ def _transfer(url: str, part: Path) -> str | None:
 
 def _append(response: requests.Response, part: Path, start: int) -> str | None:
     """Write the body of a response to `part` from byte `start` on; returns why it is not whole, or None."""
-    length = response.headers.get("Content-Length")
-    total = start + int(length) if length else None
+    length, ranged = (
+        response.headers.get("Content-Length"),
+        response.headers.get("Content-Range", "").rpartition("/")[2],
+    )
+    if response.status_code == 206 and ranged.isdigit():  # chunked answers have no length
+        total: int | None = int(ranged)
+    else:
+        total = start + int(length) if length else None
     with (
         open(part, "ab" if start else "wb") as file,
         tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=f"downloading {part.stem}") as bar,
