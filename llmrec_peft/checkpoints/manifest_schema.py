@@ -7,6 +7,7 @@ merged model with the entry `student`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,3 +159,7 @@ INDEX = ManifestKind(
     },
 )
 """Collaborative models of a log. The header of the arrays' file holds the checksum of this manifest."""
+FORMER_INDEX = dataclasses.replace(
+    INDEX, file="evidence.json", fields=INDEX.fields | {"files": {"evidence.safetensors": str}}
+)
+"""The same by the file names of version 0.1.0."""

@@ -8,7 +8,7 @@ the same under the names `evidence.json` and `evidence.safetensors`, which are s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 from llmrec_peft.checkpoints.checksum import content_digest, sha256
 from llmrec_peft.checkpoints.directory_checks import check_links, stray_weights
 from llmrec_peft.checkpoints.manifest import read_manifest
-from llmrec_peft.checkpoints.manifest_schema import INDEX, INDEX_ARRAYS, INDEX_MANIFEST
+from llmrec_peft.checkpoints.manifest_schema import FORMER_INDEX, INDEX, INDEX_ARRAYS, INDEX_MANIFEST
 from llmrec_peft.errors import BundleError, ConfigError, input_errors, output_errors
 from llmrec_peft.files import move_into_place, plain, scratch_directory, write_json
 from llmrec_peft.retrieval.collaborative import MODELS
@@ -28,7 +28,7 @@ from llmrec_peft.retrieval.fusion import Fusion
 DIRECTORY = "retrieval"
 """Name of the index's directory inside a bundle's."""
 MANIFEST, ARRAYS = INDEX_MANIFEST, INDEX_ARRAYS
-FORMER_NAMES = "evidence.json", "evidence.safetensors"
+FORMER_NAMES = FORMER_INDEX.file, *FORMER_INDEX.fields["files"]
 """Names of both files in version 0.1.0."""
 
 
@@ -106,9 +106,7 @@ def _read(directory: Path, adapter: str | None) -> tuple[IndexContent, Fusion | 
     stray = stray_weights(directory, (arrays.name,))
     if stray:
         raise BundleError(f"{directory} holds {', '.join(stray)}, which RetrievalIndex.save does not write; remove it")
-    manifest = read_manifest(
-        directory, replace(INDEX, file=path.name, fields=INDEX.fields | {"files": {arrays.name: str}})
-    )
+    manifest = read_manifest(directory, INDEX if path.name == MANIFEST else FORMER_INDEX)
     _check_digests(path, arrays, manifest)
     fusion = None if manifest["fusion"] is None else Fusion.from_dict(manifest["fusion"])
     fitted_with = manifest["adapter_sha256"]

@@ -9,7 +9,7 @@ import pytest
 
 from llmrec_peft.checkpoints.checksum import with_checksum
 from llmrec_peft.checkpoints.manifest import read_manifest, write_manifest
-from llmrec_peft.checkpoints.manifest_schema import ADAPTER, EXPORT, INDEX, MERGED
+from llmrec_peft.checkpoints.manifest_schema import ADAPTER, EXPORT, FORMER_INDEX, MERGED
 from llmrec_peft.errors import BundleError
 from tests.conftest import ROOT
 
@@ -29,7 +29,7 @@ def test_manifests_are_read_without_torch_and_arrow():
     ("name", "kind"),
     [
         ("bundle_lora", ADAPTER), ("bundle_adapter", ADAPTER), ("merged", MERGED), ("student", MERGED),
-        ("export", EXPORT), ("bundle_lora/retrieval", INDEX),
+        ("export", EXPORT), ("bundle_lora/retrieval", FORMER_INDEX),
     ],
 )  # fmt: skip
 def test_each_kind_is_read_and_written_as_it_was(name, kind, tmp_path):
@@ -39,7 +39,7 @@ def test_each_kind_is_read_and_written_as_it_was(name, kind, tmp_path):
     if kind.checksum_from is None:
         again.pop("seal")
     assert again == manifest
-    for other in (ADAPTER, MERGED, EXPORT, INDEX):
+    for other in (ADAPTER, MERGED, EXPORT, FORMER_INDEX):
         if other is not kind:
             with pytest.raises(BundleError, match="name the directory|is a merged model|is not a merged model"):
                 read_manifest(ARTIFACTS / name, other)
