@@ -57,6 +57,12 @@ class _Row:
         """Candidates."""
         return self.last - self.first
 
+    @property
+    def length(self) -> int:
+        """Tokens, known before the stream is built."""
+        prefix = len(self.group.prefix_ids) - self.begin
+        return prefix + sum(map(len, self.group.candidates[self.first : self.last]))
+
     @cached_property
     def stream(self) -> Stream:
         """Its tokens; positions continue from `begin`."""
@@ -158,11 +164,13 @@ class Engine:
             if group.candidates:
                 row = self._first_row(group, batch_tokens)
                 (whole if row.last == len(group.candidates) else long).append(row)
-        lengths = np.array([len(row.stream) for row in whole], np.int64)
+        lengths = np.array([row.length for row in whole], np.int64)
         for batch in plan_micro_batches(lengths, batch_tokens):
             # Rows of one adapter stand together, so that each of its layers runs once.
             rows = sorted((whole[number] for number in batch), key=lambda row: id(row.group.model))
             self._run(rows)
+            for row in rows:
+                del row.stream  # one batch of streams in memory at a time
             progress(sum(row.count for row in rows))
         for row in long:
             self._predict_long(row, min(batch_tokens, CHUNK_TOKENS), progress)
