@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
+
+from llmrec_peft.checkpoints.card_markdown import code
 
 _HEAD = [
     "---", "library_name: onnx", "pipeline_tag: text-classification",
@@ -75,8 +76,5 @@ def _auc(auc: float | None) -> str:
 
 
 def _code(value: Any) -> str:
-    """A value in code marks, as a Python literal."""
-    text = repr(str(value)).replace("|", r"\|")
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    marks = "`" * (longest + 1)
-    return f"{marks}{text}{marks}"
+    """A value as a text in code marks, which may stand in a table."""
+    return code(str(value)).replace("|", r"\|")

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmrec_peft.checkpoints.bundle import Bundle
 from llmrec_peft.checkpoints.manifest import installed
+from llmrec_peft.checkpoints.manifest_schema import TOKENIZER
 from llmrec_peft.data.vocabulary import Vocabulary
 from llmrec_peft.errors import ModelError
 from llmrec_peft.files import plain
@@ -70,7 +71,6 @@ def check_tokens(vocabulary: Vocabulary, entries: Mapping[str, Any], directory: 
         entries: contents of serving.json.
         directory: directory of the export, with its tokenizer.
     """
-    from llmrec_peft.checkpoints.manifest_schema import TOKENIZER
     from llmrec_peft.serving.exported_vocabulary import ExportedVocabulary
 
     if vocabulary.reads_ids:
